@@ -1,0 +1,30 @@
+"""Federated LoRA: aggregation strategies, measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fedlora.config import RunConfig
+    from fedlora.inference import load_adapter, load_base
+    from fedlora.loop import train
+
+__all__ = ["RunConfig", "load_adapter", "load_base", "train"]
+
+_HOMES = {
+    "RunConfig": "fedlora.config",
+    "load_adapter": "fedlora.inference",
+    "load_base": "fedlora.inference",
+    "train": "fedlora.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are first used: `import fedlora` stays fast."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedlora' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,178 @@
+"""From YAML files and dotted overrides to a checked `RunConfig`, with errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fedlora.config import RunConfig, Section
+from fedlora.errors import ConfigError, did_you_mean
+
+Overrides = Mapping[str, Any]
+
+_SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The safe loader, in its fast form where the platform has it."""
+
+
+def load(source: str | Path | None, overrides: Overrides | None = None, presets: Path | None = None) -> RunConfig:
+    """The configuration of a preset name or YAML file, with dotted `overrides` on top.
+
+    Raises:
+        ConfigError: unreadable file, unknown preset or key, a value that is not allowed, or a combination that cannot work.
+    """
+    return build({**read_flat(source, presets), **(overrides or {})})
+
+
+def build(values: Overrides) -> RunConfig:
+    """A `RunConfig` from dotted keys; keys not given keep their defaults."""
+    known = set(dotted_keys())
+    for dotted in values:
+        if dotted not in known and not dotted.startswith("strategy_options."):
+            raise ConfigError(f"unknown key '{dotted}'.{_nearest_key(dotted, known)}")
+    try:
+        return RunConfig.model_validate(nest(values))
+    except ValidationError as error:
+        raise ConfigError(_describe(error, values)) from None
+
+
+def read_flat(source: str | Path | None, presets: Path | None = None) -> dict[str, Any]:
+    """The dotted keys that a preset or YAML file sets (none for no source)."""
+    if source is None:
+        return {}
+    path = find(str(source), presets)
+    return flatten(read_yaml(path))
+
+
+def find(source: str, presets: Path | None) -> Path:
+    """The file that a preset name or a path means."""
+    path = Path(source).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ConfigError(f"no such file: {source}")
+    names = preset_names(presets)
+    if source in names and presets is not None:
+        return presets / f"{source}.yaml"
+    raise ConfigError(
+        f"unknown preset '{source}'.{did_you_mean(source, names)} Presets: {', '.join(names) or 'none'}; or name a .yaml file."
+    )
+
+
+def preset_names(presets: Path | None) -> list[str]:
+    """Names of the presets in a folder."""
+    return sorted(path.stem for path in presets.glob("*.yaml")) if presets else []
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping (safe loader; an empty file is an empty mapping)."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_SAFE_LOADER)  # noqa: S506 (a safe loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path} is not valid YAML:{where} {error.problem or ''}".rstrip()) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} should hold keys and values, but holds a {type(content).__name__}")
+    return content
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """`["lora.rank=4", "data.client=null"]` as dotted keys; values are read as YAML."""
+    values: dict[str, Any] = {}
+    for word in words:
+        dotted, equals, text = word.partition("=")
+        if not equals or not dotted:
+            raise ConfigError(f"'{word}' is not of the form key=value, for example lora.rank=4")
+        try:
+            values[dotted] = yaml.safe_load(text) if text else None
+        except yaml.YAMLError:
+            raise ConfigError(f"the value of '{dotted}' cannot be read: {text}") from None
+    return flatten(nest(values))
+
+
+def dotted_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of the configuration, dotted."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from dotted_keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; the free-form `strategy_options` are opened one level."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(value, Mapping) and not dotted.startswith("strategy_options."):
+            flat |= flatten(value, f"{dotted}.")
+        else:
+            flat[dotted] = value
+    return flat
+
+
+def nest(values: Overrides) -> dict[str, Any]:
+    """Dotted keys as nested mappings.
+
+    Raises:
+        ConfigError: a key is used both as a value and as a section.
+    """
+    tree: dict[str, Any] = {}
+    for dotted, value in values.items():
+        *sections, last = str(dotted).split(".")
+        node = tree
+        for name in sections:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"'{dotted}' is inside '{name}', which was given a plain value")
+        node[last] = value
+    return tree
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The full configuration as YAML, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _nearest_key(dotted: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    same_ending = [name for name in known if name.rsplit(".", 1)[-1] == dotted.rsplit(".", 1)[-1]]
+    if same_ending:
+        return f" Did you mean '{' or '.join(same_ending)}'?"
+    return did_you_mean(dotted, known) or did_you_mean(dotted.rsplit(".", 1)[-1], known)
+
+
+def _describe(error: ValidationError, values: Overrides) -> str:
+    """The first complaint of pydantic as one line: key, value, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    dotted = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if not dotted or first["type"] == "value_error" and dotted not in values:
+        return message if not dotted else f"{dotted}: {message}"
+    hint = ""
+    allowed = _choices(dotted)
+    if allowed and isinstance(first["input"], str):
+        message, hint = f"allowed: {', '.join(allowed)}", did_you_mean(first["input"], allowed)
+    if dotted == "strategy" and isinstance(first["input"], str):
+        hint = did_you_mean(first["input"], message.partition("known: ")[2].split(", "))
+    return f"{dotted}={first['input']!r} is not allowed: {message}.{hint}"
+
+
+def _choices(dotted: str) -> tuple[str, ...]:
+    """The words that a key with a fixed choice allows."""
+    kind: Any = RunConfig
+    for name in dotted.split("."):
+        fields = getattr(kind, "model_fields", {})
+        if name not in fields:
+            return ()
+        kind = fields[name].annotation
+    return tuple(str(word) for word in get_args(kind)) if str(get_origin(kind)) == "typing.Literal" else ()

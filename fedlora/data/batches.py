@@ -1,0 +1,123 @@
+"""Batches of texts of similar length, padded no further than their longest text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedlora.data.tokens import Examples
+from fedlora.errors import DataError
+
+_WINDOW = 8
+"""Batches that are sorted by length together: enough to save most padding, few enough to keep the order random."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of shape batch × tokens (`labels`: batch), all int64."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    token_type_ids: torch.Tensor | None
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        types = None if self.token_type_ids is None else self.token_type_ids.to(device)
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), types, self.labels.to(device))
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of a model's forward pass, without the labels."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.token_type_ids is not None:
+            inputs["token_type_ids"] = self.token_type_ids
+        return inputs
+
+
+def steps_for(examples_count: int, batch_size: int, local_steps: int | None, local_epochs: float | None) -> int:
+    """Optimiser steps of one client in one round: as many as said, or those of that many passes, at least one."""
+    if local_steps is not None:
+        return local_steps
+    if local_epochs is None:
+        raise ValueError("one of local_steps and local_epochs must be given")
+    batches_per_pass = math.ceil(examples_count / batch_size)
+    return max(1, math.ceil(round(local_epochs * batches_per_pass, 6)))
+
+
+def training_batches(
+    examples: Examples,
+    batch_size: int,
+    steps: int,
+    generator: torch.Generator,
+    pad_token_id: int,
+    padding_side: str = "right",
+) -> Iterator[Batch]:
+    """Exactly `steps` batches from endless passes, each in a new random order; every pass has every example once.
+
+    A client with fewer examples than `batch_size` gives batches of what it has.
+
+    Raises:
+        DataError: there are no examples.
+    """
+    if not len(examples):
+        raise DataError("there are no examples to train on; lower clients, or raise partition.min_size")
+    done = 0
+    while done < steps:
+        for rows in _one_pass(examples.lengths, batch_size, generator):
+            if done == steps:
+                return
+            done += 1
+            yield pad(examples, rows, pad_token_id, padding_side)
+
+
+def evaluation_batches(
+    examples: Examples, batch_size: int, pad_token_id: int, padding_side: str = "right"
+) -> Iterator[Batch]:
+    """Every example exactly once, in the order of length: no draw, the same batches every time."""
+    order = np.argsort(examples.lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield pad(examples, order[start : start + batch_size], pad_token_id, padding_side)
+
+
+def pad(examples: Examples, rows: npt.NDArray[np.int64], pad_token_id: int, padding_side: str = "right") -> Batch:
+    """The examples at `rows` as one batch, padded to the longest of them on the side that the tokenizer names."""
+    lengths = examples.lengths[rows]
+    positions = np.arange(lengths.max())
+    edge = lengths[:, None]
+    filled = positions < edge if padding_side == "right" else positions >= len(positions) - edge
+    types = examples.token_type_ids
+    return Batch(
+        _fill(examples.input_ids, rows, filled, pad_token_id),
+        torch.from_numpy(filled.astype(np.int64)),
+        None if types is None else _fill(types, rows, filled, 0),
+        torch.from_numpy(examples.labels[rows]),
+    )
+
+
+def _fill(
+    ragged: list[npt.NDArray[np.int32]], rows: npt.NDArray[np.int64], filled: npt.NDArray[np.bool_], empty: int
+) -> torch.Tensor:
+    block = np.full(filled.shape, empty, dtype=np.int64)
+    block[filled] = np.concatenate([ragged[row] for row in rows])
+    return torch.from_numpy(block)
+
+
+def _one_pass(
+    lengths: npt.NDArray[np.int64], batch_size: int, generator: torch.Generator
+) -> list[npt.NDArray[np.int64]]:
+    """Rows of each batch of one pass; the short batch, if any, is among them."""
+    order = torch.randperm(len(lengths), generator=generator).numpy()
+    batches = []
+    for start in range(0, len(order), _WINDOW * batch_size):
+        window = order[start : start + _WINDOW * batch_size]
+        window = window[np.argsort(lengths[window], kind="stable")]
+        batches += [window[cut : cut + batch_size] for cut in range(0, len(window), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -1,0 +1,247 @@
+"""What a data name means, without reading any data: the sets with a name of their own, and how other names resolve."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fedlora import home
+from fedlora.config import DataConfig
+from fedlora.errors import DataError, did_you_mean
+
+Origin = Literal["packaged", "file", "folder", "hub"]
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+"""Kinds of files that are understood, and the order in which a folder is searched for them."""
+
+HUB_ALIASES = {
+    "ag_news": "fancyzhx/ag_news",
+    "amazon_polarity": "fancyzhx/amazon_polarity",
+    "dbpedia_14": "fancyzhx/dbpedia_14",
+    "emotion": "dair-ai/emotion",
+    "glue": "nyu-mll/glue",
+    "imdb": "stanfordnlp/imdb",
+    "rotten_tomatoes": "cornell-movie-review-data/rotten_tomatoes",
+    "snli": "stanfordnlp/snli",
+    "sst2": "stanfordnlp/sst2",
+    "trec": "CogComp/trec",
+    "tweet_eval": "cardiffnlp/tweet_eval",
+    "yelp_polarity": "fancyzhx/yelp_polarity",
+}
+"""Old names without owner that people still type."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A named set: where it can come from, and which columns it has there when they are not `text` and `label`."""
+
+    summary: str
+    folder: str | None = None
+    """Its folder in $FEDLORA_DATA_DIR."""
+    hub: str | None = None
+    subset: str | None = None
+    packaged: bool = False
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our column → the column in a local copy."""
+    hub_columns: dict[str, str] = field(default_factory=dict)
+    """Our column → the column on the hub."""
+
+
+CATALOGUE: dict[str, Entry] = {
+    "wordnet-nouns": Entry("10,000 noun definitions, 20 kinds of things; comes with fedlora", packaged=True),
+    "wordnet-nouns-full": Entry("79,000 noun definitions, 20 kinds of things", folder="wordnet-nouns"),
+    "ag-news": Entry("news items, 4 topics", folder="ag-news-7600", hub="fancyzhx/ag_news"),
+    "banking77": Entry("13,000 questions to a bank, 77 intents", folder="banking77", hub="PolyAI/banking77"),
+    "newsgroups-20": Entry(
+        "19,000 postings, 20 newsgroups",
+        folder="newsgroups-20",
+        hub="SetFit/20_newsgroups",
+        hub_columns={"label": "label_text"},
+    ),
+    "reuters-r8": Entry("7,700 newswire stories, 8 topics, half of them one topic", folder="reuters-r8"),
+    "rte": Entry(
+        "2,800 pairs of texts: does the first entail the second?",
+        folder="rte",
+        hub="nyu-mll/glue",
+        subset="rte",
+        columns={"text_pair": "text_pair"},
+        hub_columns={"text": "sentence1", "text_pair": "sentence2"},
+    ),
+    "spamassassin": Entry("5,900 e-mails, spam or not", folder="spamassassin"),
+    "vader": Entry("19,000 texts, positive or negative; column `domain` (4) names natural clients", folder="vader"),
+}
+
+
+@dataclass(frozen=True)
+class KnownSet:
+    """A line of `fedlora datasets`."""
+
+    name: str
+    summary: str
+    origin: str
+    """`packaged`, `data-dir` (a folder in $FEDLORA_DATA_DIR) or a hub id."""
+    available: bool
+    """It can be read here without a network."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a data name resolves to."""
+
+    name: str
+    origin: Origin
+    path: Path | None = None
+    hub: str | None = None
+    subset: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+def known() -> list[KnownSet]:
+    """The named sets and the other folders of $FEDLORA_DATA_DIR that hold train and test files."""
+    named = [_known(name, entry) for name, entry in CATALOGUE.items()]
+    taken = {entry.folder for entry in CATALOGUE.values()} | set(CATALOGUE)
+    return named + [
+        KnownSet(folder.name, "your folder in $FEDLORA_DATA_DIR", "data-dir", True)
+        for folder in _data_folders()
+        if folder.name not in taken
+    ]
+
+
+def check(config: DataConfig) -> None:
+    """Refuse a data name that means nothing, before any work starts; reads no data and uses no network.
+
+    Raises:
+        DataError: no set, folder, file or hub id of that name, or a subset of something that has none.
+    """
+    resolve(config)
+
+
+def resolve(config: DataConfig) -> Source:
+    """Where the text comes from: a named set, a folder of $FEDLORA_DATA_DIR, a path, or a hub id, in this order.
+
+    Raises:
+        DataError: nothing of that name, with the nearest name that there is.
+    """
+    source = _named(config.name) or _local(config.name) or _on_hub(config)
+    if source is None:
+        raise DataError(_unknown(config.name))
+    if config.subset is not None and source.hub is None:
+        raise DataError(
+            f"data.subset={config.subset!r} selects a part of a hub set, and {config.name!r} is a {source.origin} "
+            "set; leave data.subset empty"
+        )
+    if config.subset is not None and source.subset not in (None, config.subset):
+        raise DataError(
+            f"data.subset={config.subset!r} with data.name={config.name!r}, which stands for subset "
+            f"{source.subset!r} of {source.hub}; leave data.subset empty, or set data.name={source.hub}"
+        )
+    return source
+
+
+def train_and_test(folder: Path) -> tuple[Path, Path]:
+    """The train and test files of a folder.
+
+    Raises:
+        DataError: one of them is missing.
+    """
+    found = {split: _split_file(folder, split) for split in ("train", "test")}
+    missing = [split for split, path in found.items() if path is None]
+    if missing or found["train"] is None or found["test"] is None:
+        have = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
+        raise DataError(
+            f"folder {folder} has no {' and no '.join(f'{split}.*' for split in missing)} file (it holds: {have}); "
+            f"expected train and test with one of the endings {', '.join(SUFFIXES)}. "
+            "To have a test split drawn, give the path of one file instead of the folder"
+        )
+    return found["train"], found["test"]
+
+
+def _known(name: str, entry: Entry) -> KnownSet:
+    local = _entry_folder(entry)
+    if entry.packaged:
+        return KnownSet(name, entry.summary, "packaged", True)
+    if local or entry.hub is None:
+        return KnownSet(name, entry.summary, "data-dir", local is not None)
+    hub = f"{entry.hub} ({entry.subset})" if entry.subset else entry.hub
+    return KnownSet(name, entry.summary, hub, _in_hub_cache(entry.hub))
+
+
+def _named(name: str) -> Source | None:
+    entry = CATALOGUE.get(name)
+    if entry is None:
+        return None
+    if entry.packaged:
+        return Source(name, "packaged", Path(__file__).parents[1] / "assets" / name, columns=entry.columns)
+    folder = _entry_folder(entry)
+    if folder:
+        return Source(name, "folder", folder, columns=entry.columns)
+    if entry.hub:
+        return Source(name, "hub", hub=entry.hub, subset=entry.subset, columns=entry.hub_columns)
+    where = home.data_dir()
+    raise DataError(
+        f"data.name={name!r} is read from a folder {entry.folder!r} in $FEDLORA_DATA_DIR, which is "
+        f"{f'{where} and has none' if where else 'not set'}; put its train.parquet and test.parquet there, "
+        "or choose another set (`fedlora datasets`)"
+    )
+
+
+def _local(name: str) -> Source | None:
+    candidates = [root / name] if (root := home.data_dir()) and name not in ("", ".", "..") else []
+    for path in [*candidates, Path(name).expanduser()]:
+        if name and path.is_dir():
+            train_and_test(path)
+            return Source(path.absolute().name, "folder", path.absolute())
+        if name and path.is_file():
+            if path.suffix.lower() not in SUFFIXES:
+                raise DataError(f"file {path} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
+            return Source(path.stem, "file", path.absolute())
+    return None
+
+
+def _on_hub(config: DataConfig) -> Source | None:
+    hub = HUB_ALIASES.get(config.name, config.name)
+    if Path(hub).suffix.lower() in SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", hub):
+        return None
+    name = f"{config.name}/{config.subset}" if config.subset else config.name
+    return Source(name, "hub", hub=hub, subset=config.subset)
+
+
+def _unknown(name: str) -> str:
+    if Path(name).suffix.lower() in SUFFIXES or name.startswith((".", "/", "~")):
+        path = Path(name).expanduser().absolute()
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        return f"data.name={name!r}: there is no file or folder {path}.{did_you_mean(path.name, beside)}"
+    names = [each.name for each in known()]
+    return (
+        f"data.name={name!r} is not a known set, nor a folder in $FEDLORA_DATA_DIR, nor a file."
+        f"{did_you_mean(name, [*names, *HUB_ALIASES])} Known: {', '.join(names)}. "
+        "For a set on the Hugging Face hub write owner/name"
+    )
+
+
+def _entry_folder(entry: Entry) -> Path | None:
+    root = home.data_dir()
+    if root and entry.folder and (root / entry.folder).is_dir():
+        return root / entry.folder
+    return None
+
+
+def _data_folders() -> list[Path]:
+    root = home.data_dir()
+    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root and root.is_dir() else []
+    return [folder for folder in folders if _split_file(folder, "train") and _split_file(folder, "test")]
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    paths = (folder / f"{split}{suffix}" for suffix in SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _in_hub_cache(hub: str) -> bool:
+    """Whether `datasets` has a prepared copy; its own way to tell costs an import of seconds."""
+    root = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(root) / "datasets")
+    return (cache.expanduser() / hub.replace("/", "___")).is_dir()

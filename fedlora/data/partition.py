@@ -1,0 +1,233 @@
+"""The division of a data set among clients: drawn once, hashed, written to the run folder.
+
+Training rows follow the partitioner; test rows follow the training rows, so that each client is tested on its own
+distribution (evaluation protocol, `local`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlora.config import PartitionConfig
+from fedlora.data.partitioners import PARTITIONERS, REDRAWN, Deal, Rows
+from fedlora.errors import DataError, saving
+from fedlora.seeds import numpy_generator
+
+_DRAWS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Which rows of the two splits are whose. `hash` names the division and the data: compare runs with equal ones."""
+
+    name: str
+    labels: tuple[str, ...]
+    train: tuple[Rows, ...]
+    """Per client, sorted row numbers of the training split (int64)."""
+    test: tuple[Rows, ...]
+    """Per client, sorted row numbers of the test split (int64); may be empty."""
+    label_counts: Rows
+    """Training examples, clients × labels."""
+    hash: str
+    data_digest: str
+
+    @property
+    def clients(self) -> int:
+        """Number of clients."""
+        return len(self.train)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Training examples per client."""
+        return tuple(len(rows) for rows in self.train)
+
+    @property
+    def test_sizes(self) -> tuple[int, ...]:
+        """Test examples per client."""
+        return tuple(len(rows) for rows in self.test)
+
+    def summary(self) -> dict[str, Any]:
+        """What is worth logging, as JSON values: all but the row numbers."""
+        return {
+            "partitioner": self.name,
+            "hash": self.hash,
+            "clients": self.clients,
+            "sizes": list(self.sizes),
+            "test_sizes": list(self.test_sizes),
+            "labels": list(self.labels),
+            "label_counts": self.label_counts.tolist(),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write one `.npz` file (no pickles), complete or not at all.
+
+        Raises:
+            RunFolderError: the file cannot be written.
+        """
+        meta = {"name": self.name, "labels": self.labels, "hash": self.hash, "data_digest": self.data_digest}
+        arrays = {"label_counts": self.label_counts, "meta": np.array(json.dumps(meta))}
+        for split, parts in (("train", self.train), ("test", self.test)):
+            arrays[f"{split}_rows"], arrays[f"{split}_sizes"] = _flat(parts)
+        with saving(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+                os.replace(temporary, path)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Partition:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: the file is missing, damaged, or its content does not have the hash it claims.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                meta = json.loads(str(file["meta"]))
+                train, test = (_parts(file[f"{s}_rows"], file[f"{s}_sizes"]) for s in ("train", "test"))
+                labels = tuple(meta.pop("labels"))
+                loaded = cls(labels=labels, train=train, test=test, label_counts=file["label_counts"], **meta)
+            if loaded.hash != _hash(train, test, loaded.data_digest):
+                raise ValueError("its rows do not have the hash it claims")
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"cannot read the partition {path}: {error}. Restore the file or start a new run") from error
+        return loaded
+
+
+def partition(
+    config: PartitionConfig,
+    clients: int,
+    seed: int,
+    train_labels: npt.ArrayLike,
+    test_labels: npt.ArrayLike,
+    labels: Sequence[str],
+    data_digest: str,
+    train_owners: Sequence[str] | None = None,
+    test_owners: Sequence[str] | None = None,
+) -> Partition:
+    """Deal every training row to exactly one client, and the test rows after them; equal arguments, equal division.
+
+    Args:
+        config: the partitioner and its settings.
+        clients: how many clients there are.
+        seed: of the run.
+        train_labels: class index of every training row.
+        test_labels: class index of every test row.
+        labels: names of the classes.
+        data_digest: names the data; goes into the hash.
+        train_owners: owner of every training row, for `natural-id`.
+        test_owners: owner of every test row, for `natural-id`; by label where it is None.
+
+    Test rows of a label go to clients in proportion to their shares of its training rows. Under `natural-id` they go
+    where their owner's training rows are. Test rows of labels and owners that nobody trains on go to nobody.
+
+    Raises:
+        DataError: the partitioner cannot give every client `min_size` examples, or not with these labels and owners.
+    """
+    ours = np.asarray(train_labels, dtype=np.int64)
+    _require_enough(len(ours), clients, config)
+    generator = numpy_generator(seed, "partition")
+    owners = None if train_owners is None else list(train_owners)
+    train = _draw(Deal(config, clients, ours, tuple(labels), owners, generator))
+    counts = np.stack([np.bincount(ours[rows], minlength=len(labels)) for rows in train]).astype(np.int64)
+    if config.name == "natural-id" and owners is not None and test_owners is not None:
+        test = _by_owner(train, owners, test_owners)
+    else:
+        test = _by_share(counts, np.asarray(test_labels, dtype=np.int64), generator)
+    return Partition(
+        config.name, tuple(labels), train, test, counts, _hash(train, test, data_digest), data_digest=data_digest
+    )
+
+
+def _require_enough(examples: int, clients: int, config: PartitionConfig) -> None:
+    if examples < clients * config.min_size:
+        raise DataError(
+            f"{examples} training examples cannot give {clients} clients partition.min_size={config.min_size} each "
+            f"({clients * config.min_size} needed); lower clients or partition.min_size, or raise data.train_size"
+        )
+
+
+def _draw(deal: Deal) -> tuple[Rows, ...]:
+    """Deal, again if chance alone left somebody below `min_size`."""
+    draws = _DRAWS if deal.config.name in REDRAWN else 1
+    reached = 0
+    for _ in range(draws):
+        dealt = tuple(np.sort(rows).astype(np.int64) for rows in PARTITIONERS[deal.config.name](deal))
+        smallest = min(len(rows) for rows in dealt)
+        if smallest >= deal.config.min_size:
+            return dealt
+        reached = max(reached, smallest)
+    raise DataError(_too_small(deal, reached, draws))
+
+
+def _too_small(deal: Deal, reached: int, draws: int) -> str:
+    name = deal.config.name
+    cure = "raise partition.alpha, lower partition.min_size, or lower clients"
+    if name not in REDRAWN:
+        cure = "lower partition.min_size or clients"
+    often = f" in the best of {draws} draws" if draws > 1 else ""
+    alpha = f" with partition.alpha={deal.config.alpha:g}" if name in REDRAWN else ""
+    return (
+        f"partition.name={name}{alpha} leaves a client with {reached} training examples{often}, below "
+        f"partition.min_size={deal.config.min_size}; {cure}"
+    )
+
+
+def _by_share(counts: Rows, test_labels: Rows, generator: np.random.Generator) -> tuple[Rows, ...]:
+    """Deal each label's test rows by its training counts (clients × labels).
+
+    What rounding took from a client with one label it gets first with the next: otherwise many small clients would
+    all be short in the same direction.
+    """
+    clients = len(counts)
+    parts: list[list[Rows]] = [[np.zeros(0, dtype=np.int64)] for _ in range(clients)]
+    owed = generator.random(clients) * 1e-6  # equal claims are met in random order
+    for label in np.flatnonzero(counts.sum(axis=0)):
+        rows = generator.permutation(np.flatnonzero(test_labels == label))
+        quotas = len(rows) * counts[:, label] / counts[:, label].sum()
+        given = np.floor(quotas).astype(np.int64)
+        claims = np.where(quotas > given, quotas - given + owed, -np.inf)
+        given[np.argsort(-claims, kind="stable")[: len(rows) - int(given.sum())]] += 1
+        owed += quotas - given
+        for part, mine in zip(parts, np.split(rows, np.cumsum(given)[:-1]), strict=True):
+            part.append(mine)
+    return tuple(np.sort(np.concatenate(part)) for part in parts)
+
+
+def _by_owner(train: tuple[Rows, ...], train_owners: list[str], test_owners: Sequence[str]) -> tuple[Rows, ...]:
+    client_of = {train_owners[row]: client for client, rows in enumerate(train) for row in rows}
+    clients = np.array([client_of.get(owner, -1) for owner in test_owners], dtype=np.int64)
+    return tuple(np.flatnonzero(clients == client) for client in range(len(train)))
+
+
+def _hash(train: tuple[Rows, ...], test: tuple[Rows, ...], data_digest: str) -> str:
+    digest = hashlib.sha256(data_digest.encode())
+    for parts in (train, test):
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _flat(parts: tuple[Rows, ...]) -> tuple[Rows, Rows]:
+    return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
+
+
+def _parts(rows: Rows, sizes: Rows) -> tuple[Rows, ...]:
+    if sizes.sum() != len(rows):
+        raise ValueError("sizes and rows do not agree")
+    return tuple(np.split(rows, np.cumsum(sizes)[:-1]))

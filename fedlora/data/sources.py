@@ -1,0 +1,182 @@
+"""Loads labelled text: packaged sets, the user's files and folders, and sets of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedlora.config import DataConfig
+from fedlora.data.apportion import largest_remainder
+from fedlora.data.catalogue import KnownSet, Source, check, known, resolve, train_and_test
+from fedlora.errors import DataError
+
+if TYPE_CHECKING:  # `fedlora datasets` imports this module and needs none of these
+    import datasets
+
+    from fedlora.data.columns import RawSplit
+
+__all__ = ["KnownSet", "LabelledText", "check", "known", "load"]
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """Text for classification, in memory, with a training and a test split.
+
+    Both splits have the columns `text` (string), `label` (int64, an index into `labels`) and, as configured, `text_pair`
+    and `client` (strings).
+    """
+
+    name: str
+    origin: str
+    """`packaged`, `file`, `folder` or `hub`."""
+    train: datasets.Dataset
+    test: datasets.Dataset
+    labels: tuple[str, ...]
+    """Names of the classes: as declared by a hub set, otherwise sorted, whole numbers by value."""
+    digest: str
+    """Hash of the content of both splits."""
+
+
+def load(config: DataConfig, seed: int) -> LabelledText:
+    """Read what the configuration names, check every row, and draw the subsamples and the test split it asks for.
+
+    Raises:
+        DataError: nothing of that name; a column, label or text is missing; fewer than two classes; a test label that
+            training has not; an unreadable file. Always one line that names what to change.
+    """
+    from fedlora.data import columns
+
+    source = resolve(config)
+    raw_train, raw_test = _read(source, config)
+    names = columns.column_names(config, source.columns)
+    raw_train = columns.choose(raw_train, names)
+    labels = columns.class_names(raw_train)
+    train = columns.encode(raw_train, labels)
+    if raw_test is None:
+        train, test = _split(train, len(labels), config.test_fraction, seed, raw_train.where)
+    else:
+        test = columns.encode(columns.choose(raw_test, names), labels)
+    train = _subsample(train, config.train_size, seed, "data/train")
+    test = _subsample(test, config.test_size, seed, "data/test")
+    _require_two_classes(train, config)
+    return LabelledText(source.name, source.origin, train, test, labels, _digest(train, test, labels))
+
+
+def _read(source: Source, config: DataConfig) -> tuple[RawSplit, RawSplit | None]:
+    """The splits as they are; no test split for a single file and for hub sets without a labelled one."""
+    from fedlora.data.columns import RawSplit
+    from fedlora.data.files import read_table
+
+    if source.path is None:
+        return _read_hub(source, config)
+    if source.origin == "file":
+        return RawSplit(read_table(source.path), str(source.path)), None
+    train, test = train_and_test(source.path)
+    return RawSplit(read_table(train), str(train)), RawSplit(read_table(test), str(test))
+
+
+def _read_hub(source: Source, config: DataConfig) -> tuple[RawSplit, RawSplit | None]:
+    splits = _download(source)
+    train = "train" if "train" in splits else next(iter(splits))
+    label = source.columns.get("label", "label") if config.label == "label" else config.label
+    for name in ("test", "validation", "dev", "validation_matched"):
+        if name in splits and name != train and _is_labelled(splits[name], label):
+            return _raw(splits[train], source, train, label), _raw(splits[name], source, name, label)
+    return _raw(splits[train], source, train, label), None
+
+
+def _download(source: Source) -> Any:
+    import datasets
+
+    try:
+        try:
+            return datasets.load_dataset(source.hub, source.subset)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            # Sets that were published as a program have a copy as plain files, made by the hub.
+            return datasets.load_dataset(source.hub, source.subset, revision="refs/convert/parquet")
+    except Exception as error:  # whatever the hub, the network or a broken set throws is the user's to mend
+        raise DataError(_hub_failure(source, error)) from error
+
+
+def _hub_failure(source: Source, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+    if isinstance(error, ConnectionError):
+        cure = "Connect to the network, or put train.parquet and test.parquet into a folder and set data.name to it"
+    elif "onfig name is missing" in reason:
+        cure = "Set data.subset to one of them"
+    else:
+        cure = "Check data.name and data.subset, or choose a set of `fedlora datasets`"
+    what = f"{source.hub} ({source.subset})" if source.subset else source.hub
+    return f"data.name={source.name!r}: cannot load {what} from the Hugging Face hub ({reason}). {cure}"
+
+
+def _is_labelled(split: datasets.Dataset, label: str) -> bool:
+    """Whether a split has labels: benchmarks publish theirs as -1."""
+    return label not in split.column_names or bool(len(split)) and split[0][label] not in (-1, None)
+
+
+def _raw(split: datasets.Dataset, source: Source, name: str, label: str) -> RawSplit:
+    from fedlora.data.columns import RawSplit
+
+    feature = split.features.get(label)
+    names = getattr(feature, "names", None)
+    table = split.with_format("arrow")[:]
+    if names and label in table.column_names:
+        unlabelled = int(np.sum(np.asarray(table[label].fill_null(-1)) < 0))
+        if unlabelled:
+            raise DataError(f"{source.hub} {name}: {unlabelled} of {len(split)} examples have no label")
+    return RawSplit(table, f"{source.hub} {name}", tuple(names) if names else None)
+
+
+def _split(
+    data: datasets.Dataset, classes: int, fraction: float, seed: int, where: str
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """A training and a test split, stratified; a class keeps at least one training example."""
+    from fedlora.seeds import numpy_generator
+
+    generator = numpy_generator(seed, "data/split")
+    labels = np.asarray(data["label"])
+    sizes = np.bincount(labels, minlength=classes)
+    wanted = max(1, round(fraction * len(labels)))
+    counts = np.minimum(largest_remainder(wanted, sizes), np.maximum(sizes - 1, 0))
+    if counts.sum() == 0:
+        raise DataError(
+            f"{where} has {len(labels)} examples, too few to keep data.test_fraction={fraction} of them for testing; "
+            "add examples, or give a folder with train and test files"
+        )
+    shuffled = [generator.permutation(np.flatnonzero(labels == label)) for label in range(classes)]
+    test = np.sort(np.concatenate([rows[:count] for rows, count in zip(shuffled, counts, strict=True)]))
+    train = np.setdiff1d(np.arange(len(labels)), test)
+    return data.select(train), data.select(test)
+
+
+def _subsample(data: datasets.Dataset, size: int | None, seed: int, purpose: str) -> datasets.Dataset:
+    from fedlora.seeds import numpy_generator
+
+    if size is None or size >= len(data):
+        return data
+    return data.select(np.sort(numpy_generator(seed, purpose).permutation(len(data))[:size]))
+
+
+def _require_two_classes(train: datasets.Dataset, config: DataConfig) -> None:
+    if len(set(train["label"])) < 2:
+        raise DataError(
+            f"data.train_size={config.train_size} leaves {len(train)} training example(s) of one class, expected at "
+            "least two classes; raise data.train_size"
+        )
+
+
+def _digest(train: datasets.Dataset, test: datasets.Dataset, labels: tuple[str, ...]) -> str:
+    digest = hashlib.sha256(json.dumps(labels).encode())
+    for split in (train, test):
+        for column in sorted(split.column_names):
+            digest.update(json.dumps([column, len(split)]).encode())
+            for start in range(0, len(split), 10_000):
+                digest.update(json.dumps(split[start : start + 10_000][column]).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,255 @@
+"""Text as tokens: made once, kept in a cache that all runs and all worker processes share, mapped into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlora.data.sources import LabelledText
+from fedlora.errors import DataError
+
+if TYPE_CHECKING:  # the library of data sets takes a second to import; a light caller may only want the names here
+    import datasets
+
+_ROWS_AT_A_TIME = 1_000
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TokenisedData:
+    """A tokenised set on disk. The splits have the columns `input_ids`, `length`, `label` and, where there is such a
+    thing, `token_type_ids` and `client`; nothing is padded."""
+
+    path: Path
+    labels: tuple[str, ...]
+    name: str
+    origin: str
+    digest: str
+    """Hash of the text (not of the tokens): equal for two models on the same data."""
+    pad_token_id: int
+    padding_side: str
+    train: datasets.Dataset
+    test: datasets.Dataset
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Some rows of a split in memory: ragged token ids (int32), labels and lengths (int64)."""
+
+    input_ids: list[npt.NDArray[np.int32]]
+    token_type_ids: list[npt.NDArray[np.int32]] | None
+    labels: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def tokenise(text: LabelledText, tokenizer: Any, max_length: int, cache: Path) -> Path:
+    """The folder `cache/tokens-<digest>` with the tokens of both splits, made now unless it is there already.
+
+    Texts (pairs of texts) are cut to `max_length` tokens. The folder appears complete or not at all, so several
+    processes may ask for it at the same time; a damaged one is made again.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    meta = _describe(text, tokenizer)
+    path = cache / f"tokens-{_digest(meta, tokenizer, max_length)}"
+    if _is_complete(path):
+        return path
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _temporary_folder(cache) as folder:
+            for split in ("train", "test"):
+                with _without_progress_bars():
+                    _encode(getattr(text, split), tokenizer, max_length, meta).save_to_disk(str(folder / split))
+            (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            _publish(folder, path)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the token cache {path}: {error.strerror or error}. "
+            "Set FEDLORA_HOME to a folder that can be written and has space"
+        ) from error
+    return path
+
+
+def open_tokens(path: Path) -> TokenisedData:
+    """A tokenised set, mapped into memory: opening costs milliseconds, whatever its size.
+
+    Raises:
+        DataError: there is no such folder, or something in it is missing or damaged.
+    """
+    import datasets
+
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        splits = {split: datasets.load_from_disk(str(path / split)) for split in ("train", "test")}
+        sizes = {split: len(data) for split, data in splits.items()}
+        if meta["format"] != _FORMAT or meta["sizes"] != sizes:
+            raise ValueError(f"it holds {sizes}, expected {meta['sizes']}")
+        fields = {key: meta[key] for key in ("name", "origin", "digest", "pad_token_id", "padding_side")}
+        return TokenisedData(path=path, labels=tuple(meta["labels"]), **fields, **splits)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's errors are ValueError or OSError
+        state = "is damaged" if path.is_dir() else "does not exist"
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(
+            f"the tokenised data {path} {state} ({reason}); run again and it is made from the text once more"
+        ) from error
+
+
+def label_array(split: datasets.Dataset) -> npt.NDArray[np.int64]:
+    """The label of every row (class indices, int64)."""
+    labels: npt.NDArray[np.int64] = split.with_format("arrow")[:]["label"].to_numpy()
+    return labels
+
+
+def client_array(split: datasets.Dataset) -> list[str] | None:
+    """The natural owner of every row, or None where the set has none."""
+    return list(split["client"]) if "client" in split.column_names else None
+
+
+def examples(split: datasets.Dataset, indices: npt.ArrayLike) -> Examples:
+    """The rows at `indices`, in that order, copied out of the mapped file.
+
+    Raises:
+        DataError: an index outside the split.
+    """
+    rows = np.asarray(indices, dtype=np.int64)
+    if len(rows) and (rows.min() < 0 or rows.max() >= len(split)):
+        raise DataError(
+            f"the partition asks for row {rows.max() if rows.max() >= len(split) else rows.min()} of a split with "
+            f"{len(split)} rows; the partition was made for other data"
+        )
+    if not len(rows):
+        return Examples([], None, np.zeros(0, np.int64), np.zeros(0, np.int64))
+    table = split.with_format("arrow")[rows]
+    types = _ragged(table["token_type_ids"]) if "token_type_ids" in table.column_names else None
+    return Examples(
+        _ragged(table["input_ids"]),
+        types,
+        table["label"].to_numpy().astype(np.int64),
+        table["length"].to_numpy().astype(np.int64),
+    )
+
+
+def _ragged(column: Any) -> list[npt.NDArray[np.int32]]:
+    lists = column.combine_chunks()
+    ends = np.cumsum(lists.value_lengths().to_numpy())
+    return np.split(lists.flatten().to_numpy(), ends[:-1])
+
+
+def _describe(text: LabelledText, tokenizer: Any) -> dict[str, Any]:
+    """What is worth knowing about a tokenised set without opening it."""
+    paired = "text_pair" in text.train.column_names
+    types = paired and "token_type_ids" in tokenizer.model_input_names
+    columns = ["input_ids", *(["token_type_ids"] if types else []), "label", "length"]
+    # Models without a padding token never look at the positions that it fills: any id will do.
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return {
+        "format": _FORMAT,
+        "name": text.name,
+        "origin": text.origin,
+        "digest": text.digest,
+        "labels": list(text.labels),
+        "sizes": {"train": len(text.train), "test": len(text.test)},
+        "columns": columns + (["client"] if "client" in text.train.column_names else []),
+        "pad_token_id": pad,
+        "padding_side": tokenizer.padding_side,
+    }
+
+
+def _digest(meta: dict[str, Any], tokenizer: Any, max_length: int) -> str:
+    content = json.dumps([meta, max_length, _tokenizer_content(tokenizer)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _tokenizer_content(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    content = json.loads(backend.to_str())
+    # These two are settings of the last call, not of the tokenizer: they would give a used one another digest.
+    return {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+
+
+def _encode(split: datasets.Dataset, tokenizer: Any, max_length: int, meta: dict[str, Any]) -> datasets.Dataset:
+    import datasets
+    import pyarrow as pa
+    from datasets.table import InMemoryTable
+
+    batches = []
+    for start in range(0, len(split), _ROWS_AT_A_TIME):
+        rows = split[start : start + _ROWS_AT_A_TIME]
+        found = tokenizer(
+            rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length, return_attention_mask=False
+        )
+        # A decoder's tokenizer makes nothing of an empty text, and a model needs at least one position.
+        ids: Sequence[Sequence[int]] = [row or [meta["pad_token_id"]] for row in found["input_ids"]]
+        columns = {"input_ids": pa.array(ids, pa.list_(pa.int32()))}
+        if "token_type_ids" in meta["columns"]:
+            columns["token_type_ids"] = pa.array(found["token_type_ids"], pa.list_(pa.int32()))
+        columns["label"] = pa.array(rows["label"], pa.int64())
+        columns["length"] = pa.array([len(row) for row in ids], pa.int32())
+        if "client" in meta["columns"]:
+            columns["client"] = pa.array(rows["client"], pa.string())
+        batches.append(pa.table(columns))
+    return datasets.Dataset(InMemoryTable(pa.concat_tables(batches)))
+
+
+def _is_complete(path: Path) -> bool:
+    if not (path / "meta.json").is_file():
+        return False
+    try:
+        open_tokens(path)
+    except DataError:
+        return False
+    return True
+
+
+def _publish(folder: Path, path: Path) -> None:
+    """Give a finished folder its name, unless another process was faster; a damaged one makes way."""
+    for _ in range(3):
+        try:
+            folder.rename(path)
+            return
+        except OSError:
+            if _is_complete(path):
+                return
+            if not path.exists():
+                raise
+            shutil.rmtree(path, ignore_errors=True)
+    folder.rename(path)
+
+
+@contextmanager
+def _temporary_folder(parent: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="making-tokens-", dir=parent))
+    try:
+        folder.chmod(0o755)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    import datasets
+
+    enabled = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_progress_bars()

@@ -1,0 +1,84 @@
+"""Errors a user can act on.
+
+Everything that is the user's to mend is a `FedloraError`: one line that names the thing, the value, what was
+expected and what to do. The command line prints that line and nothing else; anything that is *not* a
+`FedloraError` is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class FedloraError(Exception):
+    """Base of all errors whose cause and cure are known; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ConfigError(FedloraError):
+    """A key or value of the configuration is wrong; nothing has been loaded yet."""
+
+    exit_code = 2
+
+
+class DataError(FedloraError):
+    """A data set cannot be read, or cannot be partitioned as asked."""
+
+    exit_code = 2
+
+
+class ModelError(FedloraError):
+    """A model cannot be loaded, or the adapter asked for does not fit it."""
+
+    exit_code = 2
+
+
+class AdapterError(FedloraError):
+    """Adapter weights are malformed: missing module, wrong shape, non-finite value, unreadable file."""
+
+    exit_code = 2
+
+
+class RunFolderError(FedloraError):
+    """A run folder cannot be written, or does not hold what it should."""
+
+
+class TrackingError(FedloraError):
+    """The tracking store does not answer or refuses what is written."""
+
+
+class WorkerError(FedloraError):
+    """A worker process died under a job (out of memory, killed); the job may be tried again."""
+
+
+class RunAborted(FedloraError):
+    """A run stopped part-way; what was finished is kept in its folder."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint ` Did you mean 'x'?` with the nearest of `known`, or an empty string when nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write `path` into one line that says what to do.
+
+    Raises:
+        RunFolderError: no space, no permission, a read-only file system, or a file where a folder should be.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise RunFolderError(
+                f"no space left while saving {path}; what was saved before is intact. "
+                "Free some space, then run again with the same --run-dir to continue."
+            ) from error
+        raise RunFolderError(f"cannot write {path}: {error.strerror or error}. Choose another --run-dir.") from error

@@ -1,0 +1,113 @@
+"""What a finished run leaves for people and other programs: the adapter as a PEFT folder, tables and figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora import metrics, plots, rounds
+from fedlora.adapter import Adapter, write_peft_folder
+from fedlora.errors import saving
+from fedlora.evaluation import Scores
+from fedlora.runfolder import RunFolder
+from fedlora.strategies import registry
+
+
+def final(run: RunFolder) -> None:
+    """Write `adapter/`, `tables/` and `figures/` of a finished run.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    with saving(run.path):
+        adapter(run, run.config.rounds, run.path / "adapter")
+        run.write_json("tables/divergence.json", divergence_table(run))
+        run.write_json("tables/clients.json", clients_table(run))
+        plots.rounds_figure({run.config.strategy: rounds.records(run)}, run.path / "figures" / "rounds.png")
+
+
+def adapter(run: RunFolder, number: int, folder: Path) -> None:
+    """The adapter after a round as a PEFT folder; one folder `client-NNN/` each where clients keep their own."""
+    state, config = run.read_state(number), run.config
+    personal = registry.make(config.strategy, config.strategy_options).personal
+    if not personal:
+        _adapter_folder(run, number, state.adapter, folder)
+    for client, own in sorted(state.personal.items()):
+        _adapter_folder(run, number, own, folder / f"client-{client:03d}")
+
+
+def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path) -> None:
+    setup, peft_config = run.read_json("setup.json"), run.read_json("adapter_config.json")
+    write_peft_folder(weights, folder, peft_config, _card(run, number))
+    content = {"model": run.config.model.model_dump(mode="json"), "labels": setup["labels"], "round": number}
+    content |= {"max_length": run.config.data.max_length, "strategy": run.config.strategy}
+    (folder / "fedlora.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _card(run: RunFolder, number: int) -> str:
+    config = run.config
+    record = rounds.read_record(run, number)
+    scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in (record.metrics if record else {}).items() if "/" in name and name.split("/")[0] in ("global", "local", "gap", "rho"))
+    return f"""---
+library_name: peft
+base_model: {config.model.name}
+tags: [lora, federated, {config.strategy}]
+---
+# {config.strategy} on {config.data.name}, round {number} of {config.rounds}
+
+A LoRA adapter (rank {config.lora.rank}, alpha {config.lora.alpha:g}) trained by {config.clients} clients
+(`{config.partition.name}` partition, seed {config.seed}) and combined by `{config.strategy}`.
+
+```python
+import fedlora
+model, tokenizer, labels = fedlora.load_adapter("this folder")
+```
+
+With PEFT alone: `PeftModel.from_pretrained(base, "this folder")`, where `base` is
+`fedlora.load_base("{config.model.name}", labels={len((run.read_json("setup.json") or {}).get("labels", []))})`
+(pooling and classifier as in training).
+
+| metric | value |
+|---|---|
+{scores}
+"""
+
+
+def divergence_table(run: RunFolder) -> list[dict[str, Any]]:
+    """A row per round and module: ρ, floor, excess, effective clients, R, P, Q."""
+    rows = []
+    for number in run.finished_rounds()[1:]:
+        outcome = run.read_json(f"{run.state_stem(number)}.json")
+        for module, values in outcome["divergence"].items():
+            kept = ("rho", "floor", "excess", "effective_clients", "R", "P", "Q", "dispersion")
+            rows.append({"round": number, "module": module, **{name: values[name] for name in kept}})
+    return rows
+
+
+def clients_table(run: RunFolder) -> list[dict[str, Any]]:
+    """A row per round and client: examples, rank, first and last loss, local accuracy, seconds, bytes, status."""
+    rows = []
+    for record in rounds.records(run)[1:]:
+        for client in record.clients:
+            entry = run.read_json(f"{run.client_stem(record.round, client)}.json")
+            scores = Scores.from_json(entry["local"]) if entry["local"] else None
+            sent = metrics.Bytes(**entry["bytes"])
+            rows.append(
+                {
+                    "round": record.round,
+                    "client": client,
+                    "examples": entry["examples"],
+                    "rank": entry["rank"],
+                    "loss_first": entry["losses"][0],
+                    "loss": float(np.mean(entry["losses"][-5:])),
+                    "accuracy": scores.accuracy if scores and scores.examples else None,
+                    "seconds": entry["seconds"],
+                    "bytes_up": sent.up_adapter + sent.up_head,
+                    "bytes_down": sent.down_adapter + sent.down_head + sent.down_base,
+                    "status": "completed",
+                }
+            )
+    return rows

@@ -1,0 +1,50 @@
+"""Using a trained adapter: the base model as it was in training, with the adapter on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedlora import model as models
+from fedlora.config import ModelConfig
+from fedlora.errors import AdapterError
+
+
+def load_base(name: str, labels: int | list[str], **options: Any) -> Any:
+    """The base classifier that adapters are trained on, for `PeftModel.from_pretrained(base, folder)`.
+
+    Args:
+        name: packaged name, Hugging Face id or folder.
+        labels: their names, or how many there are.
+        options: `pooling`, `dtype`, `revision` as in the configuration.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    config = ModelConfig(name=name, **options)
+    names = [str(index) for index in range(labels)] if isinstance(labels, int) else labels
+    return models.load_base(config, names, models.load_tokenizer(config).pad_token_id)
+
+
+def load_adapter(folder: str | Path) -> tuple[Any, Any, list[str]]:
+    """The model with the adapter in `folder` on it, its tokenizer and the names of its labels, ready for inference.
+
+    Raises:
+        AdapterError: the folder was not written by fedlora.
+        ModelError: the base model cannot be loaded.
+    """
+    from peft import PeftModel
+
+    path = Path(folder)
+    try:
+        content = json.loads((path / "fedlora.json").read_text())
+        config = ModelConfig.model_validate(content["model"])
+    except (OSError, ValueError, KeyError) as error:
+        raise AdapterError(
+            f"{path} holds no readable fedlora.json ({error}); for adapters from elsewhere use "
+            "PeftModel.from_pretrained(base, folder) with your own base"
+        ) from None
+    tokenizer = models.load_tokenizer(config)
+    base: Any = models.load_base(config, content["labels"], tokenizer.pad_token_id)
+    return PeftModel.from_pretrained(base, str(path)).eval(), tokenizer, content["labels"]

@@ -1,0 +1,199 @@
+"""The heavy work of a run, each piece a function that a worker slot executes.
+
+Arguments are the run folder's path and small numbers; results are small values, tensors stay in the run folder. A piece
+that is already done, and whole, is not done again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlora import client, evaluation, home
+from fedlora.adapter import wire_size
+from fedlora.data import sources, tokens
+from fedlora.data.partition import Partition, partition
+from fedlora.data.picture import draw
+from fedlora.metrics import Bytes
+from fedlora.model import ResidentModel, load_tokenizer
+from fedlora.runfolder import RunFolder
+from fedlora.strategies import registry
+from fedlora.strategies.base import ServerState
+from fedlora.workers import Workbench
+
+
+def warm_up(bench: Workbench) -> None:
+    """Import what the other jobs need, while the server still does something else."""
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+
+def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
+    """Read, tokenise (once per data set, model and length; shared by runs) and partition; returns the partition's summary.
+
+    Raises:
+        DataError: the data cannot be read, or not be partitioned as asked.
+    """
+    run = RunFolder(folder)
+    config = run.config
+    summary = run.read_json("partition.json")
+    if isinstance(summary, dict) and (run.path / "partition.npz").is_file() and _data_is_there(run):
+        return summary
+    text = sources.load(config.data, config.seed)
+    tokenizer = load_tokenizer(config.model)
+    path = tokens.tokenise(text, tokenizer, config.data.max_length, home.cache())
+    data = bench.keep("data", path, lambda: tokens.open_tokens(path))
+    parts = partition(
+        config.partition,
+        config.clients,
+        config.seed,
+        tokens.label_array(data.train),
+        tokens.label_array(data.test),
+        data.labels,
+        data.digest,
+        tokens.client_array(data.train),
+        tokens.client_array(data.test),
+    )
+    parts.save(run.path / "partition.npz")
+    draw(parts, run.path / "figures" / "partition.png")
+    run.write_json(
+        "setup.json",
+        {
+            "tokens": str(path),
+            "labels": list(data.labels),
+            "pad_token_id": data.pad_token_id,
+            "padding_side": tokenizer.padding_side,
+            "data": {"name": data.name, "origin": data.origin, "digest": data.digest},
+            "examples": {"train": len(data.train), "test": len(data.test)},
+        },
+    )
+    run.write_json("partition.json", parts.summary())
+    return parts.summary()
+
+
+def _data_is_there(run: RunFolder) -> bool:
+    setup = run.read_json("setup.json")
+    return isinstance(setup, dict) and Path(setup["tokens"]).is_dir()
+
+
+def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
+    """Attach a fresh adapter to the base model and save it as the state before training; returns its size.
+
+    Raises:
+        ModelError: the model cannot be loaded, or the adapter does not fit it.
+    """
+    run = RunFolder(folder)
+    if record := run.read_record(run.state_stem(0)):
+        return record
+    model = bench.renew("model", _model_key(run, bench), lambda: _build(run, bench))
+    run.write_json("adapter_config.json", model.peft_config())
+    adapter = model.read()
+    shapes = {name: {"d_out": p.B.shape[0], "d_in": p.A.shape[1], "rank": p.rank} for name, p in adapter.factors.items()}
+    return run.write_state(
+        ServerState(adapter),
+        {
+            "modules": shapes,
+            "adapter_parameters": sum(p.A.numel() + p.B.numel() for p in adapter.factors.values()),
+            "head_parameters": sum(tensor.numel() for tensor in adapter.head.values()),
+            "base_parameters": sum(p.numel() for p in model.peft.get_base_model().parameters()),
+        },
+    )
+
+
+def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int) -> dict[str, Any]:
+    """Train one client in round `number` (from 1) and score its model on its own test examples; returns its record.
+
+    Raises:
+        RunAborted: training diverged.
+    """
+    run = RunFolder(folder)
+    stem = run.client_stem(number, client_id)
+    if record := run.read_record(stem):
+        return record
+    config = run.config
+    strategy = registry.make(config.strategy, config.strategy_options)
+    plan = strategy.plan(number)
+    start = strategy.broadcast(run.read_state(number - 1), client_id)
+    data, parts, model = _data(run, bench), _partition(run, bench), _model(run, bench)
+    trained = client.train(
+        model,
+        start,
+        tokens.examples(data.train, parts.train[client_id]),
+        config.training,
+        client.Turn(config.seed, number, client_id),
+        plan.trains,
+        data.pad_token_id,
+        data.padding_side,
+    )
+    down, up = wire_size(start, plan.sends), wire_size(trained.adapter, plan.sends)
+    return run.write_tensors(
+        stem,
+        trained.adapter.tensors(),
+        {
+            "round": number,
+            "client": client_id,
+            "examples": len(parts.train[client_id]),
+            "rank": trained.adapter.rank,
+            "losses": trained.losses,
+            "seconds": trained.seconds,
+            "bytes": asdict(Bytes(up_adapter=up[0], up_head=up[1], down_adapter=down[0], down_head=down[1])),
+            "local": _score(bench, run, parts.test[client_id]) if config.evaluation.local else None,
+        },
+    )
+
+
+def evaluate(bench: Workbench, folder: Path, number: int, part: dict[str, Any]) -> dict[str, Any]:
+    """Score the broadcast after round `number` on one part of the test set (see `fedlora.rounds.evaluation_parts`)."""
+    run = RunFolder(folder)
+    config = run.config
+    strategy = registry.make(config.strategy, config.strategy_options)
+    state = run.read_state(number)
+    model = _model(run, bench)
+    model.load(state.adapter if part["client"] is None else strategy.broadcast(state, part["client"]))
+    if part["split"] == "local":
+        rows = _partition(run, bench).test[part["client"]]
+    else:
+        rows = np.arange(len(_data(run, bench).test), dtype=np.int64)[part["start"] :: part["step"]]
+    return _score(bench, run, rows)
+
+
+def _score(bench: Workbench, run: RunFolder, rows: np.ndarray) -> dict[str, Any]:
+    data, batch_size = _data(run, bench), run.config.evaluation.batch_size
+    model = _model(run, bench)
+    examples = tokens.examples(data.test, rows)
+    return evaluation.evaluate(
+        model, examples, len(data.labels), batch_size, data.pad_token_id, data.padding_side
+    ).to_json()
+
+
+def _data(run: RunFolder, bench: Workbench) -> tokens.TokenisedData:
+    path = Path(_setup(run, bench)["tokens"])
+    return bench.keep("data", path, lambda: tokens.open_tokens(path))
+
+
+def _partition(run: RunFolder, bench: Workbench) -> Partition:
+    return bench.keep("partition", run.path, lambda: Partition.load(run.path / "partition.npz"))
+
+
+def _setup(run: RunFolder, bench: Workbench) -> dict[str, Any]:
+    return bench.keep("setup", run.path, lambda: run.read_json("setup.json") or {})
+
+
+def _model(run: RunFolder, bench: Workbench) -> ResidentModel:
+    """The resident base model with an adapter attached; the same for all runs on this model, adapter and label set."""
+    return bench.keep("model", _model_key(run, bench), lambda: _build(run, bench))
+
+
+def _model_key(run: RunFolder, bench: Workbench) -> str:
+    config = run.config
+    return f"{config.model.model_dump_json()} {config.lora.model_dump_json()} {_setup(run, bench)['labels']}"
+
+
+def _build(run: RunFolder, bench: Workbench) -> ResidentModel:
+    config, setup, device = run.config, _setup(run, bench), torch.device(bench.device)
+    return ResidentModel.build(config.model, config.lora, setup["labels"], setup["pad_token_id"], config.seed, device)

@@ -1,0 +1,124 @@
+"""The metrics of a round and their names, defined once: the loop, MLflow, the tables and the plots use these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedlora.divergence import Divergence
+from fedlora.evaluation import Scores
+
+GLOBAL_ACCURACY = "global/accuracy"
+GLOBAL_LOSS = "global/loss"
+GLOBAL_MACRO_F1 = "global/macro_f1"
+LOCAL_ACCURACY = "local/accuracy"
+LOCAL_ACCURACY_P10 = "local/accuracy_p10"
+LOCAL_ACCURACY_WORST = "local/accuracy_worst"
+GAP_ACCURACY = "gap/accuracy"
+RHO_MODEL = "rho/model"
+RHO_FLOOR = "rho/floor"
+RHO_EXCESS = "rho/excess"
+RHO_EFFECTIVE_CLIENTS = "rho/effective_clients"
+ABO_R = "abo/R"
+ABO_P = "abo/P"
+ABO_Q = "abo/Q"
+ABO_DISPERSION = "abo/dispersion"
+BYTES_TOTAL = "bytes/total"
+CLIENTS_SELECTED = "clients/selected"
+CLIENTS_COMPLETED = "clients/completed"
+TIME_TRAIN = "time/train_s"
+TIME_AGGREGATE = "time/aggregate_s"
+TIME_EVALUATE = "time/evaluate_s"
+TIME_ROUND = "time/round_s"
+
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What crossed the wire in a round, in bytes, serialised as sent; adapter, head and base update apart."""
+
+    up_adapter: int = 0
+    up_head: int = 0
+    down_adapter: int = 0
+    down_head: int = 0
+    down_base: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.up_adapter + self.up_head + self.down_adapter + self.down_head + self.down_base
+
+
+def of_global(scores: Scores) -> dict[str, float]:
+    """Scores of the broadcast model on the full test set."""
+    return {GLOBAL_ACCURACY: scores.accuracy, GLOBAL_LOSS: scores.loss, GLOBAL_MACRO_F1: scores.macro_f1}
+
+
+def of_local(clients: Sequence[Scores]) -> dict[str, float]:
+    """Mean, 10th percentile and worst of the clients' accuracies on their own test examples; nothing without any."""
+    accuracies = [scores.accuracy for scores in clients if scores.examples]
+    if not accuracies:
+        return {}
+    return {
+        LOCAL_ACCURACY: float(np.mean(accuracies)),
+        LOCAL_ACCURACY_P10: float(np.percentile(accuracies, 10)),
+        LOCAL_ACCURACY_WORST: float(np.min(accuracies)),
+    }
+
+
+def gap(metrics: Metrics) -> dict[str, float]:
+    """Local minus global accuracy, where both were measured."""
+    if LOCAL_ACCURACY not in metrics or GLOBAL_ACCURACY not in metrics:
+        return {}
+    return {GAP_ACCURACY: metrics[LOCAL_ACCURACY] - metrics[GLOBAL_ACCURACY]}
+
+
+def of_divergence(divergence: Divergence) -> dict[str, float]:
+    """ρ, floor, excess, effective clients and the two convergence conditions of the model."""
+    return {
+        RHO_MODEL: divergence.rho,
+        RHO_FLOOR: divergence.floor,
+        RHO_EXCESS: divergence.excess,
+        RHO_EFFECTIVE_CLIENTS: divergence.effective_clients,
+        ABO_R: divergence.R,
+        ABO_P: divergence.P,
+        ABO_Q: divergence.Q,
+        ABO_DISPERSION: divergence.dispersion,
+    }
+
+
+def of_bytes(sent: Bytes, before: float) -> dict[str, float]:
+    """Bytes of the round by kind, and of all rounds so far (`before` is the total up to the last round)."""
+    return {
+        "bytes/up_adapter": sent.up_adapter,
+        "bytes/up_head": sent.up_head,
+        "bytes/down_adapter": sent.down_adapter,
+        "bytes/down_head": sent.down_head,
+        "bytes/down_base": sent.down_base,
+        BYTES_TOTAL: before + sent.total,
+    }
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A finished round: its number (0 is before training), when it ended (ms since 1970), clients and metrics."""
+
+    round: int
+    timestamp_ms: int
+    clients: tuple[int, ...]
+    metrics: Metrics
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "round": self.round,
+            "timestamp_ms": self.timestamp_ms,
+            "clients": list(self.clients),
+            "metrics": dict(self.metrics),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> RoundRecord:
+        return cls(content["round"], content["timestamp_ms"], tuple(content["clients"]), content["metrics"])

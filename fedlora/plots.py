@@ -1,0 +1,69 @@
+"""Pictures of runs over rounds (matplotlib, drawn without a display)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedlora import metrics
+from fedlora.metrics import RoundRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = {
+    "fedit": "#4c78a8",
+    "ffa-lora": "#b279a2",
+    "flora-na": "#e45756",
+    "svd": "#54a24b",
+    "local": "#79706e",
+}
+_SPARE = ("#f58518", "#72b7b2", "#eeca3b", "#9d755d", "#ff9da6", "#1f77b4", "#17becf", "#bcbd22")
+
+
+def colour(strategy: str) -> str:
+    """The colour of a strategy, everywhere the same."""
+    return _COLOURS.get(strategy) or _SPARE[sum(strategy.encode()) % len(_SPARE)]
+
+
+def rounds_figure(
+    runs: Mapping[str, Sequence[RoundRecord]], path: Path, colours: Mapping[str, str] | None = None, title: str = ""
+) -> None:
+    """Global accuracy and divergence against rounds, one line per run (key: its label).
+
+    Args:
+        runs: the rounds' records of each run.
+        path: the PNG to write.
+        colours: by label; the strategy's colour where the label is a strategy.
+        title: above both panels.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for label, records in runs.items():
+        shade = (colours or {}).get(label) or colour(label)
+        _line(left, records, metrics.GLOBAL_ACCURACY, label, shade)
+        _line(right, records, metrics.RHO_MODEL, label, shade)
+        _line(right, records, metrics.RHO_FLOOR, None, shade, ":")
+    left.set(xlabel="round", ylabel="global test accuracy", title="Accuracy", ylim=(0, 1))
+    right.set(xlabel="round", ylabel="ρ  (relative error of the aggregate)", title="Divergence; dotted: floor of rank r")
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(frameon=False)
+    if title:
+        figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _line(
+    axes: Axes, records: Sequence[RoundRecord], name: str, label: str | None, shade: str, style: str = "-"
+) -> None:
+    points = [(record.round, record.metrics[name]) for record in records if name in record.metrics]
+    if points:
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, style, color=shade, label=label, marker="o" if style == "-" else None, markersize=3)

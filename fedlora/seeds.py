@@ -1,0 +1,33 @@
+"""Random draws keyed by (seed, purpose, round, client).
+
+No draw depends on the order in which clients happen to run, on how many workers there are, or on what was drawn
+before: this is what makes a resumed run equal to an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+
+def key(seed: int, purpose: str, round_number: int = 0, client: int = 0) -> int:
+    """A 63-bit integer that names one stream of random numbers."""
+    text = f"{seed}/{purpose}/{round_number}/{client}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def numpy_generator(seed: int, purpose: str, round_number: int = 0, client: int = 0) -> np.random.Generator:
+    """A NumPy generator for one purpose; equal keys give equal streams."""
+    return np.random.default_rng(key(seed, purpose, round_number, client))
+
+
+def torch_generator(seed: int, purpose: str, round_number: int = 0, client: int = 0) -> torch.Generator:
+    """A CPU torch generator for one purpose; equal keys give equal streams."""
+    return torch.Generator().manual_seed(key(seed, purpose, round_number, client))
+
+
+def seed_torch(seed: int, purpose: str, round_number: int = 0, client: int = 0) -> None:
+    """Seed torch's global generators (CPU and every accelerator), which dropout draws from."""
+    torch.manual_seed(key(seed, purpose, round_number, client))

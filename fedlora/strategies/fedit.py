@@ -1,0 +1,17 @@
+"""FedIT: the mean of each factor."""
+
+from __future__ import annotations
+
+from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.updates import Updates
+
+
+class FedIT(Strategy):
+    """`B̄ = Σ w_u B_u`, `Ā = Σ w_u A_u` (product-sum). arXiv 2305.05644."""
+
+    name, family, exact = "fedit", Family.PRODUCT_SUM, False
+    summary = "mean of each factor; the product of means is not the mean of products"
+    source = "arXiv 2305.05644"
+
+    def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
+        return state.with_factors({module: updates.mean_factors(module) for module in updates.modules})

@@ -1,0 +1,85 @@
+"""Names of strategies and where they live; third parties add theirs through the entry-point group `fedlora.strategies`.
+
+Looking up names imports nothing heavy: a strategy's module is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from fedlora.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from fedlora.strategies.base import Strategy
+
+GROUP = "fedlora.strategies"
+
+_BUILTIN = {
+    "fedit": "fedlora.strategies.fedit:FedIT",
+    "ffa-lora": "fedlora.strategies.ffa_lora:FFALoRA",
+    "flora-na": "fedlora.strategies.flora_na:FLoRANA",
+    "svd": "fedlora.strategies.svd:SVD",
+    "local": "fedlora.strategies.local:Local",
+}
+
+
+@cache
+def _locations() -> dict[str, str]:
+    plugins = {point.name: point.value for point in entry_points(group=GROUP)}
+    return plugins | _BUILTIN
+
+
+def names() -> list[str]:
+    """All strategy names, our own first."""
+    return list(_BUILTIN) + sorted(set(_locations()) - set(_BUILTIN))
+
+
+def find(name: str) -> type[Strategy]:
+    """The class of a strategy.
+
+    Raises:
+        ConfigError: no such strategy, or a plug-in that cannot be imported.
+    """
+    if name not in _locations():
+        raise ConfigError(f"unknown strategy '{name}'.{did_you_mean(name, names())} Known: {', '.join(names())}.")
+    module, _, attribute = _locations()[name].partition(":")
+    try:
+        found: type[Strategy] = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"strategy '{name}' comes from a plug-in that cannot be loaded: {error}") from error
+    return found
+
+
+def make(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
+    """A strategy with its options checked.
+
+    Raises:
+        ConfigError: unknown strategy or option, or a value that the option does not allow.
+    """
+    strategy = find(name)
+    try:
+        return strategy(strategy.Options.model_validate(dict(options or {})))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        known = sorted(strategy.Options.model_fields)
+        hint = did_you_mean(key, known) if first["type"] == "extra_forbidden" else ""
+        raise ConfigError(
+            f"strategy_options.{key}={first['input']!r} of strategy '{name}': {first['msg']}.{hint} "
+            f"Options: {', '.join(known) or 'none'}."
+        ) from None
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise what `make` would; free of heavy imports while there are no options to check."""
+    if options:
+        try:
+            make(name, options)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None

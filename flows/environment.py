@@ -1,0 +1,102 @@
+"""Settings of Prefect, MLflow, Hugging Face and the thread libraries that must be in place *before* they are imported.
+
+What the user has set always wins; the defaults keep everything under `fedlora.home` and off the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+
+from fedlora import home
+
+Process = tuple[int, float]
+"""A process id with the time its process started, which tells it from a later process with the same id."""
+
+
+@dataclass(frozen=True)
+class Services:
+    """Servers that `fedlora up` started: URLs, and for each process its id and start time."""
+
+    prefect_url: str
+    """Address of the Prefect API, as in `PREFECT_API_URL`: it ends in `/api`."""
+    mlflow_url: str
+    processes: dict[str, Process]
+    """By name: `prefect`, `mlflow`, `worker`."""
+
+    def save(self) -> None:
+        """Write the record whole or not at all: `down` relies on it."""
+        record = home.services_file()
+        record.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = record.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(asdict(self), indent=2))
+        unfinished.replace(record)
+
+    def alive(self) -> dict[str, Process]:
+        """Those of the recorded processes that still run."""
+        return {name: process for name, process in self.processes.items() if is_alive(process)}
+
+
+def is_alive(process: Process) -> bool:
+    """Whether exactly this process still runs: neither finished, nor replaced by a stranger with its id."""
+    import psutil
+
+    pid, started = process
+    try:
+        found = psutil.Process(pid)
+        return bool(abs(found.create_time() - started) <= 1 and found.status() != psutil.STATUS_ZOMBIE)
+    except (psutil.Error, ValueError):
+        return False
+
+
+def recorded_services() -> Services | None:
+    """What the last `fedlora up` wrote down, whether or not it still runs."""
+    try:
+        content = json.loads(home.services_file().read_text())
+        return Services(
+            str(content["prefect_url"]),
+            str(content["mlflow_url"]),
+            {str(name): (int(pid), float(started)) for name, (pid, started) in content["processes"].items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def running_services() -> Services | None:
+    """The servers of `fedlora up` if they are recorded and their processes still live."""
+    services = recorded_services()
+    return services if services and {"prefect", "mlflow"} <= services.alive().keys() else None
+
+
+def defaults(console_level: str = "ERROR") -> dict[str, str]:
+    """Environment variables that a process of ours gets unless the user has set them."""
+    root = home.home()
+    found = {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home.prefect_database()}",
+        "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(root / "prefect-results"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": console_level,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    if os.environ.get("PREFECT_API_DATABASE_CONNECTION_URL"):  # the older name of the same setting, which Prefect reads
+        del found["PREFECT_SERVER_DATABASE_CONNECTION_URL"]
+    return found
+
+
+def prepare(console_level: str = "ERROR") -> None:
+    """Fill in environment variables that are not set; call before importing prefect, mlflow, transformers or torch."""
+    for name, value in defaults(console_level).items():
+        os.environ.setdefault(name, value)
+    services = recorded_services()
+    alive = services.alive() if services else {}
+    # Each on its own: next to a live server, an ephemeral one on the same database would compete for its lock.
+    if services and "prefect" in alive:
+        os.environ.setdefault("PREFECT_API_URL", services.prefect_url)
+    if services and "mlflow" in alive:
+        os.environ.setdefault("MLFLOW_TRACKING_URI", services.mlflow_url)

@@ -1,0 +1,253 @@
+"""`fedlora up` and `down` with real servers on free loopback ports, in a home of their own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from fedlora import home
+from fedlora.errors import ConfigError, FedloraError
+from flows import processes
+from flows.environment import Services, is_alive, recorded_services, running_services
+from flows.services import POOL, ServiceError, deploy, down, status, up
+
+STAND_IN = '''
+import os
+from pathlib import Path
+from prefect import flow
+
+
+@flow
+def federated(word: str = "done") -> None:
+    """Leave a trace of where and how it ran."""
+    text = "\\n".join([word, os.getcwd(), os.environ["MLFLOW_TRACKING_URI"]])
+    Path(os.environ["FEDLORA_HOME"], "trace").write_text(text)
+'''
+OURS = ("PREFECT_", "MLFLOW_", "FEDLORA_")
+
+
+@dataclass
+class Live:
+    """The servers that most tests share."""
+
+    services: Services
+    source: Path
+    said: list[str]
+
+
+def free_ports() -> tuple[int, int]:
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        return first.getsockname()[1], second.getsockname()[1]
+
+
+def descendants() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE}
+
+
+def marked() -> list[int]:
+    """Whatever runs anywhere on this machine for the home in use, children of children included."""
+    marks = {processes._mark(name) for name in ("prefect", "mlflow", "worker")}
+    return [process.pid for process in psutil.process_iter() if processes._marked(process, marks)]
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def set_home(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    for name in [name for name in os.environ if name.startswith(OURS)]:
+        patch.delenv(name)
+    patch.setenv("FEDLORA_HOME", str(folder))
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    set_home(monkeypatch, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    source = tmp_path_factory.mktemp("source")
+    (source / "flows").mkdir()
+    (source / "flows" / "federated.py").write_text(STAND_IN)
+    with pytest.MonkeyPatch.context() as patch:
+        set_home(patch, tmp_path_factory.mktemp("a home"))  # with a space, as on some desktops
+        said: list[str] = []
+        services = up(*free_ports(), report=said.append, source=source)
+        try:
+            yield Live(services, source, said)
+        finally:
+            down(report=said.append)
+
+
+def post(live: Live, path: str, body: dict[str, object]) -> dict[str, object]:
+    answer = httpx.post(f"{live.services.prefect_url}{path}", json=body).raise_for_status().json()
+    assert isinstance(answer, dict)
+    return answer
+
+
+def test_up_starts_servers_pool_and_worker(live: Live) -> None:
+    page = live.services.prefect_url.removesuffix("/api")
+    assert httpx.get(page, follow_redirects=True).text.lstrip().lower().startswith("<!doctype html>")
+    assert httpx.get(live.services.mlflow_url).is_success
+    pool = httpx.get(f"{live.services.prefect_url}/work_pools/{POOL}").json()
+    assert pool["type"] == "process" and pool["base_job_template"]["variables"]
+    assert recorded_services() == running_services() == live.services
+    assert [service.state for service in status()] == ["running"] * 3
+    assert any(page in line for line in live.said) and any(live.services.mlflow_url in line for line in live.said)
+
+
+def test_the_deployment_runs_in_its_source_folder(live: Live) -> None:
+    deployment = httpx.get(f"{live.services.prefect_url}/deployments/name/federated/custom").raise_for_status().json()
+    post(live, f"/deployments/{deployment['id']}/create_flow_run", {"parameters": {"word": "hello"}})
+    trace = home.home() / "trace"
+    assert eventually(lambda: trace.exists() and len(trace.read_text().splitlines()) == 3)
+    assert trace.read_text().splitlines() == ["hello", str(live.source), live.services.mlflow_url]
+
+
+def test_artifacts_show_however_they_were_written(live: Live) -> None:
+    from mlflow import MlflowClient
+
+    direct, server = MlflowClient(f"sqlite:///{home.mlflow_database()}"), MlflowClient(live.services.mlflow_url)
+    experiments = [
+        direct.create_experiment("direct", artifact_location=str(home.mlflow_artifacts())),
+        server.create_experiment("server"),
+    ]
+    for experiment in experiments:
+        for client in (direct, server):
+            run = client.create_run(experiment).info
+            client.log_text(run.run_id, "weights", "adapter/file.txt")
+            assert run.artifact_uri.startswith(str(home.mlflow_artifacts()))
+            query = {"run_uuid": run.run_id, "path": "adapter/file.txt"}
+            assert httpx.get(f"{live.services.mlflow_url}/get-artifact", params=query).text == "weights"
+
+
+def test_second_up_reports_and_starts_nothing(live: Live) -> None:
+    before, said = descendants(), []
+    assert up(report=said.append, source=live.source) == live.services  # the default ports do not matter
+    assert descendants() == before
+    assert "already running" in said[0] and any(live.services.mlflow_url in line for line in said)
+
+
+def test_up_replaces_what_died_and_what_it_left_behind(live: Live) -> None:
+    """A killed MLflow server leaves its web server behind, which holds the port."""
+    victim = psutil.Process(live.services.processes["mlflow"][0])
+    orphans = victim.children(recursive=True)
+    assert orphans
+    victim.kill()
+    victim.wait()
+    assert [service.state for service in status()] == ["running", "stopped", "running"]
+    port = int(live.services.mlflow_url.rpartition(":")[2])
+    services = up(mlflow_port=port, report=live.said.append, source=live.source)
+    kept = ("prefect", "worker")
+    assert {name: services.processes[name] for name in kept} == {name: live.services.processes[name] for name in kept}
+    assert services.mlflow_url == live.services.mlflow_url and httpx.get(f"{services.mlflow_url}/health").is_success
+    assert not any(orphan.is_running() for orphan in orphans)
+
+
+def test_deploying_a_missing_flow_says_why(live: Live, tmp_path: Path) -> None:
+    with pytest.raises(ServiceError, match=r"(?s)flows/federated.py:federated.*No such file|not found"):
+        deploy(live.services.prefect_url, tmp_path)
+
+
+def test_down_stops_all_and_keeps_the_databases(live: Live) -> None:
+    """Last of the tests on shared servers."""
+    assert marked()
+    said: list[str] = []
+    down(report=said.append)
+    assert "stopped" in said[0] and str(home.home()) in said[0]
+    assert marked() == [] and not home.services_file().exists() and status() == []
+    assert home.prefect_database().exists() and home.mlflow_database().exists()
+    down(report=said.append)
+    assert "nothing to stop" in said[1]
+
+
+@pytest.mark.parametrize("which", ["prefect", "mlflow"])
+def test_port_in_use_is_refused_and_nothing_is_left(own_home: Path, which: str) -> None:
+    before = descendants()
+    ports = dict(zip(("prefect", "mlflow"), free_ports(), strict=True))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", ports[which]))
+        taken.listen()
+        with pytest.raises(ConfigError, match=rf"port {ports[which]} .* is in use.*--{which}-port \d+") as refused:
+            up(ports["prefect"], ports["mlflow"])
+    assert "\n" not in str(refused.value)
+    assert descendants() == before and not home.services_file().exists()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "::", "example.org", ""])
+def test_host_that_others_reach_is_refused(own_home: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match="no authentication"):
+        up(*free_ports(), host=host)
+    assert list(own_home.iterdir()) == []
+
+
+@pytest.mark.parametrize(("prefect", "mlflow"), [(0, 5000), (4200, 70000), (4200, 4200)])
+def test_senseless_ports_are_refused(own_home: Path, prefect: int, mlflow: int) -> None:
+    with pytest.raises(ConfigError, match="--(prefect|mlflow)-port"):
+        up(prefect, mlflow)
+
+
+def test_a_server_that_dies_takes_the_others_with_it(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "nosuchstore://x")
+    with pytest.raises(FedloraError, match=r"(?s)MLflow server stopped while starting.*nosuchstore"):
+        up(*free_ports(), report=lambda line: None)
+    assert marked() == [] and not home.services_file().exists()
+
+
+def test_unwritable_home_is_one_line(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own_home / "file").touch()
+    monkeypatch.setenv("FEDLORA_HOME", str(own_home / "file" / "below"))
+    with pytest.raises(ServiceError, match="FEDLORA_HOME"):
+        up(*free_ports())
+
+
+def test_down_spares_a_stranger_that_has_the_process_id(own_home: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True) as stranger:
+        try:
+            started = psutil.Process(stranger.pid).create_time()
+            recorded = dict.fromkeys(("prefect", "mlflow", "worker"), (stranger.pid, started - 100))
+            Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", recorded).save()
+            assert running_services() is None
+            said: list[str] = []
+            down(report=said.append)
+            assert is_alive((stranger.pid, started)) and "nothing to stop" in said[0]
+            assert not home.services_file().exists()
+        finally:
+            stranger.kill()
+
+
+def test_a_process_that_ignores_sigterm_is_killed(own_home: Path) -> None:
+    script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready'); time.sleep(60)"
+    stubborn = processes.spawn("worker", [sys.executable, "-c", script], os.environ)
+    assert eventually(lambda: "ready" in processes.log_file("worker").read_text())
+    assert processes.stop({"worker": stubborn}, grace=0.3)
+    assert not is_alive(stubborn) and marked() == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"processes": 3}', '{"prefect_url": "", "mlflow_url": "", "processes": []}']
+)
+def test_a_damaged_record_is_no_record(own_home: Path, content: str) -> None:
+    home.services_file().write_text(content)
+    said: list[str] = []
+    down(report=said.append)
+    assert "nothing to stop" in said[0]

@@ -42,7 +42,9 @@ def parse_name(name: str) -> ParameterName:
     if match := _FACTOR.match(bare):
         return ParameterName("A" if match["part"] == "A" else "B", match["module"])
     if ".lora_" in bare:
-        raise AdapterError(f"parameter '{name}' is not a factor of a linear layer; only lora_A and lora_B are understood")
+        raise AdapterError(
+            f"parameter '{name}' is not a factor of a linear layer; only lora_A and lora_B are understood"
+        )
     return ParameterName("head", bare)
 
 
@@ -143,7 +145,8 @@ class Adapter:
 
 def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Tensors as safetensors bytes, the form in which they are stored and sent."""
-    return save(dict(tensors), metadata=dict(metadata or {}))
+    content: bytes = save(dict(tensors), metadata=dict(metadata or {}))
+    return content
 
 
 def wire_size(adapter: Adapter, parts: frozenset[Part]) -> tuple[int, int]:
@@ -160,9 +163,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         AdapterError: missing, truncated, or not a safetensors file.
     """
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterError(f"{path} cannot be read as safetensors: {error}") from None
+    return tensors
 
 
 def write_peft_folder(adapter: Adapter, folder: Path, peft_config: Mapping[str, object], card: str) -> None:

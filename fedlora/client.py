@@ -75,7 +75,7 @@ def train(
             logits = model.peft(**on_device.model_inputs()).logits
         loss = nn.functional.cross_entropy(logits.float(), on_device.labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if training.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         optimizer.step()

@@ -156,7 +156,7 @@ def _describe(error: ValidationError, values: Overrides) -> str:
     first = error.errors(include_url=False)[0]
     dotted = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    if not dotted or first["type"] == "value_error" and dotted not in values:
+    if not dotted or (first["type"] == "value_error" and dotted not in values):
         return message if not dotted else f"{dotted}: {message}"
     hint = ""
     allowed = _choices(dotted)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -103,24 +103,18 @@ class Divergence:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Mapping[str, Any]]) -> Divergence:
-        derived = {"rho", "floor", "excess"}
-        return cls(
-            {
-                name: ModuleDivergence(
-                    **{
-                        key: {int(client): rho for client, rho in value.items()} if key == "by_client" else value
-                        for key, value in values.items()
-                        if key not in derived
-                    }
-                )
-                for name, values in content.items()
-            }
-        )
+        names = [field.name for field in fields(ModuleDivergence)]
+        return cls({module: ModuleDivergence(**_known(values, names)) for module, values in content.items()})
 
 
-def measure(
-    updates: Updates, broadcasts: Sequence[Adapter], mixing: Mapping[str, Tensor] | None = None
-) -> Divergence:
+def _known(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The stored values of a module without the derived ones; JSON has made the clients' ids strings."""
+    kept = {name: values[name] for name in names}
+    kept["by_client"] = {int(client): rho for client, rho in kept["by_client"].items()}
+    return kept
+
+
+def measure(updates: Updates, broadcasts: Sequence[Adapter], mixing: Mapping[str, Tensor] | None = None) -> Divergence:
     """Compare what the clients will hold with the ideal.
 
     Args:
@@ -179,13 +173,17 @@ def measure_module(
         ideal2=ideal2,
         tail2=_tail(ideal, max(pair.rank for pair in distinct)),
         R=_weighted(w, r2),
-        P=_weighted(w, [_square(hat.B.double() - own.B.double()) for hat, own in zip(broadcasts, uploads, strict=True)]),
-        Q=_weighted(w, [_square(hat.A.double() - own.A.double()) for hat, own in zip(broadcasts, uploads, strict=True)]),
+        P=_weighted(
+            w, [_square(hat.B.double() - own.B.double()) for hat, own in zip(broadcasts, uploads, strict=True)]
+        ),
+        Q=_weighted(
+            w, [_square(hat.A.double() - own.A.double()) for hat, own in zip(broadcasts, uploads, strict=True)]
+        ),
         dispersion=_weighted(w, spread2),
         effective_clients=effective_clients(weights if mixing is None else mixing),
-        by_client={} if common or clients is None else {
-            client: _ratio(error2, ideal2) for client, error2 in zip(clients, errors2, strict=True)
-        },
+        by_client={}
+        if common or clients is None
+        else {client: _ratio(error2, ideal2) for client, error2 in zip(clients, errors2, strict=True)},
     )
 
 

@@ -56,7 +56,12 @@ class Scores:
 
 
 def evaluate(
-    model: ResidentModel, examples: Examples, labels: int, batch_size: int, pad_token_id: int, padding_side: str = "right"
+    model: ResidentModel,
+    examples: Examples,
+    labels: int,
+    batch_size: int,
+    pad_token_id: int,
+    padding_side: str = "right",
 ) -> Scores:
     """Score the model with the adapter that is loaded in it; every example once, batched by length, no gradients."""
     confusion = np.zeros((labels, labels), dtype=np.int64)

@@ -40,7 +40,7 @@ def adapter(run: RunFolder, number: int, folder: Path) -> None:
 
 
 def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path) -> None:
-    setup, peft_config = run.read_json("setup.json"), run.read_json("adapter_config.json")
+    setup, peft_config = run.need_json("setup.json"), run.need_json("adapter_config.json")
     write_peft_folder(weights, folder, peft_config, _card(run, number))
     content = {"model": run.config.model.model_dump(mode="json"), "labels": setup["labels"], "round": number}
     content |= {"max_length": run.config.data.max_length, "strategy": run.config.strategy}
@@ -50,7 +50,11 @@ def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path)
 def _card(run: RunFolder, number: int) -> str:
     config = run.config
     record = rounds.read_record(run, number)
-    scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in (record.metrics if record else {}).items() if "/" in name and name.split("/")[0] in ("global", "local", "gap", "rho"))
+    scores = "\n".join(
+        f"| {name} | {value:.4f} |"
+        for name, value in (record.metrics if record else {}).items()
+        if "/" in name and name.split("/")[0] in ("global", "local", "gap", "rho")
+    )
     return f"""---
 library_name: peft
 base_model: {config.model.name}
@@ -67,7 +71,7 @@ model, tokenizer, labels = fedlora.load_adapter("this folder")
 ```
 
 With PEFT alone: `PeftModel.from_pretrained(base, "this folder")`, where `base` is
-`fedlora.load_base("{config.model.name}", labels={len((run.read_json("setup.json") or {}).get("labels", []))})`
+`fedlora.load_base("{config.model.name}", labels={len(run.need_json("setup.json")["labels"])})`
 (pooling and classifier as in training).
 
 | metric | value |
@@ -80,7 +84,7 @@ def divergence_table(run: RunFolder) -> list[dict[str, Any]]:
     """A row per round and module: ρ, floor, excess, effective clients, R, P, Q."""
     rows = []
     for number in run.finished_rounds()[1:]:
-        outcome = run.read_json(f"{run.state_stem(number)}.json")
+        outcome = run.need_json(f"{run.state_stem(number)}.json")
         for module, values in outcome["divergence"].items():
             kept = ("rho", "floor", "excess", "effective_clients", "R", "P", "Q", "dispersion")
             rows.append({"round": number, "module": module, **{name: values[name] for name in kept}})
@@ -92,7 +96,7 @@ def clients_table(run: RunFolder) -> list[dict[str, Any]]:
     rows = []
     for record in rounds.records(run)[1:]:
         for client in record.clients:
-            entry = run.read_json(f"{run.client_stem(record.round, client)}.json")
+            entry = run.need_json(f"{run.client_stem(record.round, client)}.json")
             scores = Scores.from_json(entry["local"]) if entry["local"] else None
             sent = metrics.Bytes(**entry["bytes"])
             rows.append(

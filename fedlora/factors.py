@@ -24,9 +24,9 @@ def _reduced(blocks: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
     stacked = torch.cat([block.to(torch.float64) for block in blocks], dim=1)
     widths = [block.shape[1] for block in blocks]
     if stacked.shape[1] >= stacked.shape[0]:
-        return None, list(stacked.split(widths, dim=1))
+        return None, list(torch.split(stacked, widths, dim=1))
     basis, coordinates = torch.linalg.qr(stacked)
-    return basis, list(coordinates.split(widths, dim=1))
+    return basis, list(torch.split(coordinates, widths, dim=1))
 
 
 class Frame:
@@ -76,7 +76,11 @@ class TruncatedSVD:
         In directions in which nothing was learned (S = 0) B is zero and A keeps the unit row of `Vᵀ`, so that the product
         is unchanged and the direction can still be trained: with both zero its gradient would vanish for ever.
         """
-        learned = self.S > _NULL * self.S.max() if self.S.numel() and self.S.max() > 0 else torch.zeros_like(self.S, dtype=torch.bool)
+        learned = (
+            _NULL * self.S.max() < self.S
+            if self.S.numel() and self.S.max() > 0
+            else torch.zeros_like(self.S, dtype=torch.bool)
+        )
         root = self.S.clamp_min(0).sqrt()
         scale_a = torch.where(learned, root, torch.ones_like(root))
         scale_b = torch.where(learned, root, torch.zeros_like(root))

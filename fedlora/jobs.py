@@ -93,7 +93,9 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
     model = bench.renew("model", _model_key(run, bench), lambda: _build(run, bench))
     run.write_json("adapter_config.json", model.peft_config())
     adapter = model.read()
-    shapes = {name: {"d_out": p.B.shape[0], "d_in": p.A.shape[1], "rank": p.rank} for name, p in adapter.factors.items()}
+    shapes = {
+        name: {"d_out": p.B.shape[0], "d_in": p.A.shape[1], "rank": p.rank} for name, p in adapter.factors.items()
+    }
     return run.write_state(
         ServerState(adapter),
         {
@@ -181,7 +183,7 @@ def _partition(run: RunFolder, bench: Workbench) -> Partition:
 
 
 def _setup(run: RunFolder, bench: Workbench) -> dict[str, Any]:
-    return bench.keep("setup", run.path, lambda: run.read_json("setup.json") or {})
+    return bench.keep("setup", run.path, lambda: run.need_json("setup.json"))
 
 
 def _model(run: RunFolder, bench: Workbench) -> ResidentModel:

@@ -48,7 +48,9 @@ class KnownModel:
 KNOWN = {
     model.name: model
     for model in (
-        KnownModel("bert-tiny", "BERT, 2 layers of 128, 4.4 M parameters; comes with fedlora", "mean", None, "bert-tiny"),
+        KnownModel(
+            "bert-tiny", "BERT, 2 layers of 128, 4.4 M parameters; comes with fedlora", "mean", None, "bert-tiny"
+        ),
         KnownModel(
             "minilm",
             "all-MiniLM-L6-v2, 6 layers of 384, 22.7 M parameters; extra 'standard'",
@@ -73,7 +75,9 @@ def resolve(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"model.name={name}: the folder has no config.json, so it is not a Transformers model folder")
+            raise ModelError(
+                f"model.name={name}: the folder has no config.json, so it is not a Transformers model folder"
+            )
         return str(path.absolute())
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
@@ -86,12 +90,13 @@ def resolve(name: str) -> str:
 class PooledClassifier(nn.Module):
     """A sentence encoder, the mean or first token of its output, and a linear classifier."""
 
-    def __init__(self, encoder: nn.Module, labels: int, pooling: str) -> None:
+    def __init__(self, encoder: Any, labels: int, pooling: str) -> None:
         super().__init__()
-        self.config: Any = encoder.config
+        config = encoder.config
+        self.config = config
         self.encoder = encoder
         self.pooling = pooling
-        self.classifier = nn.Linear(self.config.hidden_size, labels)
+        self.classifier = nn.Linear(config.hidden_size, labels)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Any:
         """Logits (batch × labels) as `.logits`, from token ids and mask (batch × tokens)."""
@@ -174,7 +179,7 @@ def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | No
     try:
         if pooling != "head":
             return PooledClassifier(AutoModel.from_pretrained(location, **common), len(labels), pooling)
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
             location, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=_positions(labels), **common
         )
     except Exception as error:
@@ -183,7 +188,8 @@ def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | No
         model.config.pad_token_id = pad_token_id
     for name in head_modules(model):
         model.get_submodule(name).float()
-    return model
+    classifier: nn.Module = model
+    return classifier
 
 
 def _positions(labels: Sequence[str]) -> dict[str, int]:
@@ -329,5 +335,7 @@ def _handles(model: Any) -> dict[str, nn.Parameter]:
     saved = set(get_peft_model_state_dict(model))
     if saved != handles.keys():
         odd = sorted(saved ^ handles.keys())[0]
-        raise ModelError(f"parameter '{odd.removeprefix(PEFT_PREFIX)}' is trained but not saved by PEFT, or the reverse")
+        raise ModelError(
+            f"parameter '{odd.removeprefix(PEFT_PREFIX)}' is trained but not saved by PEFT, or the reverse"
+        )
     return handles

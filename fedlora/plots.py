@@ -48,7 +48,9 @@ def rounds_figure(
         _line(right, records, metrics.RHO_MODEL, label, shade)
         _line(right, records, metrics.RHO_FLOOR, None, shade, ":")
     left.set(xlabel="round", ylabel="global test accuracy", title="Accuracy", ylim=(0, 1))
-    right.set(xlabel="round", ylabel="ρ  (relative error of the aggregate)", title="Divergence; dotted: floor of rank r")
+    right.set(
+        xlabel="round", ylabel="ρ  (relative error of the aggregate)", title="Divergence; dotted: floor of rank r"
+    )
     right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -120,7 +120,7 @@ def evaluation_parts(run: RunFolder, number: int) -> list[dict[str, Any]]:
     if number not in (0, config.rounds) and number % config.evaluation.every:
         return []
     personal = registry.make(config.strategy, config.strategy_options).personal
-    examples = (run.read_json("setup.json") or {})["examples"]["test"]
+    examples = run.need_json("setup.json")["examples"]["test"]
     step = config.clients if personal else math.ceil(examples / _LARGEST_PART)
     parts: list[dict[str, Any]] = [
         {"split": "global", "client": index if personal else None, "start": index, "step": step}

@@ -1,9 +1,9 @@
 """A run's state on disk: written atomically, checked by digest, so that whatever is there is whole.
 
-    config.yaml  setup.json  partition.npz  adapter_config.json
-    rounds/000/  state, scores                               before training
-    rounds/003/  client-007.{safetensors,json}  state.{safetensors,json}  scores.json  record.json
-    adapter/     the final adapter            figures/  tables/
+config.yaml  setup.json  partition.npz  adapter_config.json
+rounds/000/  state, scores                               before training
+rounds/003/  client-007.{safetensors,json}  state.{safetensors,json}  scores.json  record.json
+adapter/     the final adapter            figures/  tables/
 """
 
 from __future__ import annotations
@@ -97,6 +97,17 @@ class RunFolder:
             return json.loads((self.path / name).read_text())
         except (OSError, ValueError):
             return None
+
+    def need_json(self, name: str) -> Any:
+        """The content of a JSON file that the run cannot do without.
+
+        Raises:
+            RunFolderError: it is not there or damaged.
+        """
+        content = self.read_json(name)
+        if content is None:
+            raise RunFolderError(f"{self.path / name} is missing or damaged; run again with a new --run-dir")
+        return content
 
     # -- tensors with a JSON record beside them; the record is written last and carries the digest ------------------
 

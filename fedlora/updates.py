@@ -42,7 +42,9 @@ class Updates:
         ordered = sorted(updates, key=lambda update: update.client)
         clients = tuple(update.client for update in ordered)
         if not ordered or len(set(clients)) != len(clients):
-            raise AdapterError(f"an aggregate needs one update per client and at least one client, got clients {clients}")
+            raise AdapterError(
+                f"an aggregate needs one update per client and at least one client, got clients {clients}"
+            )
         raw = torch.tensor([1 if weighting == "uniform" else u.examples for u in ordered], dtype=torch.float64)
         if (raw < 0).any() or raw.sum() <= 0:
             raise AdapterError(f"client weights must be non-negative with a positive sum, got {raw.tolist()}")

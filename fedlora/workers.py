@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from fedlora.config import RunnerConfig
-from fedlora.errors import ConfigError, WorkerError
+from fedlora.errors import ConfigError, RunAborted, WorkerError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class ProcessSlot:
     """A worker process of its own; a new one takes its place if it dies."""
 
     def __init__(self, device: str, threads: int) -> None:
-        self.device, self._threads = device, threads
+        self.device, self._threads, self._closed = device, threads, False
         self._executor = self._start()
 
     def _start(self) -> Executor:
@@ -99,16 +99,28 @@ class ProcessSlot:
             WorkerError: the process died; the job may be tried again.
         """
         try:
-            future: Future[T] = self._executor.submit(_in_worker, job, args)
-            return future.result()
+            return self._submit(job, args).result()
         except BrokenProcessPool as error:
+            if self._closed:
+                raise RunAborted("stopped") from None
             self._executor = self._start()
             raise WorkerError(
                 f"the worker process on {self.device} died during {job.__name__}{args[1:]} "
                 "(killed, or out of memory: try fewer runner.slots or a smaller training.batch_size)"
             ) from error
 
+    def _submit(self, job: Callable[..., T], args: tuple[Any, ...]) -> Future[T]:
+        if self._closed:
+            raise RunAborted("stopped")
+        return self._executor.submit(_in_worker, job, args)
+
+    def start(self, job: Job[[], None]) -> None:
+        """Let the worker begin `job(workbench)` without waiting for it."""
+        self._submit(job, ())
+
     def close(self, *, now: bool = False) -> None:
+        """End the worker; `now` kills it in the middle of a job."""
+        self._closed = True
         if now:
             for process in list((getattr(self._executor, "_processes", None) or {}).values()):
                 process.kill()
@@ -126,7 +138,11 @@ class ThreadSlot:
         """Run `job(workbench, *args)` here."""
         return job(self._bench, *args, **kwargs)
 
+    def start(self, job: Job[[], None]) -> None:
+        """Nothing to begin early: this process would only be kept busy."""
+
     def close(self, *, now: bool = False) -> None:
+        """Let go of the base model."""
         self._bench.kept.clear()
 
 
@@ -161,6 +177,11 @@ class Pool:
         """Run a job in the next free slot."""
         with self.slot() as slot:
             return slot.run(job, *args, **kwargs)
+
+    def start(self, job: Job[[], None]) -> None:
+        """Let every worker process begin `job(workbench)` without waiting for it."""
+        for slot in self.slots:
+            slot.start(job)
 
     def close(self, *, now: bool = False) -> None:
         """End the workers; `now` does not wait for jobs under way."""

@@ -10,6 +10,7 @@ import os
 from dataclasses import asdict, dataclass
 
 from fedlora import home
+from fedlora.errors import FedloraError
 
 Process = tuple[int, float]
 """A process id with the time its process started, which tells it from a later process with the same id."""
@@ -78,6 +79,7 @@ def defaults(console_level: str = "ERROR") -> dict[str, str]:
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": console_level,
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -100,3 +102,23 @@ def prepare(console_level: str = "ERROR") -> None:
         os.environ.setdefault("PREFECT_API_URL", services.prefect_url)
     if services and "mlflow" in alive:
         os.environ.setdefault("MLFLOW_TRACKING_URI", services.mlflow_url)
+
+
+def check_prefect() -> None:
+    """Make sure that a Prefect server which is named also answers; without one, Prefect starts its own.
+
+    Raises:
+        FedloraError: it does not answer within seconds.
+    """
+    import httpx
+
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        return
+    try:
+        httpx.get(f"{url.rstrip('/')}/health", timeout=5).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise FedloraError(
+            f"the Prefect server at {url} does not answer ({error}). Start it (`fedlora up`), or unset PREFECT_API_URL "
+            "to run without one"
+        ) from None

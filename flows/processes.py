@@ -45,7 +45,7 @@ def spawn(name: str, command: Sequence[str], environ: Mapping[str, str]) -> Proc
         if log.exists():
             log.replace(log.with_suffix(".log.1"))
         with log.open("wb") as output:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: S603 - the commands are ours
                 command,
                 stdin=subprocess.DEVNULL,  # nothing may ask a question
                 stdout=output,
@@ -64,12 +64,13 @@ def spawn(name: str, command: Sequence[str], environ: Mapping[str, str]) -> Proc
     return process.pid, psutil.Process(process.pid).create_time()
 
 
-def last_lines(log: Path, count: int = 15) -> str:
-    """The end of a log, indented; a note if there is none."""
+def ending(log: Path | str, count: int = 12) -> str:
+    """The last lines of a log file or a text, indented, without the carets under a traceback's code."""
     try:
-        lines = log.read_text(errors="replace").rstrip().splitlines()[-count:]
+        text = log.read_text(errors="replace") if isinstance(log, Path) else log
     except OSError:
-        lines = []
+        text = ""
+    lines = [line for line in text.splitlines() if line.strip(" ^~")][-count:]
     return "\n".join(f"    {line}" for line in lines) or "    (the log is empty)"
 
 

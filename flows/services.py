@@ -31,7 +31,7 @@ import httpx
 from fedlora import home
 from flows.environment import Process, Services, defaults, is_alive, recorded_services
 from flows.ports import check_ports, loopback
-from flows.processes import ServiceError, last_lines, log_file, spawn, stop, stop_children
+from flows.processes import ServiceError, ending, log_file, spawn, stop, stop_children
 
 Report = Callable[[str], None]
 
@@ -74,7 +74,7 @@ def up(
 
     Raises:
         ConfigError: `host` is not loopback, or a port is invalid, in use or given twice.
-        ServiceError: a process died or did not answer within two minutes; the message ends with its last log lines.
+        ServiceError: a process died or did not answer within two minutes; its last log lines follow the first line.
     """
     host = loopback(host)
     with _alone():
@@ -87,6 +87,7 @@ def up(
             stop(_without(before.processes, alive))  # children that outlived them
             wanted = {"prefect": prefect_port, "mlflow": mlflow_port}
             check_ports(host, {name: port for name, port in wanted.items() if name not in alive})
+            _check_source(source)
             prefect_url = before.prefect_url if "prefect" in alive else f"http://{host}:{prefect_port}/api"
             mlflow_url = before.mlflow_url if "mlflow" in alive else f"http://{host}:{mlflow_port}"
             before = _complete(before, Services(prefect_url, mlflow_url, alive), source, report)
@@ -129,7 +130,12 @@ def deploy(prefect_url: str, source: Path = SOURCE) -> None:
     Raises:
         ServiceError: the flow cannot be imported or the server refuses it.
     """
-    _finish_deploying(_begin_deploying(prefect_url, source), time.monotonic() + PATIENCE)
+    _check_source(source)
+    deploying = _begin_deploying(prefect_url, source)
+    try:
+        _finish_deploying(deploying, time.monotonic() + PATIENCE)
+    finally:
+        deploying.kill()
 
 
 def _complete(before: Services, services: Services, source: Path, report: Report) -> Services:
@@ -177,12 +183,12 @@ def _start(services: Services, source: Path, report: Report) -> None:
 def _commands(services: Services) -> dict[str, list[str]]:
     prefect, mlflow = httpx.URL(services.prefect_url), httpx.URL(services.mlflow_url)
     module = [sys.executable, "-m"]
+    called = f"worker-{socket.gethostname()}"
     return {
         "prefect": [*module, "prefect", "server", "start", "--host", prefect.host, "--port", str(prefect.port)],
         # One server process: requests run in its threads, and SQLite has one writer in any case.
         "mlflow": [*module, "mlflow", "server", "--host", mlflow.host, "--port", str(mlflow.port), "--workers", "1"],
-        "worker": [*module, "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
-        + ["--name", f"worker-{socket.gethostname()}", "--install-policy", "never"],
+        "worker": [*module, "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", called],
     }
 
 
@@ -241,7 +247,7 @@ def _wait(services: Services, names: Iterable[str], deadline: float, report: Rep
 
 def _failure(name: str, what: str) -> ServiceError:
     log = log_file(name)
-    return ServiceError(f"the {TITLES[name]} {what}; the end of {log}:\n{last_lines(log)}")
+    return ServiceError(f"the {TITLES[name]} {what}; the end of {log}:\n{ending(log)}")
 
 
 def _answers(name: str, services: Services) -> bool:
@@ -278,8 +284,14 @@ def _create_pool(prefect_url: str) -> None:
         ) from error
 
 
+def _check_source(source: Path) -> None:
+    file = source / ENTRYPOINT.partition(":")[0]
+    if not file.is_file():
+        raise ServiceError(f"{file}, the flow that the worker would run, does not exist: is the installation complete?")
+
+
 def _begin_deploying(prefect_url: str, source: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return subprocess.Popen(  # noqa: S603 - our own interpreter and code
         [sys.executable, "-c", "import sys; from flows.services import _register; _register(sys.argv[1])", str(source)],
         env={**defaults(), **os.environ, "PREFECT_API_URL": prefect_url, "NO_PROXY": "127.0.0.1,localhost"},
         cwd=SOURCE,
@@ -298,14 +310,17 @@ def _finish_deploying(process: subprocess.Popen[str], deadline: float) -> None:
     except subprocess.TimeoutExpired as error:
         raise ServiceError(f"{what}: Prefect did not finish within {PATIENCE:.0f} s") from error
     if process.returncode:
-        raise ServiceError(f"{what}:\n" + "\n".join(f"    {line}" for line in output.rstrip().splitlines()[-15:]))
+        raise ServiceError(f"{what}:\n{ending(output)}")
 
 
 def _register(source: str) -> None:
     """The body of `deploy`, in a process whose `PREFECT_API_URL` names the server."""
     from prefect import Flow
+    from prefect.flows import load_flow_from_entrypoint
     from prefect.runner.storage import LocalStorage
 
+    # `from_source` alone would register a placeholder for a flow that cannot be imported, and the error come at night.
+    load_flow_from_entrypoint(str(Path(source, ENTRYPOINT)), use_placeholder_flow=False)
     flow: Any = Flow.from_source(LocalStorage(source), ENTRYPOINT)
     flow.deploy(
         name=DEPLOYMENT, work_pool_name=POOL, build=False, push=False, print_next_steps=False, ignore_warnings=True
@@ -325,9 +340,8 @@ def _announce(services: Services, report: Report) -> None:
     report(f"MLflow   {services.mlflow_url}")
     report(f"worker   pool {POOL}, deployment federated/{DEPLOYMENT}")
     for name, ours in {"PREFECT_API_URL": services.prefect_url, "MLFLOW_TRACKING_URI": services.mlflow_url}.items():
-        theirs = os.environ.get(name, ours)
-        if theirs.rstrip("/") != ours:
-            report(f"note: {name}={theirs} in your environment wins over the server above; unset it to use that")
+        if os.environ.get(name, ours).rstrip("/") != ours:
+            report(f"note: {name} is set in your environment and wins over the server above; unset it to use that")
 
 
 def _without(processes: dict[str, Process], names: Container[str]) -> dict[str, Process]:

@@ -15,7 +15,7 @@ def largest_remainder(total: int, weights: npt.ArrayLike) -> npt.NDArray[np.int6
     """
     shares = np.asarray(weights, dtype=np.float64)
     quotas = total * shares / shares.sum()
-    counts = np.floor(quotas).astype(np.int64)
+    counts: npt.NDArray[np.int64] = np.floor(quotas).astype(np.int64)
     order = np.argsort(-np.where(shares > 0, quotas - counts, -1.0), kind="stable")
     counts[order[: total - int(counts.sum())]] += 1
     return counts

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -99,10 +101,10 @@ def encode(split: RawSplit, names: tuple[str, ...]) -> datasets.Dataset:
     return datasets.Dataset(InMemoryTable(table.combine_chunks()))
 
 
-def _order(labels: list[object]) -> object:
+def _order(labels: list[object]) -> Callable[[str], Any]:
     if all(re.fullmatch(r"-?\d{1,18}", str(label)) for label in labels):
         return lambda label: (int(label), label)
-    return None
+    return str
 
 
 def _plain(split: RawSplit, ours: str, theirs: str) -> pa.ChunkedArray:

@@ -22,7 +22,7 @@ def read_table(path: Path) -> pa.Table:
     """
     try:
         table = _READERS[path.suffix.lower()](path)
-    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, csv.Error, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"cannot read {path} as {path.suffix[1:]}: {reason}. Mend or replace the file") from error
     if table.num_rows == 0:
@@ -55,7 +55,7 @@ def _read_json(path: Path) -> pa.Table:
         rows = [(number, _parse(line, number)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     for number, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"entry {number} is {type(row).__name__}, expected an object with the columns as keys")
+            raise TypeError(f"entry {number} is {type(row).__name__}, expected an object with the columns as keys")
     names = dict.fromkeys(name for _, row in rows for name in row)
     return pa.table({name: _column([row.get(name) for _, row in rows]) for name in names})
 

@@ -105,7 +105,9 @@ class Partition:
             if loaded.hash != _hash(train, test, loaded.data_digest):
                 raise ValueError("its rows do not have the hash it claims")
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"cannot read the partition {path}: {error}. Restore the file or start a new run") from error
+            raise DataError(
+                f"cannot read the partition {path}: {error}. Restore the file or start a new run"
+            ) from error
         return loaded
 
 

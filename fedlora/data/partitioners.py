@@ -62,13 +62,13 @@ def iid(deal: Deal) -> list[Rows]:
 
 @partitioner("dirichlet")
 def dirichlet(deal: Deal) -> list[Rows]:
-    """Each label is divided in proportions drawn from Dir(alpha). arXiv 1909.06335, as NIID-Bench (2102.02079) has it."""
+    """Each label is divided in proportions drawn from Dir(alpha). arXiv 1909.06335, in the form of 2102.02079."""
     return _dirichlet(deal, deal.by_label().values(), deal.clients)
 
 
 @partitioner("shard")
 def shard(deal: Deal) -> list[Rows]:
-    """The rows in order of label are cut into equal shards; each client gets `labels_per_client` of them. 1602.05629."""
+    """Rows in order of label, cut into equal shards; a client gets `labels_per_client` of them. arXiv 1602.05629."""
     each = deal.config.labels_per_client
     shards = np.array_split(np.concatenate(list(deal.by_label().values())), deal.clients * each)
     order = deal.generator.permutation(len(shards)).reshape(deal.clients, each)
@@ -113,7 +113,7 @@ def one_label(deal: Deal) -> list[Rows]:
 
 @partitioner("quantity")
 def quantity(deal: Deal) -> list[Rows]:
-    """Sizes from Dir(alpha), labels as they fall. Everyone gets `min_size` first; what remains is divided by the draw."""
+    """Sizes from Dir(alpha), labels as they fall. Everyone gets `min_size` first; the draw divides what remains."""
     spare = len(deal.labels) - deal.clients * deal.config.min_size
     sizes = deal.config.min_size + largest_remainder(spare, _proportions(deal, deal.clients))
     return np.split(deal.generator.permutation(len(deal.labels)), np.cumsum(sizes)[:-1])
@@ -140,7 +140,7 @@ def natural_id(deal: Deal) -> list[Rows]:
 
 @partitioner("mixed-quality")
 def mixed_quality(deal: Deal) -> list[Rows]:
-    """A few clients (`balanced_fraction`) mirror the whole set; the others share the rest by Dir(alpha). 2406.17477."""
+    """A few clients (`balanced_fraction`) mirror the whole set; the rest is shared by Dir(alpha). 2406.17477."""
     balanced = math.ceil(round(deal.config.balanced_fraction * deal.clients, 6))
     in_order = np.concatenate(list(deal.by_label().values()))
     stripes = [in_order[client :: deal.clients] for client in range(deal.clients)]
@@ -160,11 +160,12 @@ def _dirichlet(deal: Deal, by_label: Iterable[Rows], clients: int) -> list[Rows]
 
 
 def _proportions(deal: Deal, clients: int) -> npt.NDArray[np.float64]:
-    drawn = deal.generator.dirichlet(np.full(clients, deal.config.alpha))
+    drawn: npt.NDArray[np.float64] = deal.generator.dirichlet(np.full(clients, deal.config.alpha))
     if np.isfinite(drawn).all() and drawn.sum() > 0:
         return drawn
     # All draws underflow for a tiny alpha, whose limit is: everything to one.
-    return np.eye(clients)[deal.generator.integers(clients)]
+    everything: npt.NDArray[np.float64] = np.eye(clients)[deal.generator.integers(clients)]
+    return everything
 
 
 def _spread(labels: list[int], each: int, deal: Deal) -> dict[int, list[int]]:

@@ -18,11 +18,12 @@ _READABLE = 40
 
 
 def draw(partition: Partition, path: Path) -> None:
-    """Write a PNG: training examples of each client (row) and label (column) as colour, client sizes as bars beside.
+    """Write a PNG: training examples of each client (row) and label (column) as colour (white: none), sizes as bars.
 
     Raises:
         RunFolderError: the file cannot be written.
     """
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -31,7 +32,14 @@ def draw(partition: Partition, path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained")
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=[max(2.5, min(12, 0.3 * labels)), 1.5])
-    image = heat.imshow(partition.label_counts, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0)
+    # None at all is white: on the colour scale it could not be told from a few.
+    image = heat.imshow(
+        np.ma.masked_equal(partition.label_counts, 0),
+        aspect="auto",
+        cmap=colormaps["viridis"].with_extremes(bad="white"),
+        interpolation="nearest",
+        vmin=0,
+    )
     figure.colorbar(image, ax=bars, label="training examples", pad=0.1)
     _name_axes(heat, partition)
     _draw_sizes(bars, partition)

@@ -26,8 +26,8 @@ __all__ = ["KnownSet", "LabelledText", "check", "known", "load"]
 class LabelledText:
     """Text for classification, in memory, with a training and a test split.
 
-    Both splits have the columns `text` (string), `label` (int64, an index into `labels`) and, as configured, `text_pair`
-    and `client` (strings).
+    Both splits have the columns `text` (string), `label` (int64, an index into `labels`) and, as configured,
+    `text_pair` and `client` (strings).
     """
 
     name: str
@@ -118,7 +118,7 @@ def _hub_failure(source: Source, error: Exception) -> str:
 
 def _is_labelled(split: datasets.Dataset, label: str) -> bool:
     """Whether a split has labels: benchmarks publish theirs as -1."""
-    return label not in split.column_names or bool(len(split)) and split[0][label] not in (-1, None)
+    return label not in split.column_names or (len(split) > 0 and split[0][label] not in (-1, None))
 
 
 def _raw(split: datasets.Dataset, source: Source, name: str, label: str) -> RawSplit:

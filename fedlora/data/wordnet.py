@@ -22,16 +22,17 @@ TRAIN_SIZE, TEST_SIZE = 8_000, 2_000
 CLASSES = 20
 LARGEST_SHARE = 0.09
 
-LEXICOGRAPHER_FILES = (
+_FILES_IN_ORDER = (
     "tops act animal artifact attribute body cognition communication event feeling food group location motive object "
     "person phenomenon plant possession process quantity relation shape state substance time"
-).split()
+)
+LEXICOGRAPHER_FILES = tuple(_FILES_IN_ORDER.split())
 """Names of the noun files, in the order of their numbers from 03 on (`man lexnames`)."""
 
 README = """# WordNet noun glosses
 
-{train:,} training and {test:,} test examples: the definition of a noun (`text`) and the kind of thing it names (`label`,
-one of {classes} lexicographer files of WordNet; the most frequent class is {majority:.1%} of the test set).
+{train:,} training and {test:,} test examples: the definition of a noun (`text`) and the kind of thing it names
+(`label`, one of {classes} lexicographer files of WordNet; the most frequent class is {majority:.1%} of the test set).
 
 Origin: WordNet 3.0, Princeton University, as Debian's `wordnet-base` packages it; licence in `LICENSE`. Changes: the
 gloss up to its first semicolon, without leading remarks in parentheses and without quoted examples; definitions that
@@ -80,15 +81,15 @@ def select(
         DataError: the source holds fewer classes or fewer definitions than asked for.
     """
     largest = Counter({label: len(texts) for label, texts in found.items()}).most_common(classes)
-    sizes = {label: size for label, size in sorted(largest)}
+    sizes = dict(sorted(largest))
     if len(sizes) < classes:
         raise DataError(f"the source has {len(sizes)} noun classes, expected {classes}; is it WordNet's data.noun?")
     train_counts, test_counts = capped(train, sizes), capped(test, sizes)
     train_rows, test_rows = [], []
-    for label in sizes:
+    for label, size in sizes.items():
         cut, end = train_counts[label], train_counts[label] + test_counts[label]
-        if end > sizes[label]:
-            raise DataError(f"class {label!r} has {sizes[label]} definitions, {end} are needed; use a full data.noun")
+        if end > size:
+            raise DataError(f"class {label!r} has {size} definitions, {end} are needed; use a full data.noun")
         train_rows += [(text, label) for text in found[label][:cut]]
         test_rows += [(text, label) for text in found[label][cut:end]]
     return sorted(train_rows, key=lambda row: _hash(row[0])), sorted(test_rows, key=lambda row: _hash(row[0]))
@@ -129,7 +130,7 @@ def build(source: Path, out: Path) -> None:
 
 
 def _readme(train: list[tuple[str, str]], test: list[tuple[str, str]]) -> str:
-    in_train, in_test = Counter(label for _, label in train), Counter(label for _, label in test)
+    in_train, in_test = (Counter(label for _, label in train), Counter(label for _, label in test))
     table = "\n".join(f"| {label} | {count} | {in_test[label]} |" for label, count in sorted(in_train.items()))
     majority = max(in_test.values()) / len(test)
     return README.format(

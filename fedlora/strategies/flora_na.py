@@ -119,7 +119,8 @@ def _objective(grams: Grams, p: Tensor, q: Tensor, target: Tensor) -> float:
 
 def _least_squares(left: Tensor, right: Tensor) -> Tensor:
     """Minimum-norm solution: the system is singular when clients coincide."""
-    return torch.linalg.lstsq(left, right[:, None], rcond=1e-12, driver="gelsd").solution[:, 0]
+    solution: Tensor = torch.linalg.lstsq(left, right[:, None], rcond=1e-12, driver="gelsd").solution
+    return solution[:, 0]
 
 
 def _combine(factors: Sequence[Factors], weights: Tensor, fit: Fit) -> Factors:

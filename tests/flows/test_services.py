@@ -19,7 +19,8 @@ from fedlora import home
 from fedlora.errors import ConfigError, FedloraError
 from flows import processes
 from flows.environment import Services, is_alive, recorded_services, running_services
-from flows.services import POOL, ServiceError, deploy, down, status, up
+from flows.processes import ServiceError
+from flows.services import POOL, deploy, down, status, up
 
 STAND_IN = '''
 import os
@@ -62,6 +63,11 @@ def marked() -> list[int]:
     return [process.pid for process in psutil.process_iter() if processes._marked(process, marks)]
 
 
+def write_flow(source: Path, text: str = STAND_IN) -> None:
+    (source / "flows").mkdir()
+    (source / "flows" / "federated.py").write_text(text)
+
+
 def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
     end = time.monotonic() + seconds
     while not condition():
@@ -86,8 +92,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     source = tmp_path_factory.mktemp("source")
-    (source / "flows").mkdir()
-    (source / "flows" / "federated.py").write_text(STAND_IN)
+    write_flow(source)
     with pytest.MonkeyPatch.context() as patch:
         set_home(patch, tmp_path_factory.mktemp("a home"))  # with a space, as on some desktops
         said: list[str] = []
@@ -109,10 +114,12 @@ def test_up_starts_servers_pool_and_worker(live: Live) -> None:
     assert httpx.get(page, follow_redirects=True).text.lstrip().lower().startswith("<!doctype html>")
     assert httpx.get(live.services.mlflow_url).is_success
     pool = httpx.get(f"{live.services.prefect_url}/work_pools/{POOL}").json()
-    assert pool["type"] == "process" and pool["base_job_template"]["variables"]
+    assert pool["type"] == "process"
+    assert pool["base_job_template"]["variables"]
     assert recorded_services() == running_services() == live.services
     assert [service.state for service in status()] == ["running"] * 3
-    assert any(page in line for line in live.said) and any(live.services.mlflow_url in line for line in live.said)
+    assert any(page in line for line in live.said)
+    assert any(live.services.mlflow_url in line for line in live.said)
 
 
 def test_the_deployment_runs_in_its_source_folder(live: Live) -> None:
@@ -141,10 +148,12 @@ def test_artifacts_show_however_they_were_written(live: Live) -> None:
 
 
 def test_second_up_reports_and_starts_nothing(live: Live) -> None:
-    before, said = descendants(), []
+    before = descendants()
+    said: list[str] = []
     assert up(report=said.append, source=live.source) == live.services  # the default ports do not matter
     assert descendants() == before
-    assert "already running" in said[0] and any(live.services.mlflow_url in line for line in said)
+    assert "already running" in said[0]
+    assert any(live.services.mlflow_url in line for line in said)
 
 
 def test_up_replaces_what_died_and_what_it_left_behind(live: Live) -> None:
@@ -159,12 +168,14 @@ def test_up_replaces_what_died_and_what_it_left_behind(live: Live) -> None:
     services = up(mlflow_port=port, report=live.said.append, source=live.source)
     kept = ("prefect", "worker")
     assert {name: services.processes[name] for name in kept} == {name: live.services.processes[name] for name in kept}
-    assert services.mlflow_url == live.services.mlflow_url and httpx.get(f"{services.mlflow_url}/health").is_success
+    assert services.mlflow_url == live.services.mlflow_url
+    assert httpx.get(f"{services.mlflow_url}/health").is_success
     assert not any(orphan.is_running() for orphan in orphans)
 
 
-def test_deploying_a_missing_flow_says_why(live: Live, tmp_path: Path) -> None:
-    with pytest.raises(ServiceError, match=r"(?s)flows/federated.py:federated.*No such file|not found"):
+def test_deploying_a_broken_flow_says_why(live: Live, tmp_path: Path) -> None:
+    write_flow(tmp_path, f"import a_module_that_is_missing\n{STAND_IN}")
+    with pytest.raises(ServiceError, match=r"(?s)flows/federated.py:federated.*a_module_that_is_missing"):
         deploy(live.services.prefect_url, tmp_path)
 
 
@@ -173,9 +184,13 @@ def test_down_stops_all_and_keeps_the_databases(live: Live) -> None:
     assert marked()
     said: list[str] = []
     down(report=said.append)
-    assert "stopped" in said[0] and str(home.home()) in said[0]
-    assert marked() == [] and not home.services_file().exists() and status() == []
-    assert home.prefect_database().exists() and home.mlflow_database().exists()
+    assert "stopped" in said[0]
+    assert str(home.home()) in said[0]
+    assert marked() == []
+    assert not home.services_file().exists()
+    assert status() == []
+    assert home.prefect_database().exists()
+    assert home.mlflow_database().exists()
     down(report=said.append)
     assert "nothing to stop" in said[1]
 
@@ -190,7 +205,8 @@ def test_port_in_use_is_refused_and_nothing_is_left(own_home: Path, which: str) 
         with pytest.raises(ConfigError, match=rf"port {ports[which]} .* is in use.*--{which}-port \d+") as refused:
             up(ports["prefect"], ports["mlflow"])
     assert "\n" not in str(refused.value)
-    assert descendants() == before and not home.services_file().exists()
+    assert descendants() == before
+    assert not home.services_file().exists()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "::", "example.org", ""])
@@ -202,15 +218,24 @@ def test_host_that_others_reach_is_refused(own_home: Path, host: str) -> None:
 
 @pytest.mark.parametrize(("prefect", "mlflow"), [(0, 5000), (4200, 70000), (4200, 4200)])
 def test_senseless_ports_are_refused(own_home: Path, prefect: int, mlflow: int) -> None:
-    with pytest.raises(ConfigError, match="--(prefect|mlflow)-port"):
+    with pytest.raises(ConfigError, match=r"--(prefect|mlflow)-port"):
         up(prefect, mlflow)
 
 
+def test_missing_flow_is_noticed_before_anything_starts(own_home: Path) -> None:
+    with pytest.raises(ServiceError, match=r"flows/federated.py.* does not exist"):
+        up(*free_ports(), source=own_home)
+    assert not home.logs().exists()
+    assert not home.services_file().exists()
+
+
 def test_a_server_that_dies_takes_the_others_with_it(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_flow(own_home)
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "nosuchstore://x")
     with pytest.raises(FedloraError, match=r"(?s)MLflow server stopped while starting.*nosuchstore"):
-        up(*free_ports(), report=lambda line: None)
-    assert marked() == [] and not home.services_file().exists()
+        up(*free_ports(), report=lambda line: None, source=own_home)
+    assert marked() == []
+    assert not home.services_file().exists()
 
 
 def test_unwritable_home_is_one_line(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +254,8 @@ def test_down_spares_a_stranger_that_has_the_process_id(own_home: Path) -> None:
             assert running_services() is None
             said: list[str] = []
             down(report=said.append)
-            assert is_alive((stranger.pid, started)) and "nothing to stop" in said[0]
+            assert is_alive((stranger.pid, started))
+            assert "nothing to stop" in said[0]
             assert not home.services_file().exists()
         finally:
             stranger.kill()
@@ -240,7 +266,8 @@ def test_a_process_that_ignores_sigterm_is_killed(own_home: Path) -> None:
     stubborn = processes.spawn("worker", [sys.executable, "-c", script], os.environ)
     assert eventually(lambda: "ready" in processes.log_file("worker").read_text())
     assert processes.stop({"worker": stubborn}, grace=0.3)
-    assert not is_alive(stubborn) and marked() == []
+    assert not is_alive(stubborn)
+    assert marked() == []
 
 
 @pytest.mark.parametrize(

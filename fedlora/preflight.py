@@ -1,0 +1,21 @@
+"""What can be known to be wrong before anything is loaded."""
+
+from __future__ import annotations
+
+from fedlora import model
+from fedlora.config import RunConfig
+from fedlora.data import sources
+from fedlora.strategies import registry
+from fedlora.workers import slot_devices
+
+
+def check(config: RunConfig) -> None:
+    """Resolve every name in a configuration: strategy, data, model, device.
+
+    Raises:
+        ConfigError, DataError, ModelError: one line that names the key, the value and what to do.
+    """
+    registry.make(config.strategy, config.strategy_options)
+    sources.check(config.data)
+    model.resolve(config.model.name)
+    slot_devices(config.runner)

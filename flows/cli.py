@@ -1,0 +1,230 @@
+"""The command line: thin, and quick to answer `--help` (heavy imports happen inside the commands)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedlora.errors import ConfigError, FedloraError
+from flows import environment
+
+if TYPE_CHECKING:
+    from fedlora.config import RunConfig
+
+app = typer.Typer(
+    name="fedlora",
+    help="Federated LoRA: aggregation strategies, measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[PRESET|FILE.yaml] [KEY=VALUE]...", help="Where settings come from, and what to change."),
+]
+
+
+@app.command()
+def run(
+    words: Words = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run; one that was interrupted is continued.", metavar="DIR")
+    ] = None,
+) -> None:
+    """One federated run. DIR/adapter/ is the final adapter.
+
+    For example: fedlora run demo strategy=flora-na lora.rank=4 seed=1
+    """
+    from fedlora import configfile, home
+    from flows.presets import PRESETS
+
+    source, overrides = _split(words, "demo")
+    environment.prepare()
+    config = configfile.load(source, overrides, PRESETS)
+    _check(config)
+    folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()
+    print(f"run folder: {folder}", flush=True)
+    try:
+        experiment = _run(source, overrides, config, folder)
+    except KeyboardInterrupt:
+        print(f"stopped; what is finished is kept. Continue: fedlora run {' '.join(words or [])} --run-dir {folder}")
+        raise
+    _print_results(folder, config, experiment)
+
+
+@app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="NAME|FILE.yaml", help="A sweep of deployments/sweeps, or a file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings for all runs of the sweep.")
+    ] = None,
+) -> None:
+    """A grid of runs over strategies, seeds and anything else, compared in one table.
+
+    For example: fedlora sweep demo rounds=4
+    """
+    from fedlora import configfile
+    from flows import tables, where
+    from flows.progress import shown_on
+
+    environment.prepare()
+    from flows import sweep as sweeps
+
+    chosen = sweeps.load(file, configfile.parse_overrides(overrides or []))
+    for cell in chosen.cells():
+        _check(sweeps.configuration(chosen, cell))
+    with shown_on(sys.stdout):
+        outcome = sweeps.run_sweep.with_options(flow_run_name=f"sweep {chosen.name}")(chosen)
+    print()
+    tables.compared(outcome.finished, list(chosen.grid), sys.stdout)
+    for label, reason in outcome.failed.items():
+        print(f"failed: {label}: {reason}")
+    print(
+        f"\npicture           {outcome.folder / 'comparison.png'}\ntable             {outcome.folder / 'comparison.csv'}"
+    )
+    print("\n".join(where.lines(outcome.mlflow_uri, outcome.mlflow_experiment)))
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def strategies() -> None:
+    """The aggregation strategies, a line each."""
+    from fedlora.strategies import registry
+    from flows import tables
+
+    rows = []
+    for name in registry.names():
+        found = registry.find(name)
+        options = ", ".join(found.Options.model_fields) or "–"
+        rows.append((name, found.family.value, "yes" if found.exact else "no", found.summary, options, found.source))
+    tables.listing(("name", "family", "exact", "what it does", "options", "source"), rows, sys.stdout)
+
+
+@app.command()
+def datasets() -> None:
+    """The data sets that have a name, a line each."""
+    from fedlora.data import sources
+    from flows import tables
+
+    rows = [(known.name, known.origin, "yes" if known.available else "no", known.summary) for known in sources.known()]
+    tables.listing(("name", "origin", "here", "what it is"), rows, sys.stdout)
+    print("Also: a csv, jsonl or parquet file, a folder with train and test files, or a Hugging Face id (data.name=…).")
+
+
+@app.command()
+def models() -> None:
+    """The models that have a name, a line each."""
+    from fedlora.model import KNOWN
+    from flows import tables
+
+    rows = [
+        (known.name, "yes" if known.folder() else "no", known.pooling, known.hub_id or "–", known.summary)
+        for known in KNOWN.values()
+    ]
+    tables.listing(("name", "here", "pooling", "Hugging Face id", "what it is"), rows, sys.stdout)
+    print("Also: any Hugging Face id or local folder with a text model (model.name=…).")
+
+
+@app.command()
+def up(
+    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server.")] = 5000,
+) -> None:
+    """Start a local Prefect server, MLflow server and worker, on loopback."""
+    environment.prepare()
+    from flows import services
+
+    services.up(prefect_port, mlflow_port)
+
+
+@app.command()
+def down() -> None:
+    """Stop exactly what `fedlora up` started; what was recorded stays."""
+    environment.prepare()
+    from flows import services
+
+    services.down()
+
+
+def _split(words: list[str] | None, default: str) -> tuple[str, dict[str, Any]]:
+    """The preset or file (the first word without '=') and the overrides."""
+    from fedlora import configfile
+
+    given = list(words or [])
+    source = given.pop(0) if given and "=" not in given[0] else default
+    if source.endswith((".yaml", ".yml")):
+        source = str(Path(source).expanduser().absolute())
+    return source, configfile.parse_overrides(given)
+
+
+def _check(config: RunConfig) -> None:
+    """Everything that can be known to be wrong before Prefect starts."""
+    from fedlora import preflight
+    from mlflow_tracking import store
+
+    preflight.check(config)
+    store.check(store.resolve_uri(config.tracking.uri))
+    environment.check_prefect()
+
+
+def _new_name(config: RunConfig) -> str:
+    return f"{config.strategy}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path) -> tuple[str, str]:
+    """Run the flow in this process; the tracking URI and experiment it was logged to."""
+    from flows.progress import shown_on
+
+    with shown_on(sys.stdout):
+        from flows.federated import federated, run_name
+
+        federated.with_options(flow_run_name=run_name(config))(preset=source, overrides=overrides, run_dir=str(folder))
+    from fedlora.runfolder import RunFolder
+    from mlflow_tracking import tracker
+
+    tracked = tracker.load(RunFolder(folder))
+    if tracked is None:
+        raise FedloraError(f"{folder} holds no tracked run")
+    return tracked.uri, tracked.experiment
+
+
+def _print_results(folder: Path, config: RunConfig, logged_to: tuple[str, str]) -> None:
+    from fedlora.comparison import Cell
+    from flows import tables, where
+
+    print()
+    tables.compared([Cell({"strategy": config.strategy}, folder)], ["strategy"], sys.stdout)
+    print(f"\nadapter           {folder / 'adapter'}\npicture           {folder / 'figures' / 'rounds.png'}")
+    print("\n".join(where.lines(*logged_to)))
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point: errors the user can mend are one line on stderr, with a non-zero exit."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=False)
+    except FedloraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)

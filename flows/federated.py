@@ -1,0 +1,183 @@
+"""One federated run as a Prefect flow: a round is a group of tasks in it.
+
+prefect deployment run 'federated/custom' -p strategy=flora-na -p rounds=3
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from flows import environment
+
+environment.prepare()
+
+from prefect import flow, runtime  # noqa: E402 (the environment must be ready first)
+from prefect.futures import PrefectFuture, as_completed  # noqa: E402
+from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
+from pydantic import Field  # noqa: E402
+
+from fedlora import configfile, home, jobs, preflight, rounds, workers  # noqa: E402
+from fedlora.config import RunConfig  # noqa: E402
+from fedlora.rounds import Timings  # noqa: E402
+from fedlora.runfolder import RunFolder  # noqa: E402
+from fedlora.strategies import registry  # noqa: E402
+from flows import pages, progress  # noqa: E402
+from flows.presets import PRESETS  # noqa: E402
+from flows.progress import Progress  # noqa: E402
+from mlflow_tracking import store, tracker  # noqa: E402
+from mlflow_tracking.tracker import Tracked  # noqa: E402
+from tasks import devices  # noqa: E402
+from tasks.federated import (  # noqa: E402
+    Run,
+    aggregate,
+    describe,
+    evaluate,
+    fine_tune,
+    initialise,
+    open_tracking,
+    partition,
+    publish,
+    track,
+)
+
+if TYPE_CHECKING:
+    StrategyName = str
+else:
+    StrategyName = Literal[tuple(registry.names())]
+
+_TASKS: Any = ThreadPoolTaskRunner(max_workers=16)
+
+
+@flow(name="federated", task_runner=_TASKS, validate_parameters=True)
+def federated(
+    preset: str = "demo",
+    strategy: StrategyName | None = None,
+    rounds: Annotated[int | None, Field(ge=1)] = None,
+    clients: Annotated[int | None, Field(ge=1)] = None,
+    fraction: Annotated[float | None, Field(gt=0, le=1)] = None,
+    seed: Annotated[int | None, Field(ge=0)] = None,
+    overrides: dict[str, Any] | None = None,
+    run_dir: str | None = None,
+    mlflow_parent: str | None = None,
+) -> str:
+    """One federated run; returns its run folder.
+
+    Args:
+        preset: Where the settings come from: a preset of deployments/presets, or a YAML file on the worker.
+        strategy: How the server combines the clients' adapters. Empty: the preset's.
+        rounds: Federated rounds. Empty: the preset's.
+        clients: Clients among whom the data is dealt. Empty: the preset's.
+        fraction: Share of the clients that take part in a round. Empty: the preset's.
+        seed: Everything random follows from it. Empty: the preset's.
+        overrides: Any other setting by its dotted key, for example {"lora.rank": 4, "partition.alpha": 0.1}.
+        run_dir: Folder of the run; one that was interrupted is continued. Empty: a new one under $FEDLORA_HOME/runs.
+        mlflow_parent: MLflow run id of the sweep that this run belongs to.
+    """
+    flat = {"strategy": strategy, "rounds": rounds, "clients": clients, "fraction": fraction, "seed": seed}
+    given = {key: value for key, value in flat.items() if value is not None}
+    config = configfile.load(preset, {**(overrides or {}), **given}, PRESETS)
+    preflight.check(config)
+    folder = RunFolder.create(Path(run_dir) if run_dir else default_folder(config), config)
+    with execution(folder, config) as (run, told):
+        tracking = open_tracking.submit(run, run_name(config), mlflow_parent, _prefect_tags())
+        partition.submit(run).result()
+        initialise.submit(run).result()
+        tracked = tracking.result()
+        describe.submit(run, tracked).result()
+        page = pages.RunPage(config, tracked, folder)
+        for number in _unfinished(folder):
+            tracked = play_round(run, number, tracked, told)
+            page.update(number)
+        publish.submit(run, tracked, page.note()).result()
+        page.summarise()
+    return str(folder.path)
+
+
+def play_round(run: Run, number: int, tracked: Tracked, told: Progress) -> Tracked:
+    """One round: the clients train, the server combines, the result is scored and logged. Round 0 only scores."""
+    watch = _Stopwatch()
+    clients: list[int] = []
+    if number:
+        clients = rounds.select(run.state, number)
+        updates = [_retried(fine_tune, run).submit(run, number, client) for client in clients]
+        _wait(updates, number, told)
+        watch.lap("train")
+        aggregate.submit(run, number, clients).result()
+        watch.lap("aggregate")
+    parts = rounds.evaluation_parts(run.state, number)
+    scoring = [evaluate.submit(run, number, index, part) for index, part in enumerate(parts)]
+    scores = [future.result() for future in scoring]
+    watch.lap("evaluate")
+    record, tracked = track.submit(run, number, clients, parts, scores, watch.timings(), tracked).result()
+    told.round(record, run.config.rounds)
+    return tracked
+
+
+@contextmanager
+def execution(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Run, Progress]]:
+    """The workers of a run, and its end: an MLflow run that did not finish is closed as killed or failed."""
+    told = progress.current()
+    told.begin(config, run_name(config))
+    try:
+        with workers.open_pool(config.runner) as pool:
+            pool.start(jobs.warm_up)
+            guarded = [slot.device for slot in pool.slots if devices.is_exclusive(config.runner, slot.device)]
+            devices.ensure_limits(guarded)
+            yield Run(folder.path, config.strategy), told
+    except BaseException as error:
+        tracked = tracker.load(folder)
+        if tracked:
+            store.close(tracked.uri, tracked.run, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    finally:
+        told.end()
+
+
+def run_name(config: RunConfig) -> str:
+    """What a run is called in Prefect, in MLflow and on the terminal."""
+    return config.name or f"{config.strategy} seed {config.seed}"
+
+
+def default_folder(config: RunConfig) -> Path:
+    """A folder for the flow run under way: the same for every retry of it."""
+    return home.runs() / f"{config.strategy}-seed{config.seed}-{str(runtime.flow_run.id or 'run')[:8]}"
+
+
+def _unfinished(folder: RunFolder) -> list[int]:
+    done = bool(folder.finished_rounds())
+    return ([] if done else [0]) + list(rounds.remaining(folder))
+
+
+def _retried(step: Any, run: Run) -> Any:
+    return step.with_options(retries=run.config.runner.retries)
+
+
+def _wait(updates: list[PrefectFuture[Any]], number: int, told: Progress) -> None:
+    """Wait for the clients, telling of each; the first failure ends the round."""
+    for done, future in enumerate(as_completed(updates), start=1):
+        future.result()
+        told.clients(number, done, len(updates))
+
+
+def _prefect_tags() -> dict[str, str]:
+    tags = {"prefect.flow_run_id": str(runtime.flow_run.id or ""), "prefect.flow_run": str(runtime.flow_run.name or "")}
+    return {name: value for name, value in tags.items() if value}
+
+
+class _Stopwatch:
+    """Wall time of the phases of a round."""
+
+    def __init__(self) -> None:
+        self._begun = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[name], self._last = now - self._last, now
+
+    def timings(self) -> Timings:
+        return Timings(**self._laps, round=time.perf_counter() - self._begun)

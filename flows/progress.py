@@ -1,0 +1,153 @@
+"""How a run tells what it does: to Prefect's log always, and to a terminal when the command line asked for it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TextIO
+
+from prefect.logging import get_run_logger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from fedlora import metrics
+from fedlora.config import RunConfig
+from fedlora.metrics import RoundRecord
+
+
+def round_line(record: RoundRecord, of: int) -> str:
+    """A round's scores as one line."""
+    values = record.metrics
+    shown = (("accuracy", metrics.GLOBAL_ACCURACY), ("local", metrics.LOCAL_ACCURACY), ("ρ", metrics.RHO_MODEL))
+    scores = "  ".join(f"{word} {values[name]:.3f}" for word, name in shown if name in values)
+    what = "before training" if record.round == 0 else f"round {record.round}/{of}"
+    return f"{what:<16} {scores}  ({values[metrics.TIME_ROUND]:.1f} s)"
+
+
+class Progress:
+    """Silent on the terminal; the base of the ones that are not."""
+
+    def begin(self, config: RunConfig, label: str) -> None:
+        """A run begins."""
+
+    def say(self, text: str) -> None:
+        """Something worth a line happened."""
+
+    def clients(self, number: int, done: int, of: int) -> None:
+        """Clients of a round have finished training."""
+
+    def round(self, record: RoundRecord, of: int) -> None:
+        """A round is complete."""
+
+    def end(self) -> None:
+        """The run is over, whether well or not."""
+
+
+class LogProgress(Progress):
+    """A line per round: for files, pipes and CI."""
+
+    def __init__(self, stream: TextIO = sys.stdout) -> None:
+        self._stream, self._begun, self._label = stream, time.monotonic(), ""
+
+    def begin(self, config: RunConfig, label: str) -> None:
+        self._label = label
+        self.say(f"{config.clients} clients, {config.rounds} rounds, {config.model.name} on {config.data.name}")
+
+    def say(self, text: str) -> None:
+        prefix = f"{self._label}: " if self._label else ""
+        print(f"[{time.monotonic() - self._begun:6.1f} s] {prefix}{text}", file=self._stream, flush=True)
+
+    def round(self, record: RoundRecord, of: int) -> None:
+        self.say(round_line(record, of))
+
+
+class BarProgress(Progress):
+    """A live bar per run: for terminals."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Bars(
+            TextColumn("{task.fields[label]:<12}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("clients"),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+        )
+        self._task = self._bars.add_task("", visible=False, label="")
+        self._per_round = 1
+        self._last = ""
+        self._bars.start()
+
+    def begin(self, config: RunConfig, label: str) -> None:
+        self._per_round = config.clients_per_round
+        self._task = self._bars.add_task(
+            "preparing the data and the model", total=config.rounds * self._per_round, label=label
+        )
+
+    def say(self, text: str) -> None:
+        self._bars.console.print(text, highlight=False)
+
+    def clients(self, number: int, done: int, of: int) -> None:
+        self._bars.update(self._task, completed=(number - 1) * self._per_round + done)
+
+    def round(self, record: RoundRecord, of: int) -> None:
+        self._bars.update(self._task, description=round_line(record, of))
+
+    def end(self) -> None:
+        self._bars.stop_task(self._task)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self._bars.stop()
+
+
+_current: ContextVar[Progress | None] = ContextVar("progress", default=None)
+
+
+class Tee(Progress):
+    """To the terminal's progress, and to the log of the Prefect flow run."""
+
+    def __init__(self, shown: Progress) -> None:
+        self._shown, self._log = shown, get_run_logger()
+
+    def begin(self, config: RunConfig, label: str) -> None:
+        self._log.info("%s: %d clients, %d rounds", label, config.clients, config.rounds)
+        self._shown.begin(config, label)
+
+    def say(self, text: str) -> None:
+        self._log.info("%s", text)
+        self._shown.say(text)
+
+    def clients(self, number: int, done: int, of: int) -> None:
+        self._shown.clients(number, done, of)
+
+    def round(self, record: RoundRecord, of: int) -> None:
+        self._log.info("%s", round_line(record, of))
+        self._shown.round(record, of)
+
+    def end(self) -> None:
+        self._shown.end()
+
+
+def current() -> Progress:
+    """The progress of the flow run that is under way."""
+    return Tee(_current.get() or Progress())
+
+
+@contextmanager
+def shown_on(stream: TextIO) -> Iterator[Progress]:
+    """Show the progress of flows called within: bars on a terminal, lines elsewhere."""
+    console = Console(file=stream)
+    live: Progress = BarProgress(console) if console.is_terminal else LogProgress(stream)
+    token = _current.set(live)
+    try:
+        yield live
+    finally:
+        _current.reset(token)
+        if isinstance(live, BarProgress):
+            live.close()

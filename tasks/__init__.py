@@ -1,0 +1,1 @@
+"""Prefect tasks: a few lines each around `fedlora` and `mlflow_tracking`; paths and small numbers in and out."""

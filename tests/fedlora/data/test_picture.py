@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from fedlora.config import PartitionConfig
+from fedlora.data.partition import partition
+from fedlora.data.picture import draw
+from fedlora.errors import RunFolderError
+
+
+def make(clients: int, labels: int, name: str = "iid"):
+    rows = np.arange(clients * labels * 12) % labels
+    names = [f"a label with a long name, number {i}" for i in range(labels)]
+    return partition(PartitionConfig(name=name, min_size=1), clients, 0, rows, rows[:200], names, "d")
+
+
+def test_pictures_grow_with_what_they_show_and_stay_viewable(tmp_path):
+    shapes = []
+    for clients, labels in ((3, 2), (20, 20), (100, 77)):
+        draw(make(clients, labels), tmp_path / "figures" / "partition.png")
+        shapes.append(imread(tmp_path / "figures" / "partition.png").shape[:2])
+    (low, narrow), (middle, wider), (high, wide) = shapes
+    assert 400 < low < middle < high < 2000
+    assert 600 < narrow < wider < wide < 2000
+
+
+def test_more_of_a_label_is_brighter_and_none_is_white(tmp_path):
+    """One cell of three in each row has all there is: a known share of the picture has the brightest colour."""
+    draw(make(3, 3, "one-label"), tmp_path / "partition.png")
+    image = imread(tmp_path / "partition.png")[:, :, :3]
+    yellow, purple = np.array([[0xFD, 0xE7, 0x25], [0x44, 0x01, 0x54]]) / 255
+    assert 0.03 < (abs(image - yellow).max(axis=2) < 0.01).mean() < 0.2
+    assert (abs(image - purple).max(axis=2) < 0.01).mean() < 0.001
+
+
+def test_the_same_partition_gives_the_same_file(tmp_path):
+    for name in ("a.png", "b.png"):
+        draw(make(4, 3), tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunFolderError, match="cannot write"):
+        draw(make(3, 2), tmp_path / "file" / "partition.png")

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fedlora.atomic import write_atomic
 from fedlora.errors import AdapterError
 
 Part = Literal["A", "B", "head"]
@@ -170,11 +171,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_peft_folder(adapter: Adapter, folder: Path, peft_config: Mapping[str, object], card: str) -> None:
-    """A folder that `PeftModel.from_pretrained(base, folder)` loads: configuration, weights, README card."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_model.safetensors").write_bytes(serialise(adapter.tensors(), {"format": "pt"}))
-    (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
-    (folder / "README.md").write_text(card)
+    """A folder that `PeftModel.from_pretrained(base, folder)` loads: configuration, weights, README card.
+
+    Raises:
+        RunFolderError: it cannot be written; what was there before is intact.
+    """
+    configuration = json.dumps(peft_config, indent=2, sort_keys=True) + "\n"
+    write_atomic(folder / "adapter_model.safetensors", serialise(adapter.tensors(), {"format": "pt"}))
+    write_atomic(folder / "adapter_config.json", configuration.encode())
+    write_atomic(folder / "README.md", card.encode())
 
 
 def read_peft_folder(folder: Path) -> Adapter:

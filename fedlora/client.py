@@ -13,7 +13,7 @@ from fedlora import seeds
 from fedlora.adapter import Adapter, Part
 from fedlora.config import TrainingConfig
 from fedlora.data.batches import steps_for, training_batches
-from fedlora.errors import RunAborted
+from fedlora.errors import AdapterError, RunAborted
 from fedlora.model import ResidentModel
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def train(
     Optimiser and schedule are made afresh; batches and dropout are drawn by (seed, round, client) alone.
 
     Raises:
-        RunAborted: the loss is not finite; names the client, round and step.
+        RunAborted: the loss, or what came of the last step, is not finite; names the client, round and step.
     """
     model.load(start)
     parameters = model.trainable(parts)
@@ -99,5 +99,8 @@ def _finite(adapter: Adapter, losses: list[float], turn: Turn, start: Adapter) -
             raise RunAborted(
                 f"{turn}: the loss is {loss} at step {step}, so training diverged; lower training.learning_rate"
             )
-    adapter.check_like(start, str(turn))
+    try:
+        adapter.check_like(start, str(turn))
+    except AdapterError as error:
+        raise RunAborted(f"{error}; lower training.learning_rate") from None
     return adapter

@@ -61,8 +61,8 @@ def frame(cells: Iterable[Cell]) -> pd.DataFrame:
 
 
 def over_seeds(table: pd.DataFrame, settings: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Mean and standard deviation of the results over seeds, for each combination of the other settings, in the order in
-    which they first appear; settings become the index."""
+    """Mean and standard deviation of the results over seeds, for each combination of the other settings, in the
+    order in which they first appear; settings become the index."""
     keys = [key for key in settings if key != "seed"]
     if not keys:
         table, keys = table.assign(run="all seeds"), ["run"]

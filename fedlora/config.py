@@ -90,13 +90,14 @@ class PartitionConfig(Section):
     name: PartitionName = "dirichlet"
     """The partitioner; the class names of flwr-datasets are understood too."""
     alpha: float = Field(0.5, gt=0)
-    """Concentration for `dirichlet` (labels) and `quantity` (sizes): small is skewed, 100 is nearly even."""
+    """Concentration: of labels for `dirichlet` and for the skewed clients of `mixed-quality`, of sizes for `quantity`.
+    Small is skewed (0.1: few labels per client), 100 is nearly even."""
     min_size: int = Field(10, ge=1)
     """Fewest training examples a client may get; a partition that cannot keep it is refused."""
     labels_per_client: int = Field(2, ge=1)
     """How many labels each client holds under `pathological`, how many shards under `shard`."""
     balanced_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of the clients with balanced data under `mixed-quality`; the others hold few labels."""
+    """Share of the clients with balanced data under `mixed-quality`; the others are skewed by `alpha`."""
 
     @field_validator("name", mode="before")
     @classmethod
@@ -203,7 +204,7 @@ class TrackingConfig(Section):
     experiment: str = Field("fedlora", min_length=1)
     """MLflow experiment that the run is logged to."""
     uri: str | None = None
-    """Tracking store. Empty: $MLFLOW_TRACKING_URI, else a server started with `fedlora up`, else the local SQLite file."""
+    """Tracking store. Empty: $MLFLOW_TRACKING_URI, else a server of `fedlora up`, else the local SQLite file."""
     adapter_every: int | None = Field(None, ge=1)
     """Also log the global adapter every N rounds. Empty: the final adapter only."""
 

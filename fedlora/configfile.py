@@ -22,7 +22,7 @@ def load(source: str | Path | None, overrides: Overrides | None = None, presets:
     """The configuration of a preset name or YAML file, with dotted `overrides` on top.
 
     Raises:
-        ConfigError: unreadable file, unknown preset or key, a value that is not allowed, or a combination that cannot work.
+        ConfigError: unreadable file, unknown preset or key, a value that is not allowed, or an impossible combination.
     """
     return build({**read_flat(source, presets), **(overrides or {})})
 
@@ -58,7 +58,8 @@ def find(source: str, presets: Path | None) -> Path:
     if source in names and presets is not None:
         return presets / f"{source}.yaml"
     raise ConfigError(
-        f"unknown preset '{source}'.{did_you_mean(source, names)} Presets: {', '.join(names) or 'none'}; or name a .yaml file."
+        f"unknown preset '{source}'.{did_you_mean(source, names)} There are: {', '.join(names) or 'none'}; "
+        "or name a .yaml file."
     )
 
 

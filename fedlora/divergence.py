@@ -2,8 +2,8 @@
 
 Measured around every strategy each round, from the uploads and the broadcasts alone (ALGORITHMS §2–3;
 arXiv 2508.01348 for R, P, Q). All norms are Frobenius, all arithmetic is float64 in the coordinates of
-`fedlora.factors.Frame`. Factors are compared without the scaling s, which cancels in ρ; R, P, Q and the dispersion are in
-units of the products `B·A`.
+`fedlora.factors.Frame`. Factors are compared without the scaling s, which cancels in ρ; R, P, Q and the dispersion are
+in units of the products `B·A`.
 """
 
 from __future__ import annotations
@@ -119,9 +119,9 @@ def measure(updates: Updates, broadcasts: Sequence[Adapter], mixing: Mapping[str
 
     Args:
         updates: the round's uploads.
-        broadcasts: the adapter each of these clients restarts from, in the same order (the same object for all where the
-            broadcast is common; then it is measured once).
-        mixing: by module, the weights (U) with which clients' B entered the broadcast where they are not the clients' own.
+        broadcasts: the adapter each of these clients restarts from, in the same order (the same object for all where
+            the broadcast is common; then it is measured once).
+        mixing: by module, the weights (U) with which clients' B entered the broadcast, where not the clients' own.
     """
     mixing = mixing or {}
     return Divergence(

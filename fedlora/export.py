@@ -10,6 +10,7 @@ import numpy as np
 
 from fedlora import metrics, plots, rounds
 from fedlora.adapter import Adapter, write_peft_folder
+from fedlora.atomic import write_atomic
 from fedlora.errors import saving
 from fedlora.evaluation import Scores
 from fedlora.runfolder import RunFolder
@@ -44,7 +45,7 @@ def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path)
     write_peft_folder(weights, folder, peft_config, _card(run, number))
     content = {"model": run.config.model.model_dump(mode="json"), "labels": setup["labels"], "round": number}
     content |= {"max_length": run.config.data.max_length, "strategy": run.config.strategy}
-    (folder / "fedlora.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_atomic(folder / "fedlora.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _card(run: RunFolder, number: int) -> str:

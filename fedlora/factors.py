@@ -73,8 +73,8 @@ class TruncatedSVD:
     def balanced(self) -> Factors:
         """`B = U√S`, `A = √S Vᵀ`: the split with equal norms on both sides.
 
-        In directions in which nothing was learned (S = 0) B is zero and A keeps the unit row of `Vᵀ`, so that the product
-        is unchanged and the direction can still be trained: with both zero its gradient would vanish for ever.
+        In directions in which nothing was learned (S = 0) B is zero and A keeps the unit row of `Vᵀ`, so that the
+        product is unchanged and the direction can still be trained: with both zero its gradient would vanish for ever.
         """
         learned = (
             _NULL * self.S.max() < self.S

@@ -18,9 +18,10 @@ from fedlora.adapter import wire_size
 from fedlora.data import sources, tokens
 from fedlora.data.partition import Partition, partition
 from fedlora.data.picture import draw
+from fedlora.errors import DataError
 from fedlora.metrics import Bytes
-from fedlora.model import ResidentModel, load_tokenizer
-from fedlora.runfolder import RunFolder
+from fedlora.model import ResidentModel, check_length, load_tokenizer
+from fedlora.runfolder import FORMAT, RunFolder
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
 from fedlora.workers import Workbench
@@ -34,16 +35,18 @@ def warm_up(bench: Workbench) -> None:
 
 
 def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
-    """Read, tokenise (once per data set, model and length; shared by runs) and partition; returns the partition's summary.
+    """Read, tokenise (once per data set, model and length; shared by runs) and partition; the partition's summary.
 
     Raises:
         DataError: the data cannot be read, or not be partitioned as asked.
+        ModelError: the tokenizer cannot be loaded, or `data.max_length` is more than the model reads.
     """
     run = RunFolder(folder)
     config = run.config
     summary = run.read_json("partition.json")
     if isinstance(summary, dict) and (run.path / "partition.npz").is_file() and _data_is_there(run):
         return summary
+    check_length(config.model, config.data.max_length)
     text = sources.load(config.data, config.seed)
     tokenizer = load_tokenizer(config.model)
     path = tokens.tokenise(text, tokenizer, config.data.max_length, home.cache())
@@ -64,6 +67,7 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
     run.write_json(
         "setup.json",
         {
+            "format": FORMAT,
             "tokens": str(path),
             "labels": list(data.labels),
             "pad_token_id": data.pad_token_id,
@@ -78,7 +82,13 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
 
 def _data_is_there(run: RunFolder) -> bool:
     setup = run.read_json("setup.json")
-    return isinstance(setup, dict) and Path(setup["tokens"]).is_dir()
+    if not isinstance(setup, dict):
+        return False
+    try:
+        tokens.open_tokens(Path(setup["tokens"]))
+    except DataError:
+        return False
+    return True
 
 
 def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:

@@ -24,6 +24,9 @@ from fedlora.errors import ModelError, did_you_mean
 
 _ASSETS = Path(__file__).parent / "assets"
 
+_OFFSET_POSITIONS = {"roberta", "camembert", "data2vec", "esm", "ibert", "lilt", "longformer", "luke", "mpnet", "xmod"}
+"""Words in the names of architectures that count positions from the padding token's id + 1 (xlm-roberta too)."""
+
 
 @dataclass(frozen=True)
 class KnownModel:
@@ -157,9 +160,36 @@ def load_tokenizer(config: ModelConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(resolve(config.name), revision=config.revision)
     except Exception as error:
         raise _cannot_load(config, "tokenizer", error) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # Transformers makes one up from nothing
+        raise ModelError(
+            f"model.name={config.name}: its tokenizer has no words; the model's folder needs the tokenizer's files too "
+            "(tokenizer.json)"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_length(config: ModelConfig, tokens: int) -> None:
+    """Refuse texts of more tokens than the model has positions for; a model that declares no limit takes any length.
+
+    Raises:
+        ModelError: `tokens` is above the limit, or the model's configuration cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    try:
+        declared = AutoConfig.from_pretrained(resolve(config.name), revision=config.revision).get_text_config()
+    except Exception as error:
+        raise _cannot_load(config, "configuration", error) from error
+    positions = getattr(declared, "max_position_embeddings", None) or 0
+    if positions > 0 and _OFFSET_POSITIONS & set(declared.model_type.split("-")):
+        positions -= (declared.pad_token_id or 0) + 1
+    if 0 < positions < tokens:
+        raise ModelError(
+            f"data.max_length={tokens}, but model.name={config.name} reads at most {positions} tokens; "
+            f"set data.max_length to {positions} or less"
+        )
 
 
 def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | None = None, seed: int = 0) -> nn.Module:
@@ -184,12 +214,17 @@ def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | No
         )
     except Exception as error:
         raise _cannot_load(config, "weights", error) from error
-    if model.config.pad_token_id is None:
+    if pad_token_id is not None:  # whatever the model declares: a decoder finds the last token of a text by it
         model.config.pad_token_id = pad_token_id
     for name in head_modules(model):
-        model.get_submodule(name).float()
+        model.get_submodule(name).float().register_forward_pre_hook(_to_its_precision)
     classifier: nn.Module = model
     return classifier
+
+
+def _to_its_precision(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(module.parameters()).dtype
+    return tuple(value.to(dtype) if torch.is_tensor(value) else value for value in inputs)
 
 
 def _positions(labels: Sequence[str]) -> dict[str, int]:
@@ -228,7 +263,8 @@ def target_modules(model: Any, lora: LoraConfig) -> list[str]:
     wanted = lora.target_modules or DEFAULTS.get(model.config.model_type)
     if wanted is None:
         raise ModelError(
-            f"no default lora.target_modules for architecture '{model.config.model_type}'; choose among: {', '.join(endings)}"
+            f"no default lora.target_modules for architecture '{model.config.model_type}'; "
+            f"choose among: {', '.join(endings)}"
         )
     for target in wanted:
         if not any(name == target or name.endswith(f".{target}") for name in linear):

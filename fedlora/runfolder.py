@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -20,32 +19,13 @@ from torch import Tensor
 
 from fedlora import configfile
 from fedlora.adapter import Adapter, read_tensors, serialise
+from fedlora.atomic import write_atomic
 from fedlora.config import RunConfig
-from fedlora.errors import AdapterError, RunFolderError, saving
+from fedlora.errors import AdapterError, RunFolderError
 from fedlora.strategies.base import ServerState
 
 FORMAT = 1
 """Version of this layout, written to `setup.json`."""
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all (temporary file, fsync, rename).
-
-    Raises:
-        RunFolderError: it cannot be written; says why.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 class RunFolder:
@@ -136,8 +116,14 @@ class RunFolder:
         Raises:
             RunFolderError: missing or damaged.
         """
+        path = self.path / f"{stem}.safetensors"
+        if self.read_record(stem) is None:
+            raise RunFolderError(
+                f"{path} is missing or damaged; remove the folder {path.parent} and run again with the same --run-dir "
+                "to have it made anew"
+            )
         try:
-            return read_tensors(self.path / f"{stem}.safetensors")
+            return read_tensors(path)
         except AdapterError as error:
             raise RunFolderError(str(error)) from None
 

@@ -1,7 +1,7 @@
 """Where jobs run: slots, each with a device and a resident base model, in worker processes or in this process.
 
-A job is a function whose first argument is the slot's `Workbench`; the others are paths and small numbers, so that nothing
-large is copied between processes.
+A job is a function whose first argument is the slot's `Workbench`; the others are paths and small numbers, so that
+nothing large is copied between processes.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _in_worker(job: Callable[..., T], args: tuple[Any, ...]) -> T:
+def _in_worker(job: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
     assert _bench is not None, "a job reached a process that was not set up as a worker"
-    return job(_bench, *args)
+    return job(_bench, *args, **kwargs)
 
 
 class ProcessSlot:
@@ -99,7 +99,7 @@ class ProcessSlot:
             WorkerError: the process died; the job may be tried again.
         """
         try:
-            return self._submit(job, args).result()
+            return self._submit(job, args, kwargs).result()
         except BrokenProcessPool as error:
             if self._closed:
                 raise RunAborted("stopped") from None
@@ -109,14 +109,14 @@ class ProcessSlot:
                 "(killed, or out of memory: try fewer runner.slots or a smaller training.batch_size)"
             ) from error
 
-    def _submit(self, job: Callable[..., T], args: tuple[Any, ...]) -> Future[T]:
+    def _submit(self, job: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[T]:
         if self._closed:
             raise RunAborted("stopped")
-        return self._executor.submit(_in_worker, job, args)
+        return self._executor.submit(_in_worker, job, args, kwargs)
 
     def start(self, job: Job[[], None]) -> None:
         """Let the worker begin `job(workbench)` without waiting for it."""
-        self._submit(job, ())
+        self._submit(job, (), {})
 
     def close(self, *, now: bool = False) -> None:
         """End the worker; `now` kills it in the middle of a job."""
@@ -124,7 +124,7 @@ class ProcessSlot:
         if now:
             for process in list((getattr(self._executor, "_processes", None) or {}).values()):
                 process.kill()
-        self._executor.shutdown(wait=not now, cancel_futures=True)
+        self._executor.shutdown(cancel_futures=True)
 
 
 class ThreadSlot:
@@ -206,10 +206,7 @@ def slot_devices(runner: RunnerConfig) -> list[str]:
         return ["mps"]
     if runner.device == "auto" and not gpus:
         return ["cpu"] * _cpu_slots(runner)
-    if runner.device.startswith("cuda:"):
-        wanted = [runner.device] if runner.device in gpus else []
-    else:
-        wanted = gpus
+    wanted = [gpu for gpu in gpus if runner.device in ("auto", "cuda", gpu)]
     if not wanted:
         raise ConfigError(
             f"runner.device={runner.device}, but torch sees {', '.join(gpus) or 'no GPU'} here; use runner.device=cpu"

@@ -26,6 +26,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+_CONSOLE = "CRITICAL"
+"""What Prefect may print: the progress and our one line of error say the rest; its own page has the full log."""
+
 Words = Annotated[
     list[str] | None,
     typer.Argument(metavar="[PRESET|FILE.yaml] [KEY=VALUE]...", help="Where settings come from, and what to change."),
@@ -47,7 +50,7 @@ def run(
     from flows.presets import PRESETS
 
     source, overrides = _split(words, "demo")
-    environment.prepare()
+    environment.prepare(_CONSOLE)
     config = configfile.load(source, overrides, PRESETS)
     _check(config)
     folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()
@@ -71,25 +74,29 @@ def sweep(
 
     For example: fedlora sweep demo rounds=4
     """
-    from fedlora import configfile
+    from fedlora import configfile, home
     from flows import tables, where
     from flows.progress import shown_on
 
-    environment.prepare()
+    environment.prepare(_CONSOLE)
+    from flows import interruption, private_server
     from flows import sweep as sweeps
 
     chosen = sweeps.load(file, configfile.parse_overrides(overrides or []))
     for cell in chosen.cells():
         _check(sweeps.configuration(chosen, cell))
-    with shown_on(sys.stdout):
-        outcome = sweeps.run_sweep.with_options(flow_run_name=f"sweep {chosen.name}")(chosen)
+    try:
+        with shown_on(sys.stdout), private_server.available(), interruption.marked():
+            outcome = sweeps.run_sweep.with_options(flow_run_name=f"sweep {chosen.name}")(chosen)
+    except KeyboardInterrupt:
+        print(f"stopped; the runs that finished are in MLflow, their folders in {home.runs()}")
+        raise
     print()
     tables.compared(outcome.finished, list(chosen.grid), sys.stdout)
     for label, reason in outcome.failed.items():
         print(f"failed: {label}: {reason}")
-    print(
-        f"\npicture           {outcome.folder / 'comparison.png'}\ntable             {outcome.folder / 'comparison.csv'}"
-    )
+    print(f"\npicture           {outcome.folder / 'comparison.png'}")
+    print(f"table             {outcome.folder / 'comparison.csv'}")
     print("\n".join(where.lines(outcome.mlflow_uri, outcome.mlflow_experiment)))
     if outcome.failed:
         raise typer.Exit(1)
@@ -185,9 +192,13 @@ def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path
     from flows.progress import shown_on
 
     with shown_on(sys.stdout):
+        from flows import interruption, private_server
         from flows.federated import federated, run_name
 
-        federated.with_options(flow_run_name=run_name(config))(preset=source, overrides=overrides, run_dir=str(folder))
+        with private_server.available(), interruption.marked():
+            federated.with_options(flow_run_name=run_name(config))(
+                preset=source, overrides=overrides, run_dir=str(folder)
+            )
     from fedlora.runfolder import RunFolder
     from mlflow_tracking import tracker
 
@@ -215,14 +226,13 @@ def main() -> None:
     """Entry point: errors the user can mend are one line on stderr, with a non-zero exit."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except FedloraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise

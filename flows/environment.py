@@ -116,7 +116,7 @@ def check_prefect() -> None:
     if not url:
         return
     try:
-        httpx.get(f"{url.rstrip('/')}/health", timeout=5).raise_for_status()
+        httpx.get(f"{url.rstrip('/')}/health", timeout=5, trust_env=False).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise FedloraError(
             f"the Prefect server at {url} does not answer ({error}). Start it (`fedlora up`), or unset PREFECT_API_URL "

@@ -25,7 +25,7 @@ from fedlora.config import RunConfig  # noqa: E402
 from fedlora.rounds import Timings  # noqa: E402
 from fedlora.runfolder import RunFolder  # noqa: E402
 from fedlora.strategies import registry  # noqa: E402
-from flows import pages, progress  # noqa: E402
+from flows import interruption, pages, progress  # noqa: E402
 from flows.presets import PRESETS  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 from mlflow_tracking import store, tracker  # noqa: E402
@@ -129,6 +129,7 @@ def execution(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Run, Progr
             devices.ensure_limits(guarded)
             yield Run(folder.path, config.strategy), told
     except BaseException as error:
+        interruption.note(error)
         tracked = tracker.load(folder)
         if tracked:
             store.close(tracked.uri, tracked.run, "FAILED" if isinstance(error, Exception) else "KILLED")

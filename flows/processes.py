@@ -45,7 +45,7 @@ def spawn(name: str, command: Sequence[str], environ: Mapping[str, str]) -> Proc
         if log.exists():
             log.replace(log.with_suffix(".log.1"))
         with log.open("wb") as output:
-            process = subprocess.Popen(  # noqa: S603 - the commands are ours
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,  # nothing may ask a question
                 stdout=output,

@@ -144,6 +144,7 @@ def shown_on(stream: TextIO) -> Iterator[Progress]:
     """Show the progress of flows called within: bars on a terminal, lines elsewhere."""
     console = Console(file=stream)
     live: Progress = BarProgress(console) if console.is_terminal else LogProgress(stream)
+    live.say("starting Prefect and the workers")
     token = _current.set(live)
     try:
         yield live

@@ -291,7 +291,7 @@ def _check_source(source: Path) -> None:
 
 
 def _begin_deploying(prefect_url: str, source: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(  # noqa: S603 - our own interpreter and code
+    return subprocess.Popen(
         [sys.executable, "-c", "import sys; from flows.services import _register; _register(sys.argv[1])", str(source)],
         env={**defaults(), **os.environ, "PREFECT_API_URL": prefect_url, "NO_PROXY": "127.0.0.1,localhost"},
         cwd=SOURCE,

@@ -22,7 +22,7 @@ from fedlora import comparison, configfile, home, workers  # noqa: E402
 from fedlora.comparison import Cell  # noqa: E402
 from fedlora.config import RunConfig, Section  # noqa: E402
 from fedlora.errors import ConfigError, FedloraError, RunAborted, did_you_mean  # noqa: E402
-from flows import progress  # noqa: E402
+from flows import interruption, progress  # noqa: E402
 from flows.federated import federated, run_name  # noqa: E402
 from flows.presets import PRESETS, SWEEPS  # noqa: E402
 from mlflow_tracking import parents  # noqa: E402
@@ -61,7 +61,7 @@ def load(source: str, overrides: dict[str, Any] | None = None) -> Sweep:
     """A sweep by name or file; overrides apply to all its runs (an overridden grid key is no longer varied).
 
     Raises:
-        ConfigError: unreadable, an unknown key, an empty or repeated grid value, or a cell that is no valid configuration.
+        ConfigError: unreadable, an unknown key, an empty or repeated grid value, or a cell that is not valid.
     """
     content = configfile.read_yaml(configfile.find(source, SWEEPS))
     for key in content:
@@ -112,7 +112,7 @@ def run_sweep(sweep: Sweep) -> Outcome:
     finished: list[Cell] = []
     failed: dict[str, str] = {}
     parent = parents.start(first.tracking, sweep.name, _description(sweep, [], folder))
-    with parents.closing(parent), workers.open_pool(first.runner):
+    with interruption.noted(), parents.closing(parent), workers.open_pool(first.runner):
         for cell in cells:
             config = configuration(sweep, cell)
             label = Cell(cell, folder).label or run_name(config)

@@ -1,7 +1,7 @@
 """Where the tracking store is, whether it answers, and its experiments.
 
-Only `MlflowClient` with explicit run ids is used: MLflow's active run is thread-local, and a fluent call in a task would
-silently open an orphan run.
+Only `MlflowClient` with explicit run ids is used: MLflow's active run is thread-local, and a fluent call in a task
+would silently open an orphan run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def check(uri: str) -> None:
             )
     elif "://" not in uri:
         raise TrackingError(
-            f"tracking.uri={uri}: expected http://…, sqlite:///… or postgresql://… (MLflow no longer writes plain folders)"
+            f"tracking.uri={uri}: expected http://…, sqlite:///… or postgresql://… (MLflow writes no plain folders)"
         )
 
 
@@ -100,7 +100,7 @@ def experiment_id(store: MlflowClient, uri: str, name: str) -> str:
 
 
 def _artifact_location(uri: str, name: str) -> str | None:
-    """An absolute folder for databases (MLflow's default would be the working directory); the server's own otherwise."""
+    """An absolute folder for databases (MLflow's default is the working directory); the server's own otherwise."""
     return None if is_server(uri) else (home.mlflow_artifacts() / name).as_uri()
 
 

@@ -1,7 +1,7 @@
 """One federated run in MLflow: parameters, tags, data, a batch of metrics per round, artifacts.
 
-Everything is idempotent: the MLflow run's id and how far it got are kept in the run folder, points carry the timestamp of
-the round's record, so that a retry or a late delivery adds nothing twice.
+Everything is idempotent: the MLflow run's id and how far it got are kept in the run folder, points carry the timestamp
+of the round's record, so that a retry or a late delivery adds nothing twice.
 """
 
 from __future__ import annotations

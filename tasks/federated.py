@@ -1,7 +1,7 @@
 """The steps of a federated run as Prefect tasks.
 
-Each takes a `Run` (its folder and strategy) and small numbers, works in the run folder, and returns small numbers. What is
-done is found in the folder and not done again, so results need no store of Prefect's.
+Each takes a `Run` (its folder and strategy) and small numbers, works in the run folder, and returns small numbers. What
+is done is found in the folder and not done again, so results need no store of Prefect's.
 """
 
 from __future__ import annotations

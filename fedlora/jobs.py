@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging as transformers_logging
 
 from fedlora import client, evaluation, home
 from fedlora.adapter import wire_size
@@ -207,5 +208,6 @@ def _model_key(run: RunFolder, bench: Workbench) -> str:
 
 
 def _build(run: RunFolder, bench: Workbench) -> ResidentModel:
+    transformers_logging.disable_progress_bar()  # it would break the lines of a log, or an error's one line
     config, setup, device = run.config, _setup(run, bench), torch.device(bench.device)
     return ResidentModel.build(config.model, config.lora, setup["labels"], setup["pad_token_id"], config.seed, device)

@@ -61,10 +61,7 @@ def _enter_worker(device: str, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
-    from transformers.utils import logging
-
     torch.set_num_threads(threads)
-    logging.disable_progress_bar()
     _bench = Workbench(device)
 
 

@@ -16,6 +16,7 @@ from flows import environment
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
+    from mlflow_tracking.tracker import Tracked
 
 app = typer.Typer(
     name="fedlora",
@@ -56,11 +57,11 @@ def run(
     folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()
     print(f"run folder: {folder}", flush=True)
     try:
-        experiment = _run(source, overrides, config, folder)
+        tracked = _run(source, overrides, config, folder)
     except KeyboardInterrupt:
         print(f"stopped; what is finished is kept. Continue: fedlora run {' '.join(words or [])} --run-dir {folder}")
         raise
-    _print_results(folder, config, experiment)
+    _print_results(folder, config, tracked)
 
 
 @app.command()
@@ -77,12 +78,13 @@ def sweep(
     from fedlora import configfile, home
     from flows import tables, where
     from flows.progress import shown_on
+    from mlflow_tracking import store
 
     environment.prepare(_CONSOLE)
     from flows import interruption, private_server
     from flows import sweep as sweeps
 
-    chosen = sweeps.load(file, configfile.parse_overrides(overrides or []))
+    chosen = sweeps.load(file, configfile.absolute_paths(configfile.parse_overrides(overrides or [])))
     for cell in chosen.cells():
         _check(sweeps.configuration(chosen, cell))
     try:
@@ -97,7 +99,7 @@ def sweep(
         print(f"failed: {label}: {reason}")
     print(f"\npicture           {outcome.folder / 'comparison.png'}")
     print(f"table             {outcome.folder / 'comparison.csv'}")
-    print("\n".join(where.lines(outcome.mlflow_uri, outcome.mlflow_experiment)))
+    print("\n".join(where.lines(outcome.parent.uri, store.sweep_page(outcome.parent.experiment, outcome.parent.run))))
     if outcome.failed:
         raise typer.Exit(1)
 
@@ -170,7 +172,7 @@ def _split(words: list[str] | None, default: str) -> tuple[str, dict[str, Any]]:
     source = given.pop(0) if given and "=" not in given[0] else default
     if source.endswith((".yaml", ".yml")):
         source = str(Path(source).expanduser().absolute())
-    return source, configfile.parse_overrides(given)
+    return source, configfile.absolute_paths(configfile.parse_overrides(given))
 
 
 def _check(config: RunConfig) -> None:
@@ -187,8 +189,8 @@ def _new_name(config: RunConfig) -> str:
     return f"{config.strategy}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path) -> tuple[str, str]:
-    """Run the flow in this process; the tracking URI and experiment it was logged to."""
+def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path) -> Tracked:
+    """Run the flow in this process; returns its run in MLflow."""
     from flows.progress import shown_on
 
     with shown_on(sys.stdout):
@@ -205,17 +207,18 @@ def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path
     tracked = tracker.load(RunFolder(folder))
     if tracked is None:
         raise FedloraError(f"{folder} holds no tracked run")
-    return tracked.uri, tracked.experiment
+    return tracked
 
 
-def _print_results(folder: Path, config: RunConfig, logged_to: tuple[str, str]) -> None:
+def _print_results(folder: Path, config: RunConfig, tracked: Tracked) -> None:
     from fedlora.comparison import Cell
     from flows import tables, where
+    from mlflow_tracking import store
 
     print()
     tables.compared([Cell({"strategy": config.strategy}, folder)], ["strategy"], sys.stdout)
     print(f"\nadapter           {folder / 'adapter'}\npicture           {folder / 'figures' / 'rounds.png'}")
-    print("\n".join(where.lines(*logged_to)))
+    print("\n".join(where.lines(tracked.uri, store.run_page(tracked.experiment, tracked.run))))
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -25,7 +25,7 @@ from fedlora.config import RunConfig  # noqa: E402
 from fedlora.rounds import Timings  # noqa: E402
 from fedlora.runfolder import RunFolder  # noqa: E402
 from fedlora.strategies import registry  # noqa: E402
-from flows import interruption, pages, progress  # noqa: E402
+from flows import interruption, names, pages, progress  # noqa: E402
 from flows.presets import PRESETS  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 from mlflow_tracking import store, tracker  # noqa: E402
@@ -82,6 +82,7 @@ def federated(
     config = configfile.load(preset, {**(overrides or {}), **given}, PRESETS)
     preflight.check(config)
     folder = RunFolder.create(Path(run_dir) if run_dir else default_folder(config), config)
+    names.replace_generated(run_name(config))
     with execution(folder, config) as (run, told):
         tracking = open_tracking.submit(run, run_name(config), mlflow_parent, _prefect_tags())
         partition.submit(run).result()

@@ -10,7 +10,7 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from fedlora import metrics, rounds
 from fedlora.config import RunConfig
 from fedlora.runfolder import RunFolder
-from flows import environment
+from flows import where
 from mlflow_tracking import store
 from mlflow_tracking.tracker import Tracked
 
@@ -55,11 +55,9 @@ class RunPage:
         create_markdown_artifact(f"{self.note()}\n\n{self._way_to_mlflow()}", key="federated-summary")
 
     def _way_to_mlflow(self) -> str:
-        tracked, services = self._tracked, environment.running_services()
-        url = store.run_url(tracked.uri, tracked.experiment, tracked.run, services.mlflow_url if services else None)
-        if url:
-            return f"[MLflow run]({url})"
-        return f"MLflow run `{tracked.run}` in `{tracked.uri}` (start the page with `fedlora up`)"
+        tracked = self._tracked
+        url = where.mlflow_page(tracked.uri, store.run_page(tracked.experiment, tracked.run))
+        return f"[MLflow run]({url}), run folder `{self._folder.path}`"
 
 
 def rounds_table(folder: RunFolder) -> list[str]:

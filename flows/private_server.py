@@ -59,7 +59,19 @@ def _with_server(process: subprocess.Popen[bytes], port: int, log: Path) -> Iter
     url = f"http://127.0.0.1:{port}/api"
     _wait(process, url, log)
     with temporary_settings({PREFECT_API_URL: url}):
-        yield
+        try:
+            yield
+        finally:
+            _send_what_waits()
+
+
+def _send_what_waits() -> None:
+    """Logs and events are sent in the background; what still waits would find no server."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.drain_all(timeout=5, at_exit=False)
+    EventsWorker.drain_all(timeout=5, at_exit=False)
 
 
 def _spawn(port: int) -> tuple[subprocess.Popen[bytes], Path]:

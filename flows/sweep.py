@@ -53,8 +53,7 @@ class Outcome:
     folder: Path
     finished: list[Cell]
     failed: dict[str, str]
-    mlflow_uri: str
-    mlflow_experiment: str
+    parent: parents.Parent
 
 
 def load(source: str, overrides: dict[str, Any] | None = None) -> Sweep:
@@ -127,7 +126,7 @@ def run_sweep(sweep: Sweep) -> Outcome:
             create_markdown_artifact(_description(sweep, finished, folder), key="sweep-summary")
     if not finished:
         raise FedloraError(f"sweep {sweep.name}: no run finished; first: {next(iter(failed.values()))}")
-    return Outcome(folder, finished, failed, parent.uri, parent.experiment)
+    return Outcome(folder, finished, failed, parent)
 
 
 def _run_cell(sweep: Sweep, cell: dict[str, Any], config: RunConfig, parent: str) -> str:

@@ -41,7 +41,9 @@ def compared(cells: Sequence[comparison.Cell], settings: Sequence[str], stream: 
 
 
 def _print_partition(runs: pd.DataFrame, stream: TextIO) -> None:
-    if comparison.same_partition(runs):
+    if len(runs) == 1:
+        print(f"partition hash {runs['partition'].iloc[0]}", file=stream)
+    elif comparison.same_partition(runs):
         hashes = ", ".join(sorted(set(runs["partition"])))
         print(f"All runs of a seed share one partition (hash {hashes}): only the settings above vary.", file=stream)
     else:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from fedlora import home
 from flows import environment
 from mlflow_tracking import store
 
@@ -14,24 +15,41 @@ PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 """Ports of `fedlora up`."""
 
 
-def lines(mlflow_uri: str, experiment: str) -> list[str]:
-    """What to type and open to see an experiment in MLflow and its flow runs in Prefect."""
+def lines(mlflow_uri: str, page: str) -> list[str]:
+    """What to type, and what to open, to see a page of MLflow and the flow runs in Prefect."""
+    return [
+        *_to_start(mlflow_uri),
+        f"MLflow            {mlflow_page(mlflow_uri, page)}",
+        f"Prefect           {_prefect()}/runs",
+    ]
+
+
+def mlflow_page(uri: str, page: str) -> str:
+    """The address of a page: on the server that is tracked to, or on the one that shows the tracked database."""
     services = environment.running_services()
-    if services:
-        mlflow, prefect = services.mlflow_url, services.prefect_url.removesuffix("/api")
-    else:
-        mlflow, prefect = f"http://127.0.0.1:{MLFLOW_PORT}", f"http://127.0.0.1:{PREFECT_PORT}"
-    page = store.experiment_url(mlflow_uri, experiment, mlflow)
-    own_server = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
-    start = [] if services else [f"start the pages   {command()} up"]
-    return [*start, f"MLflow            {page}", f"Prefect           {own_server or prefect}/runs"]
+    server = uri if store.is_server(uri) else services.mlflow_url if services else f"http://127.0.0.1:{MLFLOW_PORT}"
+    return f"{server.rstrip('/')}/{page}"
 
 
-def command() -> str:
-    """How this program is called, as short as the working directory allows."""
-    path = Path(sys.argv[0]).absolute()
-    if path.name != "fedlora":
-        return "fedlora"
+def _to_start(mlflow_uri: str) -> list[str]:
+    started = [] if environment.running_services() else [f"start the pages   {command('fedlora')} up"]
+    if store.is_server(mlflow_uri) or mlflow_uri == f"sqlite:///{home.mlflow_database()}":
+        return started
+    own = f"{command('mlflow')} server --port {MLFLOW_PORT} --backend-store-uri {shlex.quote(mlflow_uri)}"
+    return [f"start MLflow      {own}", *started]
+
+
+def _prefect() -> str:
+    services = environment.running_services()
+    configured = os.environ.get("PREFECT_API_URL") or (services.prefect_url if services else "")
+    return configured.rstrip("/").removesuffix("/api") or f"http://127.0.0.1:{PREFECT_PORT}"
+
+
+def command(name: str) -> str:
+    """How a program of this installation is called, as short as the working directory allows."""
+    path = Path(sys.executable).with_name(name)
+    if not path.exists():
+        return name
     try:
         return shlex.quote(str(path.relative_to(Path.cwd())))
     except ValueError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,16 +105,23 @@ def _artifact_location(uri: str, name: str) -> str | None:
     return None if is_server(uri) else (home.mlflow_artifacts() / name).as_uri()
 
 
-def run_url(uri: str, experiment: str, run: str, server: str | None = None) -> str | None:
-    """The page of a run, where a server shows it."""
-    base = uri if is_server(uri) else server
-    return f"{base.rstrip('/')}/#/experiments/{experiment}/runs/{run}" if base else None
+def run_page(experiment: str, run: str) -> str:
+    """The page of a run, below a server's address."""
+    return f"#/experiments/{experiment}/runs/{run}"
 
 
-def experiment_url(uri: str, experiment: str, server: str | None = None) -> str | None:
-    """The chart page of an experiment, where a server shows it."""
-    base = uri if is_server(uri) else server
-    return f"{base.rstrip('/')}/#/experiments/{experiment}/runs?compareRunsMode=CHART" if base else None
+def sweep_page(experiment: str, parent: str) -> str:
+    """The chart page of a sweep's runs, best first, below a server's address.
+
+    Sorted by a metric, because MLflow folds children under their parent (and shows no chart) while it sorts by date.
+    """
+    query = {
+        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent}'",
+        "orderByKey": "metrics.`final/accuracy`",
+        "orderByAsc": "false",
+        "compareRunsMode": "CHART",
+    }
+    return f"#/experiments/{experiment}/runs?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote)}"
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""Uploads to aggregate, and the mathematics of ALGORITHMS.md on dense float64 matrices, without a line of fedlora's own.
+"""Uploads to aggregate, and the mathematics of ALGORITHMS.md on dense float64 matrices, with no algebra of fedlora's.
 
 Every shape is non-square and the scaling s = α/r is 4, so that a transpose or a lost scaling cannot pass.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -142,12 +142,3 @@ def dense() -> type[Dense]:
 @pytest.fixture(scope="session")
 def uploads() -> type[Uploads]:
     return Uploads
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    """Tensors of a few hundred numbers are slower on two threads than on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -1,0 +1,30 @@
+"""Names of flow runs."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+from uuid import UUID
+
+from coolname.data import config as word_lists
+from prefect import runtime
+from prefect.client.orchestration import get_client
+
+
+def replace_generated(name: str) -> None:
+    """Name the flow run under way, unless a person named it: Prefect draws two words ("placid-walrus")."""
+    if runtime.flow_run.id and is_generated(str(runtime.flow_run.name)):
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(str(runtime.flow_run.id)), name=name)
+
+
+def is_generated(name: str) -> bool:
+    """Whether a name is two words of the vocabulary that Prefect draws from."""
+    words = name.split("-")
+    return len(words) == 2 and all(word in _vocabulary() for word in words)
+
+
+@cache
+def _vocabulary() -> frozenset[str]:
+    lists: Any = word_lists
+    return frozenset(str(word) for entry in lists.values() for word in entry.get("words", ()))

@@ -1,0 +1,99 @@
+"""Finished runs side by side."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+
+from fedlora import comparison, rounds
+from fedlora.comparison import COLUMNS, Cell
+from fedlora.runfolder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def cells(finished) -> list[Cell]:
+    """Two strategies, two seeds."""
+    grid = [{"strategy": strategy, "seed": seed} for strategy in ("svd", "fedit") for seed in (0, 1)]
+    return [Cell(settings, finished({k: v for k, v in settings.items() if v not in ("fedit", 0)})) for settings in grid]
+
+
+def test_a_row_is_the_end_of_a_run(finished):
+    found = comparison.row(finished())
+    first, last = (rounds.records(RunFolder(finished()))[number].metrics for number in (1, 2))
+    assert tuple(found) == COLUMNS
+    assert (found["accuracy"], found["macro-F1"]) == (last["global/accuracy"], last["global/macro_f1"])
+    assert found["local-global gap"] == last["gap/accuracy"]
+    assert (found["ρ first"], found["ρ last"]) == (first["rho/model"], last["rho/model"])
+    assert found["ρ first"] != found["ρ last"]
+    assert found["ρ floor"] == last["rho/floor"]
+    assert found["MB sent"] == last["bytes/total"] / 1e6
+    spent = [record.metrics["time/round_s"] for record in rounds.records(RunFolder(finished()))]
+    assert len(spent) == 3
+    assert found["seconds"] == pytest.approx(sum(spent))
+
+
+def test_what_was_not_measured_is_none(finished):
+    assert comparison.row(finished({"evaluation.local": False}))["local-global gap"] is None
+
+
+def test_a_frame_has_settings_results_partition_and_folder(cells):
+    table = comparison.frame(cells)
+    assert list(table.columns) == ["strategy", "seed", *COLUMNS, "partition", "folder"]
+    assert list(table["strategy"]) == ["svd", "svd", "fedit", "fedit"]
+    assert table["folder"][2] == str(cells[2].folder)
+    assert table["partition"][0] == table["partition"][2] != table["partition"][1]
+
+
+def test_over_seeds_is_the_mean_and_the_sample_deviation(cells):
+    table = comparison.frame(cells)
+    mean, std = comparison.over_seeds(table, ["strategy", "seed"])
+    assert list(mean.index) == ["svd", "fedit"]  # in the order in which they came
+    for position, strategy in enumerate(("svd", "fedit")):
+        for column in COLUMNS:
+            values = table[column][2 * position : 2 * position + 2].to_numpy()
+            assert mean.loc[strategy, column] == pytest.approx(values.mean())
+            assert std.loc[strategy, column] == pytest.approx(values.std(ddof=1))
+    assert std.loc["fedit", "ρ last"] > 0
+
+
+def test_over_seeds_keeps_other_settings_apart_and_makes_do_with_seeds_alone(cells):
+    table = comparison.frame(cells).assign(rank=[4, 8, 4, 8])
+    mean, _ = comparison.over_seeds(table, ["strategy", "rank", "seed"])
+    assert list(mean.index) == [("svd", 4), ("svd", 8), ("fedit", 4), ("fedit", 8)]
+    mean, _ = comparison.over_seeds(comparison.frame(cells[:2]), ["seed"])
+    assert list(mean.index) == ["all seeds"]
+
+
+def test_one_seed_has_no_deviation(cells):
+    _, std = comparison.over_seeds(comparison.frame(cells[:1]), ["strategy", "seed"])
+    assert std.isna().all(axis=None)
+
+
+def test_a_column_that_no_run_measured_stays_empty(finished):
+    settings = {"strategy": "fedit"}
+    table = comparison.frame([Cell(settings, finished({"evaluation.local": False}))])
+    mean, _ = comparison.over_seeds(table, ["strategy"])
+    assert math.isnan(mean.loc["fedit", "local-global gap"])
+    assert mean.loc["fedit", "accuracy"] == table["accuracy"][0]
+
+
+def test_same_partition_is_asked_seed_by_seed(cells):
+    table = comparison.frame(cells)
+    assert comparison.same_partition(table)
+    assert not comparison.same_partition(table.drop(columns="seed"))
+    assert not comparison.same_partition(pd.concat([table, table.iloc[:1].assign(partition="another")]))
+
+
+def test_labels_name_the_settings():
+    cell = Cell({"strategy": "svd", "lora.rank": 4, "seed": 1}, None)
+    assert cell.label == "svd lora.rank=4 seed=1"
+
+
+def test_the_figure_shows_every_run(cells, tmp_path):
+    comparison.figure(cells, tmp_path / "new" / "figure.png", "Two strategies")
+    comparison.figure(cells[:1], tmp_path / "one.png", "Two strategies")
+    both, one = imread(tmp_path / "new" / "figure.png"), imread(tmp_path / "one.png")
+    assert both.shape == one.shape
+    assert np.abs(both - one).sum() > 1000

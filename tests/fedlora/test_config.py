@@ -1,0 +1,379 @@
+"""One typed configuration: what it refuses and how it says so, and what may change without changing results."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora import configfile
+from fedlora.config import PARTITIONER_CLASSES, LoraConfig, RunConfig, Section
+from fedlora.errors import ConfigError
+
+PRESETS = Path(__file__).parents[2] / "deployments" / "presets"
+KEYS = list(configfile.dotted_keys())
+DEFAULTS = configfile.flatten(RunConfig().model_dump(mode="json"))
+
+OTHER = {
+    "name": "a label",
+    "strategy": "svd",
+    "strategy_options": {"max_sweeps": 3},
+    "rounds": 3,
+    "clients": 4,
+    "fraction": 0.5,
+    "weighting": "uniform",
+    "seed": 7,
+    "model.name": "minilm",
+    "model.pooling": "cls",
+    "model.dtype": "bf16",
+    "model.revision": "main",
+    "data.name": "glue",
+    "data.subset": "rte",
+    "data.text": "sentence1",
+    "data.text_pair": "sentence2",
+    "data.label": "topic",
+    "data.client": "author",
+    "data.test_fraction": 0.3,
+    "data.train_size": 100,
+    "data.test_size": 50,
+    "data.max_length": 32,
+    "partition.name": "shard",
+    "partition.alpha": 0.1,
+    "partition.min_size": 3,
+    "partition.labels_per_client": 4,
+    "partition.balanced_fraction": 0.2,
+    "lora.variant": "rslora",
+    "lora.rank": 4,
+    "lora.alpha": 9.0,
+    "lora.dropout": 0.1,
+    "lora.target_modules": ["query"],
+    "training.local_steps": 5,
+    "training.local_epochs": 1.5,
+    "training.batch_size": 4,
+    "training.learning_rate": 0.1,
+    "training.optimizer": "sgd",
+    "training.weight_decay": 0.01,
+    "training.momentum": 0.9,
+    "training.warmup_steps": 0,
+    "training.max_grad_norm": 0.5,
+    "evaluation.every": 2,
+    "evaluation.local": False,
+    "evaluation.batch_size": 8,
+    "runner.kind": "threads",
+    "runner.slots": 3,
+    "runner.device": "cpu",
+    "runner.threads": 2,
+    "runner.exclusive": True,
+    "runner.retries": 0,
+    "tracking.experiment": "another",
+    "tracking.uri": "sqlite:///x.db",
+    "tracking.adapter_every": 2,
+}
+"""A value for every key that is not its default."""
+
+NEEDS = {
+    "strategy_options": {"strategy": "flora-na"},
+    "training.local_epochs": {"training.local_steps": None, "training.local_epochs": 1.0},
+    "training.momentum": {"training.optimizer": "sgd"},
+}
+"""What must be set with it."""
+
+NEUTRAL = {"name", "runner.kind", "runner.slots", "runner.exclusive", "runner.retries"} | {
+    key for key in KEYS if key.startswith("tracking.")
+}
+"""Keys that cannot change a number of the results."""
+
+
+class TestEveryKey:
+    def test_is_in_the_table(self):
+        assert set(OTHER) == set(KEYS), "a new key needs another value here, and a thought whether it changes results"
+
+    def test_is_described(self):
+        def undescribed(section, prefix=""):
+            for name, field in section.model_fields.items():
+                if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                    assert field.annotation.__doc__
+                    yield from undescribed(field.annotation, f"{prefix}{name}.")
+                elif not (field.description or "").strip():
+                    yield f"{prefix}{name}"
+
+        assert list(undescribed(RunConfig)) == []
+
+    @pytest.mark.parametrize("key", KEYS)
+    def test_changes_only_itself(self, key):
+        given_ = {**NEEDS.get(key, {}), key: OTHER[key]}
+        now = configfile.flatten(configfile.build(given_).model_dump(mode="json"))
+        changed = {name for name in now.keys() | DEFAULTS.keys() if now.get(name) != DEFAULTS.get(name)}
+        assert changed == {"strategy_options.max_sweeps" if name == "strategy_options" else name for name in given_}
+
+    @pytest.mark.parametrize("key", KEYS)
+    def test_is_in_the_digest_where_it_changes_results(self, key):
+        needs = NEEDS.get(key, {})
+        before, after = configfile.build(needs), configfile.build({**needs, key: OTHER[key]})
+        assert (before.digest() == after.digest()) == (key in NEUTRAL)
+
+    def test_digest_is_the_same_tomorrow(self):
+        assert configfile.build({"lora.alpha": 16}).digest() == configfile.build({"lora.alpha": 16.0}).digest()
+        assert re.fullmatch("[0-9a-f]{16}", RunConfig().digest())
+
+
+class TestUnknownKeys:
+    @pytest.mark.parametrize(
+        ("typed", "meant"),
+        [
+            ("lora.rnk", "lora.rank"),
+            ("learning_rate", "training.learning_rate"),
+            ("training.leraning_rate", "training.learning_rate"),
+            (
+                "model.batch_size",
+                "evaluation.batch_size or training.batch_size",
+            ),
+            ("alpha", "lora.alpha or partition.alpha"),
+            ("round", "rounds"),
+        ],
+    )
+    def test_suggest_the_nearest(self, typed, meant):
+        with pytest.raises(ConfigError, match=rf"^unknown key '{re.escape(typed)}'\. Did you mean '({meant})'\?$"):
+            configfile.build({typed: 1})
+
+    def test_far_from_everything(self):
+        with pytest.raises(ConfigError, match=r"^unknown key 'zzzz'\.$"):
+            configfile.build({"zzzz": 1})
+
+    def test_in_a_file(self, tmp_path):
+        (tmp_path / "run.yaml").write_text("lora:\n  rang: 4\n")
+        with pytest.raises(ConfigError, match=r"unknown key 'lora\.rang'\. Did you mean 'lora\.rank'\?"):
+            configfile.load(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("partition.name", "dirichlett", r"partition\.name='dirichlett' .*: iid, .*-quality\. Did you mean 'dirichlet'\?"),
+        ("lora.variant", "dora", r"lora\.variant='dora' is not allowed: allowed: lora, rslora\. Did you mean"),
+        ("strategy", "flora", r"strategy='flora' is not allowed: .*known: fedit, .*Did you mean 'flora-na'\?"),
+        ("lora.rank", 0, r"lora\.rank=0 is not allowed: .*greater than or equal to 1"),
+        ("lora.rank", 2.5, r"lora\.rank=2\.5 is not allowed: .*integer"),
+        ("lora.rank", "four", r"lora\.rank='four' is not allowed: .*integer"),
+        ("fraction", 0, r"fraction=0 is not allowed: .*greater than 0"),
+        ("fraction", 1.1, r"fraction=1\.1 is not allowed: .*less than or equal to 1"),
+        ("training.learning_rate", float("nan"), r"training\.learning_rate=nan is not allowed"),
+        ("lora.alpha", math.inf, r"lora\.alpha=inf is not allowed: .*finite"),
+        ("lora.dropout", 1, r"lora\.dropout=1 is not allowed: .*less than 1"),
+        ("clients", None, r"clients=None is not allowed"),
+        ("runner.device", "gpu", r"runner\.device='gpu' is not allowed: expected auto, cpu, cuda, cuda:N or mps"),
+        ("runner.device", "cpu:1", r"runner\.device='cpu:1' is not allowed"),
+        ("runner.device", "cuda:x", r"runner\.device='cuda:x' is not allowed"),
+        ("tracking.experiment", "", r"tracking\.experiment='' is not allowed"),
+        ("data.test_fraction", 1, r"data\.test_fraction=1 is not allowed"),
+        ("seed", -1, r"seed=-1 is not allowed"),
+    ],
+)  # fmt: skip
+def test_wrong_values(key, value, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        configfile.build({key: value})
+
+
+@pytest.mark.parametrize("value", ["auto", "cpu", "mps", "cuda", "cuda:3"])
+def test_devices(value):
+    assert configfile.build({"runner.device": value}).runner.device == value
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"training.local_epochs": 1},
+            "exactly one of local_steps and local_epochs .*both are set; set one of them to null",
+        ),
+        (
+            {"training.local_steps": None},
+            "exactly one of local_steps and local_epochs .*neither is set; set one of them",
+        ),
+        ({"partition.name": "natural-id"}, r"partition\.name=natural-id needs data\.client"),
+        ({"training.momentum": 0.9}, r"training\.momentum is for training\.optimizer=sgd"),
+        ({"runner.device": "cpu", "runner.kind": "threads", "runner.slots": 2}, r"runner\.slots above 1 needs"),
+        ({"strategy_options.tolerance": 1}, r"strategy_options\.tolerance=1 of strategy 'fedit'.*Options: none"),
+    ],
+)
+def test_combinations_that_cannot_work(values, message):
+    with pytest.raises(ConfigError, match=message):
+        configfile.build(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"training.local_epochs": 1, "training.local_steps": None},
+        {"partition.name": "natural-id", "data.client": "author"},
+        {"training.momentum": 0.9, "training.optimizer": "sgd"},
+        {"runner.device": "cpu", "runner.kind": "threads", "runner.slots": 1},
+        {"runner.device": "cpu", "runner.kind": "processes", "runner.slots": 2},
+        {"strategy_options.tolerance": 1e-3, "strategy": "flora-na"},
+    ],
+)
+def test_combinations_that_do(values):
+    configfile.build(values)
+
+
+class TestMeanings:
+    @pytest.mark.parametrize(("name", "meant"), PARTITIONER_CLASSES.items())
+    def test_class_names_of_flwr_datasets(self, name, meant):
+        config = configfile.build({"partition.name": name, "data.client": "author"})
+        assert config.partition.name == meant
+        assert config.digest() == configfile.build({"partition.name": meant, "data.client": "author"}).digest()
+
+    def test_scaling(self):
+        assert LoraConfig(rank=4, alpha=12).scaling() == 3
+        assert LoraConfig(rank=4, alpha=12).scaling(2) == 6
+        assert LoraConfig(rank=4, alpha=12, variant="rslora").scaling() == 6
+
+    @pytest.mark.parametrize(
+        ("fraction", "clients", "count"), [(1, 10, 10), (0.1, 100, 10), (0.01, 10, 1), (0.3, 5, 2), (0.29, 100, 29)]
+    )
+    def test_clients_per_round(self, fraction, clients, count):
+        assert configfile.build({"fraction": fraction, "clients": clients}).clients_per_round == count
+
+    def test_frozen(self):
+        with pytest.raises(ValueError, match="frozen"):
+            RunConfig().seed = 3
+
+
+class TestOverrides:
+    @pytest.mark.parametrize(
+        ("word", "key", "value"),
+        [
+            ("lora.rank=4", "lora.rank", 4),
+            ("training.learning_rate=5e-3", "training.learning_rate", 0.005),
+            ("training.learning_rate=1E-2", "training.learning_rate", 0.01),
+            ("training.local_epochs=.5", "training.local_epochs", 0.5),
+            ("data.client=null", "data.client", None),
+            ("data.client=", "data.client", None),
+            ("evaluation.local=false", "evaluation.local", False),
+            ("evaluation.local=no", "evaluation.local", False),
+            ("lora.target_modules=query,value", "lora.target_modules", ["query", "value"]),
+            ("lora.target_modules=query, value,", "lora.target_modules", ["query", "value"]),
+            ("lora.target_modules=[query, value]", "lora.target_modules", ["query", "value"]),
+            ("lora.target_modules=query", "lora.target_modules", ["query"]),
+            ("lora.target_modules=null", "lora.target_modules", None),
+            ("tracking.uri=http://127.0.0.1:5000", "tracking.uri", "http://127.0.0.1:5000"),
+            ("tracking.uri=sqlite:///a=b.db", "tracking.uri", "sqlite:///a=b.db"),
+            ("name='12'", "name", "12"),
+        ],
+    )
+    def test_values(self, word, key, value):
+        values = configfile.parse_overrides([word])
+        if key == "training.local_epochs":
+            values["training.local_steps"] = None
+        found = configfile.flatten(configfile.build(values).model_dump())[key]
+        assert found == value
+        assert type(found) is type(value)
+
+    def test_strategy_options_dotted_or_whole(self):
+        dotted = configfile.parse_overrides(["strategy=flora-na", "strategy_options.max_sweeps=3"])
+        whole = configfile.parse_overrides(["strategy=flora-na", "strategy_options={max_sweeps: 3}"])
+        assert dotted == whole == {"strategy": "flora-na", "strategy_options.max_sweeps": 3}
+        assert configfile.build(whole).strategy_options == {"max_sweeps": 3}
+
+    def test_a_section_at_once(self):
+        assert configfile.parse_overrides(["lora={rank: 2, alpha: 4}"]) == {"lora.rank": 2, "lora.alpha": 4}
+
+    def test_the_last_one_counts(self):
+        assert configfile.parse_overrides(["seed=1", "seed=2"]) == {"seed": 2}
+
+    @pytest.mark.parametrize("word", ["lora.rank", "=4", ""])
+    def test_not_key_and_value(self, word):
+        with pytest.raises(ConfigError, match=f"'{word}' is not of the form key=value, for example"):
+            configfile.parse_overrides([word])
+
+    def test_value_that_is_no_yaml(self):
+        with pytest.raises(ConfigError, match=r"the value of 'lora\.target_modules' cannot be read: \[a, b"):
+            configfile.parse_overrides(["lora.target_modules=[a, b"])
+
+    @pytest.mark.parametrize("words", [["lora=4", "lora.rank=4"], ["lora.rank=4", "lora=4"]])
+    def test_value_and_section(self, words):
+        with pytest.raises(ConfigError, match="lora"):
+            configfile.build(configfile.parse_overrides(words))
+
+    def test_win_over_the_file(self, tmp_path):
+        (tmp_path / "run.yaml").write_text("seed: 3\nlora: {rank: 4, alpha: 5}\n")
+        config = configfile.load(tmp_path / "run.yaml", {"lora.rank": 2})
+        assert (config.seed, config.lora.rank, config.lora.alpha) == (3, 2, 5)
+
+
+class TestFiles:
+    @pytest.fixture
+    def refused(self, tmp_path):
+        def check(content, message):
+            path = tmp_path / "run.yaml"
+            path.write_bytes(content)
+            with pytest.raises(ConfigError, match=message):
+                configfile.load(path)
+
+        return check
+
+    def test_bad_yaml_shows_the_line(self, refused):
+        refused(b"seed: 3\nlora:\n  rank: [4\nclients: 3\n", r"run\.yaml is not valid YAML: line 4, column 8 ")
+        refused(b"seed: 3\n\tclients: 3\n", r"run\.yaml is not valid YAML: line 2, column 1 ")
+
+    def test_not_a_mapping(self, refused):
+        refused(b"- seed\n- 3\n", r"run\.yaml should hold keys and values, but holds a list")
+
+    def test_not_text(self, refused):
+        refused(b"\xff\xfe\x00seed", r"cannot read .*run\.yaml")
+
+    def test_objects_are_not_made(self, refused):
+        refused(b"name: !!python/object/apply:os.getcwd []\n", r"run\.yaml is not valid YAML: line 1, column 7 ")
+
+    def test_empty_is_all_defaults(self, tmp_path):
+        (tmp_path / "run.yaml").write_text("# nothing\n")
+        assert configfile.load(tmp_path / "run.yaml") == RunConfig() == configfile.load(None)
+
+    def test_missing(self):
+        with pytest.raises(ConfigError, match=r"^no such file: there/is/no.yaml$"):
+            configfile.load("there/is/no.yaml")
+
+    def test_unknown_preset(self):
+        with pytest.raises(ConfigError, match=r"unknown preset 'dmo'\. Did you mean 'demo'\? There are: demo, "):
+            configfile.load("dmo", presets=PRESETS)
+        with pytest.raises(ConfigError, match="There are: none"):
+            configfile.load("demo")
+
+    @pytest.mark.parametrize("name", configfile.preset_names(PRESETS))
+    def test_presets_load(self, name):
+        config = configfile.load(name, presets=PRESETS)
+        assert config == configfile.load(PRESETS / f"{name}.yaml")
+        assert config.tracking.experiment == name
+
+    def test_there_are_presets(self):
+        assert {"demo", "standard"} <= set(configfile.preset_names(PRESETS))
+
+    @pytest.mark.parametrize("key", KEYS)
+    def test_written_and_read_again(self, key, tmp_path):
+        config = configfile.build({**NEEDS.get(key, {}), key: OTHER[key]})
+        (tmp_path / "run.yaml").write_text(configfile.to_yaml(config))
+        assert configfile.load(tmp_path / "run.yaml") == config
+        assert yaml.safe_load(configfile.to_yaml(config)).keys() == RunConfig.model_fields.keys()
+
+
+WORDS = st.text("abcdefg_-1", min_size=1, max_size=4)
+LEAVES = st.none() | st.booleans() | st.integers() | WORDS | st.lists(st.integers(), max_size=2)
+TREES = st.dictionaries(
+    WORDS, st.recursive(LEAVES, lambda t: st.dictionaries(WORDS, t, min_size=1, max_size=3), max_leaves=8), max_size=4
+)
+
+
+@given(TREES)
+def test_nest_undoes_flatten(tree):
+    assert configfile.nest(configfile.flatten(tree)) == tree
+
+
+@given(st.dictionaries(WORDS, LEAVES, min_size=1, max_size=3))
+def test_strategy_options_are_opened_one_level(options):
+    nested = {"strategy_options": {"weights": options, "plain": 1}}
+    flat = configfile.flatten(nested)
+    assert flat == {"strategy_options.weights": options, "strategy_options.plain": 1}
+    assert configfile.nest(flat) == nested

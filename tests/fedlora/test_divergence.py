@@ -1,0 +1,198 @@
+"""ρ, its floor, and R, P, Q against dense numpy."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.adapter import Adapter, Factors
+from fedlora.divergence import Divergence, effective_clients, measure, measure_module
+from fedlora.updates import Updates
+
+
+def make(uploads, shape, ranks, seed=0, dtype=torch.float64):
+    generator = uploads.generator(seed)
+    return [uploads.factors(shape, rank, generator, dtype) for rank in ranks]
+
+
+def weights(count, seed=0):
+    w = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.05
+    return w / w.sum()
+
+
+def check(dense, found, factors, w, broadcasts, rank):
+    """All of a module's numbers against their definitions in ALGORITHMS §2–3."""
+    w, pairs, hats = w.numpy(), dense.pairs(factors), dense.pairs(broadcasts)
+    ideal = dense.mean_product(pairs, w)
+    full = [B @ A for B, A in hats]
+    each = list(zip(w, pairs, hats, full, strict=True))
+    about = {"rel": 1e-9, "abs": 1e-9}
+    assert found.rho == pytest.approx(dense.rho(full, ideal, w), **about)
+    assert found.floor == pytest.approx(dense.floor(ideal, rank), rel=1e-9, abs=1e-7)
+    assert found.excess == found.rho - found.floor
+    assert pytest.approx(sum(x * np.linalg.norm(hat - B @ A) ** 2 for x, (B, A), _, hat in each), **about) == found.R
+    assert pytest.approx(sum(x * np.linalg.norm(H[0] - B) ** 2 for x, (B, _), H, _ in each), **about) == found.P
+    assert pytest.approx(sum(x * np.linalg.norm(H[1] - A) ** 2 for x, (_, A), H, _ in each), **about) == found.Q
+    spread = sum(x * np.linalg.norm(B @ A - ideal) ** 2 for x, (B, A), _, _ in each)
+    assert found.dispersion == pytest.approx(spread, **about)
+    assert found.ideal2 == pytest.approx(np.linalg.norm(ideal) ** 2, **about)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(2, 24), st.integers(2, 24)),
+    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=7),
+    common=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_against_dense(dense, uploads, shape, ranks, common, seed):
+    """Any shape, number of clients and weights; one broadcast for all, or one each at the client's own rank."""
+    if common:
+        ranks = ranks[:1] * len(ranks)
+    factors, w = make(uploads, shape, ranks, seed), weights(len(ranks), seed)
+    broadcasts = (
+        make(uploads, shape, ranks[:1], seed + 1) * len(ranks) if common else make(uploads, shape, ranks, seed + 1)
+    )
+    found = measure_module(factors, w, broadcasts, range(len(ranks)))
+    check(dense, found, factors, w, broadcasts, max(ranks))
+    assert found.floor <= found.rho + 1e-9
+    if common:
+        assert pytest.approx(found.error2 + found.dispersion, rel=1e-9) == found.R
+
+
+def test_two_hundred_clients(dense, uploads):
+    factors, w = make(uploads, (13, 8), [2] * 200), weights(200)
+    broadcasts = make(uploads, (13, 8), [2], 1) * 200
+    check(dense, measure_module(factors, w, broadcasts), factors, w, broadcasts, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("shape", "count"), [((90, 60), 6), ((9, 14), 6), ((90, 60), 1)])
+def test_a_tiny_divergence_is_seen(uploads, shape, count, dtype):
+    """A true ρ of 1e-5 to within 1e-6, where differences of squares are off by 7e-4 (ALGORITHMS §3).
+
+    With one A for all, W* = B̄A, and (1 + 1e-5)·B̄ is off by 1e-5 of it.
+    """
+    drawn, w = make(uploads, shape, [3] * count, dtype=dtype), weights(count)
+    factors = [Factors(f.B, drawn[0].A) for f in drawn]
+    exact = sum(x * f.B.double() for x, f in zip(w, factors, strict=True))
+    broadcast = Factors((exact * (1 + 1e-5)).to(dtype), factors[0].A)
+    assert measure_module(factors, w, [broadcast] * count).rho == pytest.approx(1e-5, abs=1e-6)
+    assert measure_module(factors, w, [Factors(exact, factors[0].A.double())] * count).rho < 1e-12
+
+
+def test_floor_by_hand():
+    """W* = diag(4, 3) after weights (1/2, 1/2): rank one leaves 3 of 5."""
+    one = Factors(torch.tensor([[8.0], [0.0]]), torch.tensor([[1.0, 0.0, 0.0]]))
+    two = Factors(torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0, 2.0, 0.0]]))
+    best = Factors(torch.tensor([[4.0], [0.0]]), torch.tensor([[1.0, 0.0, 0.0]]))
+    found = measure_module([one, two], torch.tensor([0.5, 0.5]), [best, best])
+    assert found.floor == pytest.approx(0.6)
+    assert found.rho == pytest.approx(0.6)
+    assert found.excess == pytest.approx(0, abs=1e-12)
+    # R = 1/2·‖diag(4,0) − diag(8,0)‖² + 1/2·‖diag(4,0) − diag(0,6)‖² = 1/2·16 + 1/2·52
+    assert pytest.approx(34) == found.R
+
+
+class TestPersonalBroadcasts:
+    def test_are_weighted_by_the_client_and_listed(self, dense, uploads):
+        factors, w = make(uploads, (7, 5), [2] * 3), weights(3)
+        broadcasts = make(uploads, (7, 5), [2] * 3, 1)
+        found = measure_module(factors, w, broadcasts, (4, 9, 11))
+        ideal = dense.mean_product(dense.pairs(factors), w.numpy())
+        for client, (B, A) in zip((4, 9, 11), dense.pairs(broadcasts), strict=True):
+            assert found.by_client[client] == pytest.approx(np.linalg.norm(B @ A - ideal) / np.linalg.norm(ideal))
+        rms = sum(x * found.by_client[c] ** 2 for x, c in zip(w.tolist(), (4, 9, 11), strict=True)) ** 0.5
+        assert found.rho == pytest.approx(rms)
+
+    def test_that_are_the_uploads_leave_only_dispersion(self, uploads):
+        factors = make(uploads, (7, 5), [2] * 3)
+        found = measure_module(factors, weights(3), factors)
+        assert found.R == found.P == found.Q == 0
+        assert found.error2 == pytest.approx(found.dispersion)
+
+    def test_equal_ones_give_what_a_common_one_gives(self, uploads):
+        factors, w = make(uploads, (7, 5), [2] * 3), weights(3)
+        (pair,) = make(uploads, (7, 5), [2], 1)
+        common = measure_module(factors, w, [pair] * 3, (0, 1, 2))
+        apart = measure_module(factors, w, [Factors(pair.B.clone(), pair.A.clone()) for _ in range(3)], (0, 1, 2))
+        for name in ("error2", "ideal2", "tail2", "R", "P", "Q", "dispersion"):
+            assert getattr(apart, name) == pytest.approx(getattr(common, name), rel=1e-9, abs=1e-9)
+        assert common.by_client == {}
+        assert set(apart.by_client) == {0, 1, 2}
+
+
+class TestZeros:
+    def test_nothing_learned_and_nothing_lost(self):
+        zero = Factors(torch.zeros(4, 2), torch.ones(2, 3))
+        found = measure_module([zero, zero], torch.tensor([0.5, 0.5]), [zero, zero])
+        assert found.rho == found.floor == found.excess == 0
+
+    def test_something_made_of_nothing(self):
+        zero = Factors(torch.zeros(4, 2), torch.ones(2, 3))
+        one = Factors(torch.ones(4, 2), torch.ones(2, 3))
+        assert measure_module([zero], torch.tensor([1.0]), [one]).rho == float("inf")
+
+    def test_a_client_without_weight_counts_for_nothing(self, dense, uploads):
+        factors = make(uploads, (6, 7), [2, 2])
+        found = measure_module(factors, torch.tensor([1.0, 0.0]), [factors[0]] * 2)
+        assert [found.rho, found.R, found.P, found.Q] == pytest.approx([0] * 4, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "count"),
+    [([0.25] * 4, 4), ([1.0, 0.0, 0.0], 1), ([3.0, -1.0], 1.6), ([-2.0, 2.0], 2), ([0.0, 0.0], 0), ([7.0], 1)],
+)
+def test_effective_clients(values, count):
+    """(3, −1): shares 3/4 and 1/4, 1/(9/16 + 1/16) = 1.6; signs do not cancel."""
+    assert effective_clients(torch.tensor(values)) == pytest.approx(count)
+
+
+class TestModel:
+    @pytest.fixture
+    def measured(self, uploads):
+        updates = uploads.updates(4)
+        hat = uploads.adapter(77)
+        return updates, hat, measure(updates, [hat] * 4, {"narrow": torch.tensor([1.0, 0, 0, 0])})
+
+    def test_squares_add_up_over_modules(self, dense, uploads, measured):
+        """ρ_model = sqrt(Σ num²/Σ den²), not the mean of the modules' ρ."""
+        updates, hat, found = measured
+        w, wrong, ideals, tails = updates.weights.numpy(), 0, 0, 0
+        for module in uploads.modules:
+            ideal = dense.mean_product(dense.pairs(updates.factors(module)), w)
+            (pair,) = dense.pairs([hat.factors[module]])
+            wrong += np.linalg.norm(pair[0] @ pair[1] - ideal) ** 2
+            ideals += np.linalg.norm(ideal) ** 2
+            tails += (np.linalg.svd(ideal, compute_uv=False)[uploads.rank :] ** 2).sum()
+        assert found.rho == pytest.approx((wrong / ideals) ** 0.5)
+        assert found.floor == pytest.approx((tails / ideals) ** 0.5)
+        assert found.excess == found.rho - found.floor
+        for name in ("R", "P", "Q", "dispersion"):
+            total = sum(getattr(module, name) for module in found.modules.values())
+            assert getattr(found, name) == pytest.approx(total)
+
+    def test_mixing_is_by_module(self, measured):
+        updates, _, found = measured
+        even = 1 / float(updates.weights.square().sum())
+        assert found.modules["narrow"].effective_clients == pytest.approx(1)
+        assert found.modules["encoder.layer.1.mlp"].effective_clients == pytest.approx(even)
+        assert found.effective_clients == pytest.approx((2 * even + 1) / 3)
+
+    def test_json_and_back(self, uploads, measured):
+        updates, _, common = measured
+        personal = measure(updates, [uploads.adapter(70 + u) for u in range(4)])
+        for found in (common, personal):
+            content = json.loads(json.dumps(found.to_json()))
+            assert content["narrow"]["rho"] == found.modules["narrow"].rho
+            assert content["narrow"]["excess"] == found.modules["narrow"].excess
+            assert Divergence.from_json(content) == found
+        assert sorted(personal.modules["narrow"].by_client) == [0, 1, 2, 3]
+
+    def test_heads_do_not_matter(self, uploads, measured):
+        updates, hat, found = measured
+        bare = Updates(updates.clients, tuple(Adapter(a.factors) for a in updates.adapters), updates.weights)
+        assert measure(bare, [Adapter(hat.factors)] * 4).rho == found.rho

@@ -1,0 +1,241 @@
+"""The command line as a user meets it: what it prints, what it returns, and one clear line for each mistake."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+
+from fedlora import home
+from flows import cli
+
+FEDLORA = str(Path(sys.executable).with_name("fedlora"))
+
+
+@pytest.fixture
+def fedlora(monkeypatch, capsys, tiny, store_uri):
+    """`fedlora("run", …)`: call the command line in this process; its exit code, output and errors."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, words)])
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        signal.signal(signal.SIGTERM, before)
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def small(tiny, store_uri):
+    """The tiny run as words of the command line."""
+    settings = {**tiny, "tracking.uri": store_uri, "tracking.experiment": "cli"}
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def labelled(path: Path, rows: int = 60, **columns) -> Path:
+    """A csv of `rows` texts in two classes, with columns replaced or (None) dropped."""
+    table = pd.DataFrame({"text": [f"text number {i}" for i in range(rows)], "label": ["a", "b"] * (rows // 2)})
+    for name, value in columns.items():
+        table = table.drop(columns=name) if value is None else table.assign(**{name: value})
+    table.to_csv(path, index=False)
+    return path
+
+
+def test_run_prints_progress_table_and_where_to_look(fedlora, small, prefect_server, tmp_path):
+    code, out, err = fedlora("run", "demo", *small, "strategy=flora-na", "--run-dir", tmp_path / "run")
+    assert (code, err.count("Traceback")) == (0, 0)
+    assert "before training" in out
+    assert "round 2/2" in out
+    row = next(line for line in out.splitlines() if "flora-na" in line and "│" in line)
+    assert row.count("│") == 10
+    assert f"adapter           {tmp_path / 'run' / 'adapter'}" in out
+    assert "MLflow            http://127.0.0.1" in out
+    assert "\x1b[" not in out  # no colours or cursor movements in a file
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_sweep_compares_strategies_on_one_partition(fedlora, small, prefect_server, tmp_path, store_uri):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nbase: demo\ngrid:\n  strategy: [fedit, svd]\n  seed: [0, 1]\n")
+    code, out, _ = fedlora("sweep", file, *small, "rounds=1")
+    assert code == 0
+    assert "mean ± standard deviation over 2 seeds" in out
+    assert "All runs of a seed share one partition" in out
+    folder = next(home.sweeps().glob("mine-*"))
+    table = pd.read_csv(folder / "comparison.csv")
+    assert list(zip(table["strategy"], table["seed"], strict=True)) == [
+        ("fedit", 0), ("fedit", 1), ("svd", 0), ("svd", 1),
+    ]  # fmt: skip
+    assert table.groupby("seed")["partition"].nunique().tolist() == [1, 1]
+    assert (folder / "comparison.png").stat().st_size > 10_000
+    client = MlflowClient(store_uri)
+    experiment = client.get_experiment_by_name("cli").experiment_id
+    parent = client.search_runs([experiment], "tags.sweep = 'mine'")[0]
+    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert len(children) == 4
+    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    assert "| svd |" in parent.data.tags["mlflow.note.content"]
+
+
+MISTAKES = {
+    "strategy": (["strategy=fedti"], "strategy='fedti' is not allowed", "Did you mean 'fedit'?"),
+    "key": (["lora.rnak=4"], "unknown key 'lora.rnak'", "Did you mean 'lora.rank'?"),
+    "value": (["partition.name=dirichlett"], "allowed: iid, dirichlet", "Did you mean 'dirichlet'?"),
+    "no number": (["rounds=many"], "rounds='many'", "integer"),
+    "preset": (["deom"], "unknown preset 'deom'", "Did you mean 'demo'?"),
+    "data set": (["data.name=wordnet-noun"], "data.name='wordnet-noun'", "wordnet-nouns"),
+    "model": (["model.name=bert-tinny"], "model.name=bert-tinny: no such model", "Did you mean 'bert-tiny'?"),
+    "alpha": (["lora.alpha=0"], "lora.alpha=0 is not allowed", "greater than 0"),
+    "steps and epochs": (["training.local_epochs=1"], "exactly one of local_steps and local_epochs", "null"),
+    "natural owner": (["partition.name=natural-id"], "needs data.client", "column"),
+    "option": (["strategy_options.sweeps=3"], "strategy_options.sweeps=3", "Options: none"),
+    "device": (["runner.device=cuda:9"], "runner.device=cuda:9", "use runner.device=cpu"),
+    "rank": (["lora.rank=200"], "lora.rank=200 is above the smaller side of module", "at most 128"),
+    "target": (["lora.target_modules=quarry"], "'quarry' matches no linear layer", "Did you mean 'query'?"),
+    "too many clients": (["clients=900"], "400", "clients"),
+    "tracking server": (["tracking.uri=http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer", "fedlora up"),
+    "tracking folder": (["tracking.uri=mlruns"], "tracking.uri=mlruns: expected", "sqlite"),
+    "no value": (["rounds"], "unknown preset 'rounds'", "demo"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line_and_a_non_zero_exit(fedlora, small, prefect_server, mistake, tmp_path):
+    words, what, cure = MISTAKES[mistake]
+    preset = [] if "=" not in words[0] else ["demo"]
+    code, _, err = fedlora("run", *preset, *([] if not preset else small), *words, "--run-dir", tmp_path / "run")
+    assert code != 0
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert what in err
+    assert cure in err
+
+
+BAD_FILES = {
+    "no text column": ({"text": None}, "text", "label"),
+    "no label column": ({"label": None}, "label", "text"),
+    "one class": ({"label": "a"}, "class", "'a'"),
+    "a missing label": ({"label": ["a", None] * 30}, "label", "30"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FILES)
+def test_data_that_cannot_be_used_is_one_clear_line(fedlora, small, prefect_server, fault, tmp_path):
+    columns, *words = BAD_FILES[fault]
+    file = labelled(tmp_path / "mine.csv", **columns)
+    sizes = ["data.train_size=null", "data.test_size=null"]
+    code, _, err = fedlora("run", "demo", *small, *sizes, f"data.name={file}", "--run-dir", tmp_path / "run")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert all(word in err for word in words)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(fedlora, small, prefect_server, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = fedlora("run", "demo", *small, "--run-dir", tmp_path / "file" / "run")
+    assert code != 0
+    assert f"cannot write {tmp_path / 'file' / 'run'}" in err
+    assert err.count("\n") == 1
+
+
+def test_a_prefect_server_that_does_not_answer_is_one_clear_line(small, tmp_path):
+    environ = {**os.environ, "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    done = subprocess.run(
+        [FEDLORA, "run", "demo", *small], env=environ, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("\n") == 1
+    assert "Prefect server at http://127.0.0.1:9/api does not answer" in done.stderr
+    assert "unset PREFECT_API_URL" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("name: x\ngrid:\n  strategy: []\n", "grid.strategy is an empty list"),
+        ("name: x\ngrid:\n  seed: [1, 1]\n", "grid.seed has a value twice"),
+        ("name: x\ngird:\n  seed: [1]\n", "Did you mean 'grid'?"),
+        ("name: x\ngrid: {lora.rnk: [1]}\n", "Did you mean 'lora.rank'?"),
+        ("name: x\ngrid:\n  seed: [1\n", "line 4"),
+    ],
+)
+def test_a_wrong_sweep_file_is_one_clear_line(fedlora, tmp_path, content, words):
+    file = tmp_path / "x.yaml"
+    file.write_text(content)
+    code, _, err = fedlora("sweep", file)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("strategies", ["fedit", "ffa-lora", "flora-na", "svd", "local", "2509.26399"]),
+        ("datasets", ["wordnet-nouns", "newsgroups-20", "fancyzhx/ag_news"]),
+        ("models", ["bert-tiny", "minilm", "sentence-transformers/all-MiniLM-L6-v2"]),
+    ],
+)
+def test_lists(fedlora, command, words):
+    code, out, _ = fedlora(command)
+    assert code == 0
+    assert all(word in out for word in words)
+
+
+def test_help_imports_nothing_heavy():
+    """Help must come at once; what costs seconds is imported by the commands that need it."""
+    code = "import sys; sys.argv = ['fedlora', 'run', '--help']\ntry:\n from flows.cli import main; main()\n"
+    code += "except SystemExit: pass\nprint([m for m in ('torch', 'prefect', 'mlflow', 'pandas') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "KEY=VALUE" in done.stdout
+    assert done.stdout.rstrip().endswith("[]")
+
+
+def test_without_a_server_and_stopped_by_ctrl_c(small, tmp_path):
+    """A process with a home of its own and no server, interrupted as a terminal does it: the whole process group."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+    environ |= {"FEDLORA_HOME": str(tmp_path / "home")}
+    words = [FEDLORA, "run", "demo", *small, "rounds=200", "--run-dir", str(tmp_path / "run")]
+    words = [word for word in words if not word.startswith("tracking.")]
+    process = subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)  # fmt: skip
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "round 2/200" in line:
+            os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130, "".join(lines)
+    assert "Traceback" not in "".join(lines)
+    assert f"--run-dir {tmp_path / 'run'}" in lines[-1]
+    runs = MlflowClient(f"sqlite:///{tmp_path / 'home' / 'mlflow.db'}").search_runs(["1"])
+    assert [run.info.status for run in runs] == ["KILLED"]
+    assert flow_run_states(tmp_path / "home") == ["Cancelled"]
+
+
+def flow_run_states(folder: Path) -> list[str]:
+    import sqlite3
+
+    for _ in range(50):  # the server writes on as it ends
+        with sqlite3.connect(folder / "prefect.db") as database:
+            states = [state for (state,) in database.execute("select state_name from flow_run")]
+        if states == ["Cancelled"]:
+            break
+        time.sleep(0.2)
+    return states
+
+
+def test_a_started_prefect_server_is_used(fedlora, small, prefect_server, tmp_path):
+    code, _, _ = fedlora("run", "demo", *small, "name=on a server", "rounds=1", "--run-dir", tmp_path / "run")
+    assert code == 0
+    with get_client(sync_client=True) as client:
+        found = [run for run in client.read_flow_runs(limit=200) if run.name == "on a server"]
+    assert [run.state.name for run in found] == ["Completed"]

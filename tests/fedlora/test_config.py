@@ -152,7 +152,7 @@ class TestUnknownKeys:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("partition.name", "dirichlett", r"partition\.name='dirichlett' .*: iid, .*-quality\. Did you mean 'dirichlet'\?"),
+        ("partition.name", "dirichlett", r"partition\.name='dirichlett' .*: iid, .*y\. Did you mean 'dirichlet'\?"),
         ("lora.variant", "dora", r"lora\.variant='dora' is not allowed: allowed: lora, rslora\. Did you mean"),
         ("strategy", "flora", r"strategy='flora' is not allowed: .*known: fedit, .*Did you mean 'flora-na'\?"),
         ("lora.rank", 0, r"lora\.rank=0 is not allowed: .*greater than or equal to 1"),

@@ -305,6 +305,13 @@ def test_the_start_follows_from_the_seed_alone(folders):
             assert not torch.equal(tensor, other[name]), name
 
 
+def test_the_start_of_the_factors_is_drawn_apart_from_the_head(folders):
+    """Another number of labels needs other draws for the head, and leaves A as it is."""
+    config, lora = ModelConfig(name=str(folders["bert"])), LoraConfig(rank=2)
+    few, many = (ResidentModel.build(config, lora, list("abcdefg")[:n], PAD, 1, CPU).read() for n in (2, 7))
+    assert all(torch.equal(few.factors[module].A, many.factors[module].A) for module in few.modules)
+
+
 def test_pooled_classifier_head_follows_from_the_seed():
     heads = [model.load_base(ModelConfig(), LABELS, PAD, seed).classifier.weight for seed in (1, 1, 2)]
     assert torch.equal(heads[0], heads[1])

@@ -1,0 +1,122 @@
+"""A finished run delivered to a real SQLite store: once, in order, whenever the store answers."""
+
+import shutil
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from mlflow import MlflowClient
+
+from fedlora import metrics, rounds
+from fedlora.errors import TrackingError
+from fedlora.runfolder import RunFolder
+from mlflow_tracking import parents, store, tracker
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    found = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    store.experiment_id(store.client(found), found, "fedlora")
+    return found
+
+
+@pytest.fixture
+def run(finished, tmp_path, uri, monkeypatch):
+    """A copy of a finished two-round run, and a store that it is not in yet."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return RunFolder(shutil.copytree(finished(), tmp_path / "run"))
+
+
+def points(uri, tracked, name=metrics.GLOBAL_ACCURACY):
+    return [(p.step, p.value, p.timestamp) for p in MlflowClient(uri).get_metric_history(tracked.run, name)]
+
+
+def test_rounds_are_delivered_once_with_the_values_and_times_of_their_records(run, uri):
+    tracked = tracker.deliver(run, tracker.start(run, "a run"))
+    expected = [(r.round, r.metrics[metrics.GLOBAL_ACCURACY], r.timestamp_ms) for r in rounds.records(run)]
+    assert points(uri, tracked) == expected
+    assert tracker.deliver(run, tracked) == tracked
+    again = tracker.deliver(run, replace(tracked, logged=-1))  # as if the note of what was logged had been lost
+    assert points(uri, again) == expected
+
+
+def test_a_round_that_could_not_be_delivered_comes_with_the_next(run, uri, monkeypatch):
+    tracked = tracker.start(run, "a run")
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "client", lambda uri: (_ for _ in ()).throw(ConnectionError("gone")))
+        with pytest.raises(TrackingError, match="does not take what is logged: gone"):
+            tracker.deliver(run, tracked)
+    assert points(uri, tracker.deliver(run, tracked))[-1][0] == 2
+
+
+def test_starting_again_goes_on_with_the_same_run(run, uri):
+    first = tracker.start(run, "a run")
+    store.close(uri, first.run, "KILLED")
+    assert tracker.start(run, "a run") == first
+    assert MlflowClient(uri).get_run(first.run).info.status == "RUNNING"
+
+
+def test_the_results_of_a_finished_run(run, uri):
+    tracked = tracker.deliver(run, tracker.start(run, "a run"))
+    tracker.finish(run, tracked, "## note")
+    found = MlflowClient(uri).get_run(tracked.run)
+    last = rounds.records(run)[-1].metrics
+    for source, name in tracker.FINALS.items():
+        assert found.data.metrics[name] == last[source]
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["mlflow.note.content"] == "## note"
+
+
+def test_a_sweep_holds_its_runs_and_is_closed_as_it_ended(run, uri):
+    parent = parents.start(run.config.tracking, "mine", "## begun")
+    child = tracker.start(run, "a run", parent=parent.run)
+    assert MlflowClient(uri).get_run(child.run).data.tags["mlflow.parentRunId"] == parent.run
+    with pytest.raises(KeyboardInterrupt), parents.closing(parent):
+        raise KeyboardInterrupt
+    assert MlflowClient(uri).get_run(parent.run).info.status == "KILLED"
+
+
+def test_a_deleted_experiment_is_named(uri):
+    client = MlflowClient(uri)
+    client.delete_experiment(store.experiment_id(client, uri, "gone"))
+    with pytest.raises(TrackingError, match="'gone' was deleted; restore it"):
+        store.experiment_id(client, uri, "gone")
+
+
+def test_where_things_are_logged(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("FEDLORA_HOME", str(tmp_path))
+    monkeypatch.chdir("/")
+    assert store.resolve_uri(None) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert store.resolve_uri(None) == "http://127.0.0.1:5000"
+    assert store.resolve_uri("sqlite:///x.db") == "sqlite:///x.db"
+
+
+class _Health(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_server_that_answers_passes_and_one_that_does_not_is_named():
+    server = HTTPServer(("127.0.0.1", 0), _Health)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    store.check(url)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(TrackingError, match=f"{url} does not answer"):
+        store.check(url)
+
+
+def test_the_page_of_a_sweep_is_not_sorted_by_date():
+    """Sorted by date MLflow folds children under their parent, and its chart page is empty."""
+    page = store.sweep_page("1", "abc")
+    assert "orderByKey=metrics.%60final%2Faccuracy%60" in page
+    assert "parentRunId%60%20%3D%20%27abc%27" in page

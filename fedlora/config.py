@@ -40,7 +40,9 @@ def _words(value: Any) -> Any:
 class Section(BaseModel):
     """Base of all parts of a configuration: unknown keys are errors, docstrings are help texts, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
 
 
 class ModelConfig(Section):

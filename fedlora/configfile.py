@@ -93,10 +93,16 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
         if not equals or not dotted:
             raise ConfigError(f"'{word}' is not of the form key=value, for example lora.rank=4")
         try:
-            values[dotted] = yaml.safe_load(text) if text else None
+            values[dotted] = _value(text)
         except yaml.YAMLError:
             raise ConfigError(f"the value of '{dotted}' cannot be read: {text}") from None
     return flatten(nest(values))
+
+
+def _value(text: str) -> Any:
+    """A value as YAML reads it, except that only `true` and `false` are truth values: `yes` may be a column's name."""
+    value = yaml.safe_load(text)
+    return text if isinstance(value, bool) and text.strip().lower() not in ("true", "false") else value
 
 
 def absolute_paths(values: Overrides) -> dict[str, Any]:
@@ -130,7 +136,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         dotted = f"{prefix}{name}"
-        if isinstance(value, Mapping) and not dotted.startswith("strategy_options."):
+        if isinstance(value, Mapping) and value and not dotted.startswith("strategy_options."):
             flat |= flatten(value, f"{dotted}.")
         else:
             flat[dotted] = value

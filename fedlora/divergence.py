@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Factors
+from fedlora.errors import AdapterError
 from fedlora.factors import Frame
 from fedlora.updates import Updates
 
@@ -71,7 +72,16 @@ class Divergence:
         return self.rho - self.floor
 
     @property
-    def effective_clients(self) -> float:
+    def _require_equal_shapes(uploads: Sequence[Factors], broadcasts: Sequence[Factors]) -> None:
+    for own, hat in zip(uploads, broadcasts, strict=True):
+        if own.B.shape != hat.B.shape or own.A.shape != hat.A.shape:
+            raise AdapterError(
+                f"a client that uploaded rank {own.rank} ({own.B.shape[0]} × {own.A.shape[1]}) is broadcast rank "
+                f"{hat.rank} ({hat.B.shape[0]} × {hat.A.shape[1]}); P and Q compare factors of one shape"
+            )
+
+
+def effective_clients(self) -> float:
         """Mean over modules."""
         return self._sum("effective_clients") / len(self.modules)
 
@@ -154,6 +164,7 @@ def measure_module(
         clients: their ids, for `by_client`.
         mixing: (U), weights behind `effective_clients` (`weights` by default).
     """
+    _require_equal_shapes(uploads, broadcasts)
     count, w = len(uploads), weights.tolist()
     common = all(pair is broadcasts[0] for pair in broadcasts)
     distinct = [broadcasts[0]] if common else list(broadcasts)
@@ -185,6 +196,15 @@ def measure_module(
         if common or clients is None
         else {client: _ratio(error2, ideal2) for client, error2 in zip(clients, errors2, strict=True)},
     )
+
+
+def _require_equal_shapes(uploads: Sequence[Factors], broadcasts: Sequence[Factors]) -> None:
+    for own, hat in zip(uploads, broadcasts, strict=True):
+        if own.B.shape != hat.B.shape or own.A.shape != hat.A.shape:
+            raise AdapterError(
+                f"a client that uploaded rank {own.rank} ({own.B.shape[0]} × {own.A.shape[1]}) is broadcast rank "
+                f"{hat.rank} ({hat.B.shape[0]} × {hat.A.shape[1]}); P and Q compare factors of one shape"
+            )
 
 
 def effective_clients(weights: Tensor) -> float:

@@ -61,6 +61,7 @@ def _enter_worker(device: str, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
+
     torch.set_num_threads(threads)
     _bench = Workbench(device)
 

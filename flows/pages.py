@@ -52,7 +52,9 @@ class RunPage:
 
     def summarise(self) -> None:
         """Publish the summary artifact, with the way to MLflow."""
-        create_markdown_artifact(f"{self.note()}\n\n{self._way_to_mlflow()}", key="federated-summary")
+        create_markdown_artifact(
+            f"{self.note()}\n\n{self._way_to_mlflow()}", key="federated-summary", description=self._config.strategy
+        )
 
     def _way_to_mlflow(self) -> str:
         tracked = self._tracked

@@ -77,8 +77,8 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raise what `make` would; free of heavy imports while there are no options to check."""
-    if options:
+    """Raise what `make` would; free of heavy imports for a strategy of ours that is given no options."""
+    if options or name not in _BUILTIN:
         try:
             make(name, options)
         except ConfigError as error:

@@ -377,3 +377,17 @@ def test_strategy_options_are_opened_one_level(options):
     flat = configfile.flatten(nested)
     assert flat == {"strategy_options.weights": options, "strategy_options.plain": 1}
     assert configfile.nest(flat) == nested
+
+
+def test_words_that_yaml_takes_for_something_else_stay_text_where_text_is_meant():
+    values = configfile.parse_overrides(
+        ["name=12", "data.label=yes", "tracking.experiment=2026", "evaluation.local=false"]
+    )
+    config = configfile.build(values)
+    assert (config.name, config.data.label, config.tracking.experiment) == ("12", "yes", "2026")
+    assert config.evaluation.local is False
+
+
+def test_an_empty_mapping_clears_the_options_of_a_preset():
+    preset = {"strategy": "flora-na", "strategy_options.max_sweeps": 3}
+    assert configfile.build({**preset, **configfile.parse_overrides(["strategy_options={}"])}).strategy_options == {}

@@ -218,6 +218,14 @@ def test_ffa_lora_is_exact(uploads, count):
     assert "A" not in strategy.plan(1).trains | strategy.plan(1).sends
 
 
+def test_ffa_lora_takes_no_a_from_clients(uploads):
+    """A is never sent: whatever an upload has in its place must not reach the broadcast."""
+    state = uploads.state()
+    _, new, _ = step("ffa-lora", state, uploads.updates(3))
+    for module in uploads.modules:
+        assert torch.equal(new.adapter.factors[module].A, state.adapter.factors[module].A)
+
+
 @pytest.mark.parametrize("count", [1, 5, 12])
 def test_svd_does_not_depend_on_the_gauge(uploads, count):
     """Property 6: (B M, M⁻¹A) has the product of (B, A)."""

@@ -96,7 +96,7 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
             values[dotted] = _value(text)
         except yaml.YAMLError:
             raise ConfigError(f"the value of '{dotted}' cannot be read: {text}") from None
-    return flatten(nest(values))
+    return flatten(nest(values)) | {dotted: value for dotted, value in values.items() if value == {}}
 
 
 def _value(text: str) -> Any:
@@ -136,7 +136,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         dotted = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value and not dotted.startswith("strategy_options."):
+        if isinstance(value, Mapping) and not dotted.startswith("strategy_options."):
             flat |= flatten(value, f"{dotted}.")
         else:
             flat[dotted] = value

@@ -72,16 +72,7 @@ class Divergence:
         return self.rho - self.floor
 
     @property
-    def _require_equal_shapes(uploads: Sequence[Factors], broadcasts: Sequence[Factors]) -> None:
-    for own, hat in zip(uploads, broadcasts, strict=True):
-        if own.B.shape != hat.B.shape or own.A.shape != hat.A.shape:
-            raise AdapterError(
-                f"a client that uploaded rank {own.rank} ({own.B.shape[0]} × {own.A.shape[1]}) is broadcast rank "
-                f"{hat.rank} ({hat.B.shape[0]} × {hat.A.shape[1]}); P and Q compare factors of one shape"
-            )
-
-
-def effective_clients(self) -> float:
+    def effective_clients(self) -> float:
         """Mean over modules."""
         return self._sum("effective_clients") / len(self.modules)
 

@@ -88,8 +88,11 @@ class TruncatedSVD:
 
 
 def truncated_svd(factors: Sequence[Factors], coefficients: Tensor | Sequence[float], rank: int) -> TruncatedSVD:
-    """Rank-`rank` truncation (or less, where the joint rank is less) of `Σ c_k B_k A_k` (Eckart–Young optimum), by QR of the stacked factors and the SVD of
-    the small core; by one dense accumulator where the joint rank reaches min(d_out, d_in)."""
+    """The best approximation of `Σ c_k B_k A_k` of rank `rank`, or of the joint rank where that is less (Eckart–Young).
+
+    By QR of the stacked factors and the SVD of the small core; by one dense accumulator where the joint rank reaches
+    min(d_out, d_in).
+    """
     frame = Frame(factors)
     left, values, right = torch.linalg.svd(frame.combine(coefficients), full_matrices=False)
     outer, inner = frame.lift(left[:, :rank], right[:rank].T)

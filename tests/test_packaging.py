@@ -42,7 +42,8 @@ def test_model_data_and_their_licences_are_in_the_wheel(wheel):
 
 
 def test_the_command_line_runs_from_the_wheel(wheel, tmp_path):
-    code = "import fedlora_cli, sys; sys.argv = ['fedlora', 'datasets']\ntry: fedlora_cli.main()\nexcept SystemExit: pass\n"
+    code = "import fedlora_cli, sys; sys.argv = ['fedlora', 'datasets']\n"
+    code += "try: fedlora_cli.main()\nexcept SystemExit: pass\n"
     code += "import flows, fedlora; print(flows.__file__); print(fedlora.__file__)"
     environ = {**os.environ, "PYTHONPATH": str(wheel)}
     done = subprocess.run(

@@ -141,7 +141,7 @@ def test_closing_now_ends_a_job_under_way_and_refuses_the_next(jobs, tmp_path):
 
     def work():
         try:
-            slot.run(jobs.sleep, 600, str(tmp_path / "mark"))
+            slot.run(jobs.sleep, 30, str(tmp_path / "mark"))
         except RunAborted as error:
             failures.append(str(error))
 

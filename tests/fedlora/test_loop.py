@@ -14,10 +14,11 @@ from peft import PeftModel
 from transformers import AutoModel, GPT2Config, LlamaConfig
 
 import fedlora
-from fedlora import configfile, model, rounds
+from fedlora import client, configfile, model, rounds
 from fedlora.adapter import Adapter, read_peft_folder
 from fedlora.config import ModelConfig
 from fedlora.data import tokens
+from fedlora.data.partition import Partition
 from fedlora.errors import AdapterError, ModelError, RunAborted, RunFolderError
 from fedlora.evaluation import evaluate
 from fedlora.loop import train
@@ -168,6 +169,45 @@ def test_a_personal_strategy_scores_each_test_example_once(finished):
     assert [part["client"] for part in parts] == [0, 1, 2]
     rows = np.concatenate([np.arange(120)[part["start"] :: part["step"]] for part in parts])
     assert sorted(rows) == list(range(120))
+
+
+@pytest.fixture(scope="module")
+def by_hand(finished):
+    """A function: the pieces of a finished run that a client's turn is made of, with a model of its own."""
+
+    def pieces(strategy):
+        run = RunFolder(finished({"strategy": strategy}))
+        setup = run.need_json("setup.json")
+        data, parts = tokens.open_tokens(Path(setup["tokens"])), Partition.load(run.path / "partition.npz")
+        config = run.config
+        network = model.ResidentModel.build(config.model, config.lora, data.labels, 0, 99, torch.device("cpu"))
+        return run, data, parts, network
+
+    return pieces
+
+
+@pytest.mark.parametrize("strategy", ["fedit", "ffa-lora", "local"])
+def test_a_client_goes_on_from_what_it_was_given(by_hand, strategy):
+    """From the global adapter; under `local` from its own, not from anybody else's."""
+    run, data, parts, network = by_hand(strategy)
+    given = run.read_tensors(run.client_stem(1, 1)) if strategy == "local" else run.read_state(1).adapter.tensors()
+    trains = registry.make(strategy).plan(2).trains
+    examples = tokens.examples(data.train, parts.train[1])
+    turn = client.Turn(run.config.seed, 2, 1)
+    trained = client.train(network, Adapter.from_tensors(given), examples, run.config.training, turn, trains, 0)
+    uploaded = run.read_tensors(run.client_stem(2, 1))
+    assert all(torch.equal(tensor, uploaded[name]) for name, tensor in trained.adapter.tensors().items())
+
+
+def test_a_personal_strategy_is_scored_by_each_clients_own_model(by_hand):
+    run, data, _, network = by_hand("local")
+    total = None
+    for own in range(3):
+        network.load(Adapter.from_tensors(run.read_tensors(run.client_stem(2, own))))
+        scores = evaluate(network, tokens.examples(data.test, np.arange(120)[own::3]), len(data.labels), 64, 0)
+        total = scores if total is None else total + scores
+    expected = measured(run.path)[-1]
+    assert (total.accuracy, total.loss) == (expected["global/accuracy"], expected["global/loss"])
 
 
 # -- selection
@@ -353,9 +393,9 @@ def test_local_leaves_a_folder_for_each_client(finished):
     folder = finished({"strategy": "local"}) / "adapter"
     assert sorted(path.name for path in folder.iterdir()) == ["client-000", "client-001", "client-002"]
     run = RunFolder(finished({"strategy": "local"}))
-    for client in range(3):
-        own = read_peft_folder(folder / f"client-{client:03d}")
-        trained = Adapter.from_tensors(run.read_tensors(run.client_stem(2, client)))
+    for number in range(3):
+        own = read_peft_folder(folder / f"client-{number:03d}")
+        trained = Adapter.from_tensors(run.read_tensors(run.client_stem(2, number)))
         assert all(torch.equal(t, trained.tensors()[name]) for name, t in own.tensors().items())
     network, _, _ = fedlora.load_adapter(folder / "client-001")
     assert network.peft_config["default"].r == 8

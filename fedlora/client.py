@@ -65,7 +65,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
     steps = steps_for(len(examples.labels), training.batch_size, training.local_steps, training.local_epochs)
     order = seeds.torch_generator(turn.seed, "batches", turn.round, turn.client)
-    seeds.seed_torch(turn.seed, "dropout", turn.round, turn.client)
+    seeds.seed_torch(turn.seed, "dropout", turn.round, turn.client, model.device)
     model.peft.train()
     losses: list[Tensor] = []
     begun = time.perf_counter()

@@ -120,7 +120,7 @@ class LoraConfig(Section):
     """Dropout on the adapter's input while training."""
     target_modules: Annotated[list[str] | None, BeforeValidator(_words)] = None
     """Names (or name endings) of the linear layers to adapt. Empty: PEFT's choice for the architecture, mostly the
-    query and value projections."""
+    query and value projections, or these where PEFT has none."""
 
     def scaling(self, rank: int | None = None) -> float:
         """The factor s in `s·B·A` for a rank (the configured one by default)."""

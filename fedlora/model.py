@@ -246,10 +246,10 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def target_modules(model: Any, lora: LoraConfig) -> list[str]:
-    """The configured target modules, or PEFT's choice for the architecture.
+    """The configured target modules, or PEFT's choice for the architecture, or its query and value projections.
 
     Raises:
-        ModelError: nothing matches, or PEFT has no choice for this architecture; the linear layers are listed.
+        ModelError: nothing matches, or there is nothing to choose by; the linear layers are listed.
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
@@ -260,7 +260,7 @@ def target_modules(model: Any, lora: LoraConfig) -> list[str]:
         if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and not name.startswith(head)
     ]
     endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    wanted = lora.target_modules or DEFAULTS.get(model.config.model_type)
+    wanted = lora.target_modules or DEFAULTS.get(model.config.model_type) or _query_and_value(endings)
     if wanted is None:
         raise ModelError(
             f"no default lora.target_modules for architecture '{model.config.model_type}'; "
@@ -273,6 +273,14 @@ def target_modules(model: Any, lora: LoraConfig) -> list[str]:
                 f"{did_you_mean(target, endings)} There are: {', '.join(endings)}."
             )
     return list(wanted)
+
+
+_QUERY_AND_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"), ("Wqkv",), ("c_attn",))
+"""What the projections that LoRA usually adapts are called, for architectures that PEFT has no choice for."""
+
+
+def _query_and_value(endings: Sequence[str]) -> list[str] | None:
+    return next((list(names) for names in _QUERY_AND_VALUE if set(names) <= set(endings)), None)
 
 
 class ResidentModel:

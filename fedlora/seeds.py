@@ -28,6 +28,16 @@ def torch_generator(seed: int, purpose: str, round_number: int = 0, client: int 
     return torch.Generator().manual_seed(key(seed, purpose, round_number, client))
 
 
-def seed_torch(seed: int, purpose: str, round_number: int = 0, client: int = 0) -> None:
-    """Seed torch's global generators (CPU and every accelerator), which dropout draws from."""
-    torch.manual_seed(key(seed, purpose, round_number, client))
+def seed_torch(
+    seed: int, purpose: str, round_number: int = 0, client: int = 0, device: torch.device | None = None
+) -> None:
+    """Seed torch's global generator of a device (the CPU's by default), which initialisation and dropout draw from.
+
+    On a GPU only its own generator is touched: others may be training another client at this moment.
+    """
+    value = key(seed, purpose, round_number, client)
+    if device is not None and device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(value)
+    else:
+        torch.manual_seed(value)

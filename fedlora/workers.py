@@ -26,6 +26,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _MOST_CPU_SLOTS = 8
+_LEAVE_WITHIN_S = 3
 
 
 @dataclass
@@ -59,6 +60,7 @@ def _enter_worker(device: str, threads: int) -> None:
     """Set up a worker process: its device, its threads, and its end when the parent ends."""
     global _bench
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _break_off)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
@@ -73,9 +75,23 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+_at_work = False
+
+
+def _break_off(signum: int, frame: Any) -> None:
+    """Leave the job under way; an idle worker has nothing to leave, and ends when its executor shuts down."""
+    if _at_work:
+        raise RunAborted("stopped")
+
+
 def _in_worker(job: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    global _at_work
     assert _bench is not None, "a job reached a process that was not set up as a worker"
-    return job(_bench, *args, **kwargs)
+    _at_work = True
+    try:
+        return job(_bench, *args, **kwargs)
+    finally:
+        _at_work = False
 
 
 class ProcessSlot:
@@ -117,12 +133,16 @@ class ProcessSlot:
         self._submit(job, (), {})
 
     def close(self, *, now: bool = False) -> None:
-        """End the worker; `now` kills it in the middle of a job."""
+        """End the worker; `now` does not wait for the job under way: it is asked to leave it, then killed."""
         self._closed = True
-        if now:
-            for process in list((getattr(self._executor, "_processes", None) or {}).values()):
-                process.kill()
-        self._executor.shutdown(cancel_futures=True)
+        processes = list((getattr(self._executor, "_processes", None) or {}).values()) if now else []
+        for process in processes:
+            process.terminate()
+        self._executor.shutdown(wait=not now, cancel_futures=True)
+        for process in processes:
+            process.join(_LEAVE_WITHIN_S)
+            process.kill()
+        self._executor.shutdown()
 
 
 class ThreadSlot:

@@ -1,4 +1,4 @@
-"""Ctrl-C: Prefect calls a run that was interrupted "Crashed"; a person who stopped it expects "Cancelled"."""
+"""Ctrl-C and SIGTERM: Prefect calls such a run "Crashed"; a person who stopped it expects "Cancelled"."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from uuid import UUID
 
 from prefect import runtime
 from prefect.client.orchestration import get_client
-from prefect.exceptions import PrefectException
+from prefect.exceptions import PrefectException, TerminationSignal
 from prefect.states import Cancelled
 
 _interrupted: list[str] = []
@@ -16,7 +16,7 @@ _interrupted: list[str] = []
 
 def note(error: BaseException) -> None:
     """Remember the flow run under way if `error` is somebody stopping it."""
-    if isinstance(error, KeyboardInterrupt) and runtime.flow_run.id:
+    if isinstance(error, KeyboardInterrupt | TerminationSignal) and runtime.flow_run.id:
         _interrupted.append(str(runtime.flow_run.id))
 
 

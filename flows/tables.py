@@ -7,12 +7,16 @@ from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from fedlora import comparison
 
 _WIDTH_OF_A_FILE = 140
+_LEGEND = """gap: local minus global accuracy. ρ: relative error of the aggregate, in the
+first and the last round; its floor: the least that the rank allows in the last.
+MB: adapters and heads, up and down."""
 _DIGITS = {"MB sent": 1, "seconds": 0}
 
 
@@ -28,15 +32,16 @@ def compared(cells: Sequence[comparison.Cell], settings: Sequence[str], stream: 
     means, spreads = comparison.over_seeds(runs, settings)
     seeds = runs["seed"].nunique() if "seed" in runs else 1
     title = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else None
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in means.index.names:
-        table.add_column(str(name))
+        table.add_column(str(name), no_wrap=True)
     for name in comparison.COLUMNS:
         table.add_column(name, justify="right")
     for (index, row), (_, spread) in zip(means.iterrows(), spreads.iterrows(), strict=True):
         names = index if isinstance(index, tuple) else (index,)
         table.add_row(*map(str, names), *(_cell(name, row[name], spread[name]) for name in comparison.COLUMNS))
     console(stream).print(table)
+    print(_LEGEND, file=stream)
     _print_partition(runs, stream)
 
 

@@ -24,7 +24,7 @@ def test_a_row_is_the_end_of_a_run(finished):
     first, last = (rounds.records(RunFolder(finished()))[number].metrics for number in (1, 2))
     assert tuple(found) == COLUMNS
     assert (found["accuracy"], found["macro-F1"]) == (last["global/accuracy"], last["global/macro_f1"])
-    assert found["local-global gap"] == last["gap/accuracy"]
+    assert found["gap"] == last["gap/accuracy"]
     assert (found["ρ first"], found["ρ last"]) == (first["rho/model"], last["rho/model"])
     assert found["ρ first"] != found["ρ last"]
     assert found["ρ floor"] == last["rho/floor"]
@@ -35,7 +35,7 @@ def test_a_row_is_the_end_of_a_run(finished):
 
 
 def test_what_was_not_measured_is_none(finished):
-    assert comparison.row(finished({"evaluation.local": False}))["local-global gap"] is None
+    assert comparison.row(finished({"evaluation.local": False}))["gap"] is None
 
 
 def test_a_frame_has_settings_results_partition_and_folder(cells):
@@ -75,7 +75,7 @@ def test_a_column_that_no_run_measured_stays_empty(finished):
     settings = {"strategy": "fedit"}
     table = comparison.frame([Cell(settings, finished({"evaluation.local": False}))])
     mean, _ = comparison.over_seeds(table, ["strategy"])
-    assert math.isnan(mean.loc["fedit", "local-global gap"])
+    assert math.isnan(mean.loc["fedit", "gap"])
     assert mean.loc["fedit", "accuracy"] == table["accuracy"][0]
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from fedlora import metrics, plots, rounds
 from fedlora.runfolder import RunFolder
 
-COLUMNS = ("accuracy", "macro-F1", "gap", "ρ first", "ρ last", "ρ floor", "MB sent", "seconds")
+COLUMNS = ("accuracy", "macro-F1", "gap", "ρ first", "ρ last", "ρ floor", "MB", "seconds")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def row(folder: Path) -> dict[str, float | None]:
         "ρ first": first[metrics.RHO_MODEL],
         "ρ last": last[metrics.RHO_MODEL],
         "ρ floor": last[metrics.RHO_FLOOR],
-        "MB sent": last[metrics.BYTES_TOTAL] / 1e6,
+        "MB": last[metrics.BYTES_TOTAL] / 1e6,
         "seconds": sum(record.metrics[metrics.TIME_ROUND] for record in found),
     }
 

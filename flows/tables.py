@@ -17,7 +17,7 @@ _WIDTH_OF_A_FILE = 140
 _LEGEND = """gap: local minus global accuracy. ρ: relative error of the aggregate, in the
 first and the last round; its floor: the least that the rank allows in the last.
 MB: adapters and heads, up and down."""
-_DIGITS = {"MB sent": 1, "seconds": 0}
+_DIGITS = {"MB": 1, "seconds": 0}
 
 
 def console(stream: TextIO) -> Console:

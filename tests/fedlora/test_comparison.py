@@ -28,7 +28,7 @@ def test_a_row_is_the_end_of_a_run(finished):
     assert (found["ρ first"], found["ρ last"]) == (first["rho/model"], last["rho/model"])
     assert found["ρ first"] != found["ρ last"]
     assert found["ρ floor"] == last["rho/floor"]
-    assert found["MB sent"] == last["bytes/total"] / 1e6
+    assert found["MB"] == last["bytes/total"] / 1e6
     spent = [record.metrics["time/round_s"] for record in rounds.records(RunFolder(finished()))]
     assert len(spent) == 3
     assert found["seconds"] == pytest.approx(sum(spent))

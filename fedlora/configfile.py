@@ -47,8 +47,8 @@ def read_flat(source: str | Path | None, presets: Path | None = None) -> dict[st
     return flatten(read_yaml(path))
 
 
-def find(source: str, presets: Path | None) -> Path:
-    """The file that a preset name or a path means."""
+def find(source: str, presets: Path | None, kind: str = "preset") -> Path:
+    """The file that a name in the folder `presets` (of presets, or whatever `kind` says) or a path means."""
     path = Path(source).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
@@ -58,7 +58,7 @@ def find(source: str, presets: Path | None) -> Path:
     if source in names and presets is not None:
         return presets / f"{source}.yaml"
     raise ConfigError(
-        f"unknown preset '{source}'.{did_you_mean(source, names)} There are: {', '.join(names) or 'none'}; "
+        f"unknown {kind} '{source}'.{did_you_mean(source, names)} There are: {', '.join(names) or 'none'}; "
         "or name a .yaml file."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -47,11 +48,12 @@ def run(
 
     For example: fedlora run demo strategy=flora-na lora.rank=4 seed=1
     """
+    environment.prepare(_CONSOLE)
     from fedlora import configfile, home
+    from flows import where
     from flows.presets import PRESETS
 
     source, overrides = _split(words, "demo")
-    environment.prepare(_CONSOLE)
     config = configfile.load(source, overrides, PRESETS)
     _check(config)
     folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()
@@ -59,7 +61,8 @@ def run(
     try:
         tracked = _run(source, overrides, config, folder)
     except KeyboardInterrupt:
-        print(f"stopped; what is finished is kept. Continue: fedlora run {' '.join(words or [])} --run-dir {folder}")
+        again = shlex.join(["run", *(words or []), "--run-dir", str(folder)])
+        print(f"stopped; what is finished is kept. Continue: {where.command('fedlora')} {again}")
         raise
     _print_results(folder, config, tracked)
 
@@ -75,14 +78,12 @@ def sweep(
 
     For example: fedlora sweep demo rounds=4
     """
+    environment.prepare(_CONSOLE)  # before anything that imports Prefect: its settings are read once
     from fedlora import configfile, home
-    from flows import tables, where
+    from flows import interruption, private_server, tables, where
+    from flows import sweep as sweeps
     from flows.progress import shown_on
     from mlflow_tracking import store
-
-    environment.prepare(_CONSOLE)
-    from flows import interruption, private_server
-    from flows import sweep as sweeps
 
     chosen = sweeps.load(file, configfile.absolute_paths(configfile.parse_overrides(overrides or [])))
     for cell in chosen.cells():
@@ -239,5 +240,6 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        print(f"error: {error.format_message()}", file=sys.stderr)
+        if error.format_message():  # empty where the help was all there was to say
+            print(f"error: {error.format_message()}", file=sys.stderr)
         sys.exit(ConfigError.exit_code)

@@ -85,9 +85,11 @@ def federated(
     names.replace_generated(run_name(config))
     with execution(folder, config) as (run, told):
         tracking = open_tracking.submit(run, run_name(config), mlflow_parent, _prefect_tags())
-        partition.submit(run).result()
-        initialise.submit(run).result()
-        tracked = tracking.result()
+        try:
+            partition.submit(run).result()
+            initialise.submit(run).result()
+        finally:  # also when these fail: the MLflow run must be there before it can be closed as failed
+            tracked = tracking.result()
         describe.submit(run, tracked).result()
         page = pages.RunPage(config, tracked, folder)
         for number in _unfinished(folder):

@@ -62,7 +62,7 @@ def load(source: str, overrides: dict[str, Any] | None = None) -> Sweep:
     Raises:
         ConfigError: unreadable, an unknown key, an empty or repeated grid value, or a cell that is not valid.
     """
-    content = configfile.read_yaml(configfile.find(source, SWEEPS))
+    content = configfile.read_yaml(configfile.find(source, SWEEPS, "sweep"))
     for key in content:
         if key not in Sweep.model_fields:
             raise ConfigError(f"{source}: unknown key '{key}'.{did_you_mean(key, Sweep.model_fields)}")

@@ -242,3 +242,26 @@ def test_a_started_prefect_server_is_used(fedlora, small, prefect_server, tmp_pa
     with get_client(sync_client=True) as client:
         found = [run for run in client.read_flow_runs(limit=200) if run.name == "on a server"]
     assert [run.state.name for run in found] == ["Completed"]
+
+
+def test_settings_are_in_place_before_prefect_is_imported():
+    """Prefect reads its settings once, at import; telemetry and result storage would otherwise be its own defaults."""
+    code = "import sys; from flows import environment, cli\nreal = environment.prepare\n"
+    code += "def prepare(*a):\n print('prefect' in sys.modules); real(*a)\nenvironment.prepare = prepare\n"
+    for command in ("run", "sweep", "up", "down"):
+        words = {"run": ["lora.rank=0"], "sweep": ["nothere"]}.get(command, ["--help"])
+        call = f"sys.argv = {['fedlora', command, *words]!r}\ntry: cli.main()\nexcept SystemExit: pass\n"
+        done = subprocess.run(
+            [sys.executable, "-c", code + call], capture_output=True, text=True, check=True, timeout=60
+        )
+        assert done.stdout.splitlines()[:1] != ["True"], command  # later calls, as flows are imported, change nothing
+
+
+def test_data_that_fails_leaves_no_run_running(fedlora, small, prefect_server, tmp_path, store_uri):
+    file = labelled(tmp_path / "mine.csv", label="a")
+    words = ["data.train_size=null", "data.test_size=null", f"data.name={file}", "tracking.experiment=failing"]
+    code, _, _ = fedlora("run", "demo", *small, *words, "--run-dir", tmp_path / "run")
+    assert code == 2
+    client = MlflowClient(store_uri)
+    runs = client.search_runs([client.get_experiment_by_name("failing").experiment_id])
+    assert [run.info.status for run in runs] == ["FAILED"]

@@ -80,4 +80,9 @@ def figure(cells: Sequence[Cell], path: Path, title: str) -> None:
     """Accuracy and ρ against rounds, a line per run in its strategy's colour where that tells runs apart."""
     runs = {cell.label: rounds.records(RunFolder(cell.folder)) for cell in cells}
     colours = {cell.label: plots.colour(str(cell.settings.get("strategy", cell.label))) for cell in cells}
-    plots.rounds_figure(runs, path, colours, title)
+    legend = {cell.label: Cell(_without_seed(cell.settings), cell.folder).label or "all seeds" for cell in cells}
+    plots.rounds_figure(runs, path, colours, title, legend)
+
+
+def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "seed"}

@@ -28,7 +28,11 @@ def colour(strategy: str) -> str:
 
 
 def rounds_figure(
-    runs: Mapping[str, Sequence[RoundRecord]], path: Path, colours: Mapping[str, str] | None = None, title: str = ""
+    runs: Mapping[str, Sequence[RoundRecord]],
+    path: Path,
+    colours: Mapping[str, str] | None = None,
+    title: str = "",
+    legend: Mapping[str, str] | None = None,
 ) -> None:
     """Global accuracy and divergence against rounds, one line per run (key: its label).
 
@@ -37,6 +41,7 @@ def rounds_figure(
         path: the PNG to write.
         colours: by label; the strategy's colour where the label is a strategy.
         title: above both panels.
+        legend: by label, the words shown for it; runs with the same words (seeds of one setting) share an entry.
     """
     from matplotlib.figure import Figure
 
@@ -44,7 +49,7 @@ def rounds_figure(
     left, right = figure.subplots(1, 2)
     for label, records in runs.items():
         shade = (colours or {}).get(label) or colour(label)
-        _line(left, records, metrics.GLOBAL_ACCURACY, label, shade)
+        _line(left, records, metrics.GLOBAL_ACCURACY, (legend or {}).get(label, label), shade)
         _line(right, records, metrics.RHO_MODEL, label, shade)
         _line(right, records, metrics.RHO_FLOOR, None, shade, ":")
     left.set(xlabel="round", ylabel="global test accuracy", title="Accuracy", ylim=(0, 1))
@@ -68,4 +73,6 @@ def _line(
     points = [(record.round, record.metrics[name]) for record in records if name in record.metrics]
     if points:
         xs, ys = zip(*points, strict=True)
+        shown = axes.get_legend_handles_labels()[1]
+        label = None if label in shown else label
         axes.plot(xs, ys, style, color=shade, label=label, marker="o" if style == "-" else None, markersize=3)

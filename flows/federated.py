@@ -106,7 +106,8 @@ def play_round(run: Run, number: int, tracked: Tracked, told: Progress) -> Track
     clients: list[int] = []
     if number:
         clients = rounds.select(run.state, number)
-        updates = [_retried(fine_tune, run).submit(run, number, client) for client in clients]
+        train = fine_tune.with_options(retries=run.config.runner.retries)
+        updates = [train.submit(run, number, client) for client in clients]
         _wait(updates, number, told)
         watch.lap("train")
         aggregate.submit(run, number, clients).result()
@@ -154,10 +155,6 @@ def default_folder(config: RunConfig) -> Path:
 def _unfinished(folder: RunFolder) -> list[int]:
     done = bool(folder.finished_rounds())
     return ([] if done else [0]) + list(rounds.remaining(folder))
-
-
-def _retried(step: Any, run: Run) -> Any:
-    return step.with_options(retries=run.config.runner.retries)
 
 
 def _wait(updates: list[PrefectFuture[Any]], number: int, told: Progress) -> None:

@@ -122,8 +122,9 @@ def run_sweep(sweep: Sweep) -> Outcome:
                 told.say(f"{label} failed: {error}")
         if finished:
             _compare(sweep, finished, folder)
-            parents.publish(parent, folder, _description(sweep, finished, folder))
-            create_markdown_artifact(_description(sweep, finished, folder), key="sweep-summary")
+            note = _description(sweep, finished, folder)
+            parents.publish(parent, folder, note)
+            create_markdown_artifact(note, key="sweep-summary")
     if not finished:
         raise FedloraError(f"sweep {sweep.name}: no run finished; first: {next(iter(failed.values()))}")
     return Outcome(folder, finished, failed, parent)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Run:
     folder: Path
     strategy: str
 
-    @property
+    @cached_property
     def state(self) -> RunFolder:
         return RunFolder(self.folder)
 

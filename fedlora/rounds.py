@@ -158,7 +158,7 @@ def finish(
         metrics.TIME_ROUND: timings.round,
     }
     record = RoundRecord(number, int(time.time() * 1000), tuple(clients), values)
-    run.write_json(f"rounds/{number:03d}/record.json", record.to_json())
+    run.write_json(run.record_name(number), record.to_json())
     return record
 
 
@@ -185,7 +185,7 @@ def _sum(scores: Sequence[Scores]) -> Scores:
 
 def read_record(run: RunFolder, number: int) -> RoundRecord | None:
     """The record of a finished round."""
-    content = run.read_json(f"rounds/{number:03d}/record.json")
+    content = run.read_json(run.record_name(number))
     return RoundRecord.from_json(content) if content else None
 
 

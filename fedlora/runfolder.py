@@ -1,8 +1,8 @@
 """A run's state on disk: written atomically, checked by digest, so that whatever is there is whole.
 
 config.yaml  setup.json  partition.npz  adapter_config.json
-rounds/000/  state, scores                               before training
-rounds/003/  client-007.{safetensors,json}  state.{safetensors,json}  scores.json  record.json
+rounds/000/  state.{safetensors,json}  record.json            before training
+rounds/003/  client-007.{safetensors,json}  state.{safetensors,json}  record.json
 adapter/     the final adapter            figures/  tables/
 """
 
@@ -63,10 +63,6 @@ class RunFolder:
     @cached_property
     def config(self) -> RunConfig:
         return configfile.load(self.path / "config.yaml")
-
-    def round(self, number: int) -> Path:
-        """The folder of one round."""
-        return self.path / "rounds" / f"{number:03d}"
 
     def write_json(self, name: str, content: Any) -> None:
         write_atomic(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
@@ -132,6 +128,10 @@ class RunFolder:
     def client_stem(self, number: int, client: int) -> str:
         return f"rounds/{number:03d}/client-{client:03d}"
 
+    def record_name(self, number: int) -> str:
+        """The file that marks a round as complete."""
+        return f"rounds/{number:03d}/record.json"
+
     def state_stem(self, number: int) -> str:
         return f"rounds/{number:03d}/state"
 
@@ -148,7 +148,7 @@ class RunFolder:
 
     def finished_rounds(self) -> list[int]:
         """Rounds that are complete, in order, without a gap."""
-        return list(_without_gap(lambda number: self.read_json(f"rounds/{number:03d}/record.json") is not None))
+        return list(_without_gap(lambda number: self.read_json(self.record_name(number)) is not None))
 
 
 def _without_gap(complete: Callable[[int], bool]) -> Iterator[int]:

@@ -5,48 +5,63 @@ A name is taken apart once, at the edge, into a module and a part; nowhere else 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedlora.atomic import write_atomic
 from fedlora.errors import AdapterError
+from fedlora.tensorfile import serialise
 
-Part = Literal["A", "B", "head"]
+Part = Literal["A", "B", "magnitude", "head"]
+Kind = Literal["linear", "embedding", "hira", "hira_embedding"]
+"""How PEFT stores a module's factors: of a linear layer (also Conv1D), of an embedding, and the same for HiRA."""
 
+EVERY_PART: frozenset[Part] = frozenset({"A", "B", "magnitude", "head"})
 PEFT_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
+
+_SUFFIXES: dict[Kind, dict[Literal["A", "B"], str]] = {
+    "linear": {"A": "lora_A.weight", "B": "lora_B.weight"},
+    "embedding": {"A": "lora_embedding_A", "B": "lora_embedding_B"},
+    "hira": {"A": "hira_A", "B": "hira_B"},
+    "hira_embedding": {"A": "hira_embedding_A", "B": "hira_embedding_B"},
+}
+_FACTOR_OF: dict[str, tuple[Kind, Literal["A", "B"]]] = {
+    suffix: (kind, part) for kind, parts in _SUFFIXES.items() for part, suffix in parts.items()
+}
+_MAGNITUDE = "lora_magnitude_vector"
+_ADAPTED = re.compile(r"^(?P<module>.+?)\.(?P<suffix>(?:lora|hira)_\w+(?:\.weight)?)$")
 
 
 class ParameterName(NamedTuple):
-    """What a parameter is: part `A` or `B` of a module, or `head` with the parameter's own name."""
+    """What a parameter is: part `A`, `B` or `magnitude` of a module, or `head` with the parameter's own name."""
 
     part: Part
     module: str
+    kind: Kind = "linear"
 
 
 def parse_name(name: str) -> ParameterName:
     """Take a PEFT state-dict name apart, with or without the `base_model.model.` prefix.
 
     Raises:
-        AdapterError: a name that says it is an adapter's, but is neither factor (DoRA magnitudes, embeddings).
+        AdapterError: a name that says it is an adapter's, but is none of a factor or a DoRA magnitude.
     """
     bare = name.removeprefix(PEFT_PREFIX)
-    if match := _FACTOR.match(bare):
-        return ParameterName("A" if match["part"] == "A" else "B", match["module"])
-    if ".lora_" in bare:
-        raise AdapterError(
-            f"parameter '{name}' is not a factor of a linear layer; only lora_A and lora_B are understood"
-        )
-    return ParameterName("head", bare)
+    match = _ADAPTED.match(bare)
+    if match and match["suffix"] in _FACTOR_OF:
+        kind, part = _FACTOR_OF[match["suffix"]]
+        return ParameterName(part, match["module"], kind)
+    if match and match["suffix"].removesuffix(".weight") == _MAGNITUDE:
+        return ParameterName("magnitude", match["module"])
+    if ".lora_" not in bare and ".hira_" not in bare:
+        return ParameterName("head", bare)
+    raise AdapterError(
+        f"parameter '{name}' is not understood; expected factors ({', '.join(_FACTOR_OF)}) or {_MAGNITUDE}"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,20 +82,46 @@ class Factors:
     def rank(self) -> int:
         return self.A.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the product."""
+        return self.B.shape[0], self.A.shape[1]
+
     def to(self, dtype: torch.dtype) -> Factors:
         return Factors(self.B.to(dtype), self.A.to(dtype))
+
+    def to_double(self) -> Factors:
+        return self.to(torch.float64)
 
     def product(self) -> Tensor:
         """The dense product `B@A` (d_out × d_in), without the scaling."""
         return self.B @ self.A
 
+    def at_rank(self, rank: int) -> Factors:
+        """The first `rank` indices; where there are fewer, zeros behind them (the product is unchanged)."""
+        if rank == self.rank:
+            return self
+        if rank < self.rank:
+            return Factors(self.B[:, :rank], self.A[:rank])
+        more = rank - self.rank
+        return Factors(
+            torch.cat([self.B, self.B.new_zeros(self.B.shape[0], more)], dim=1),
+            torch.cat([self.A, self.A.new_zeros(more, self.A.shape[1])]),
+        )
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """All factors of a model, by module, and the head: every other trained tensor, by name."""
+    """All factors of a model, by module, and the head: every other trained tensor, by name.
+
+    `magnitudes` holds DoRA's vectors (d_out) by module; `kinds` says how PEFT names a module's factors, where it is not
+    a plain linear layer.
+    """
 
     factors: Mapping[str, Factors]
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -91,15 +132,31 @@ class Adapter:
         """The largest rank of any module."""
         return max((factors.rank for factors in self.factors.values()), default=0)
 
-    def tensors(self, parts: frozenset[Part] = frozenset({"A", "B", "head"})) -> dict[str, Tensor]:
+    def cut(self, rank: int) -> Adapter:
+        """Every module cut to its first `rank` indices; modules of a lower rank stay as they are."""
+        return self.with_factors({m: pair.at_rank(min(rank, pair.rank)) for m, pair in self.factors.items()})
+
+    def cut_like(self, other: Adapter) -> Adapter:
+        """Every module cut to the rank it has in `other`, where that is lower."""
+        ranks = {module: other.factors[module].rank for module in self.factors}
+        return self.with_factors({m: pair.at_rank(min(ranks[m], pair.rank)) for m, pair in self.factors.items()})
+
+    def with_factors(self, factors: Mapping[str, Factors]) -> Adapter:
+        """The same head, magnitudes and kinds with other factors."""
+        return replace(self, factors=factors)
+
+    def tensors(self, parts: frozenset[Part] = EVERY_PART) -> dict[str, Tensor]:
         """PEFT state-dict names to contiguous tensors, for the parts asked for."""
         named: dict[str, Tensor] = {}
         for module in self.modules:
-            factors = self.factors[module]
+            factors, suffixes = self.factors[module], _SUFFIXES[self.kinds.get(module, "linear")]
             if "A" in parts:
-                named[f"{PEFT_PREFIX}{module}.lora_A.weight"] = factors.A.contiguous()
+                named[f"{PEFT_PREFIX}{module}.{suffixes['A']}"] = factors.A.contiguous()
             if "B" in parts:
-                named[f"{PEFT_PREFIX}{module}.lora_B.weight"] = factors.B.contiguous()
+                named[f"{PEFT_PREFIX}{module}.{suffixes['B']}"] = factors.B.contiguous()
+        if "magnitude" in parts:
+            for module in sorted(self.magnitudes):
+                named[f"{PEFT_PREFIX}{module}.{_MAGNITUDE}"] = self.magnitudes[module].contiguous()
         if "head" in parts:
             named |= {f"{PEFT_PREFIX}{name}": self.head[name].contiguous() for name in sorted(self.head)}
         return named
@@ -111,81 +168,92 @@ class Adapter:
         Raises:
             AdapterError: a module with only one of its factors, shapes that do not fit, no module at all.
         """
-        halves: dict[str, dict[str, Tensor]] = {}
-        head: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            part, module = parse_name(name)
-            if part == "head":
-                head[module] = tensor
-            else:
-                halves.setdefault(module, {})[part] = tensor
-        for module, parts in halves.items():
-            if missing := {"A", "B"} - parts.keys():
-                raise AdapterError(f"module '{module}' has no lora_{missing.pop()}")
-        if not halves:
-            raise AdapterError("no LoRA factors among the tensors; expected names like '<module>.lora_A.weight'")
-        return cls({module: Factors(parts["B"], parts["A"]) for module, parts in halves.items()}, head)
+        layout = Layout.of(tensors)
+        return cls(
+            {module: Factors(tensors[b], tensors[a]) for module, (b, a) in layout.factors.items()},
+            {bare: tensors[name] for bare, name in layout.head.items()},
+            {module: tensors[name] for module, name in layout.magnitudes.items()},
+            layout.kinds,
+        )
 
-    def check_like(self, other: Adapter, who: str) -> None:
+    def check_like(self, other: Adapter, who: str, lower_rank: bool = False) -> None:
         """Refuse an adapter that does not have the modules, shapes and finite values of `other`.
+
+        Args:
+            other: what is expected.
+            who: whose adapter this is, for the message.
+            lower_rank: also accept modules of a lower rank than in `other`.
 
         Raises:
             AdapterError: naming `who` and the tensor.
         """
-        mine, theirs = self.tensors(), other.tensors()
+        theirs, mine = other.tensors(), self.tensors()
         for name in sorted(theirs.keys() ^ mine.keys()):
             raise AdapterError(f"{who}: tensor '{name}' is {'missing' if name in theirs else 'not expected'}")
+        if lower_rank:
+            theirs = other.cut_like(self).tensors()
         for name, tensor in mine.items():
             if tensor.shape != theirs[name].shape:
                 raise AdapterError(
                     f"{who}: tensor '{name}' has shape {tuple(tensor.shape)}, expected {tuple(theirs[name].shape)}"
                 )
+        self.check_finite(who, "training diverged?")
+
+    def check_finite(self, who: str, hint: str) -> None:
+        """Refuse NaN and infinities.
+
+        Raises:
+            AdapterError: naming `who` and the tensor, with the hint.
+        """
+        for name, tensor in self.tensors().items():
             if not torch.isfinite(tensor).all():
-                raise AdapterError(f"{who}: tensor '{name}' has values that are not finite (training diverged?)")
+                raise AdapterError(f"{who}: tensor '{name}' has values that are not finite ({hint})")
 
 
-def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Tensors as safetensors bytes, the form in which they are stored and sent."""
-    content: bytes = save(dict(tensors), metadata=dict(metadata or {}))
-    return content
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of an adapter are among named tensors: (B, A) names by module, head and magnitude names."""
+
+    factors: Mapping[str, tuple[str, str]]
+    head: Mapping[str, str]
+    magnitudes: Mapping[str, str]
+    kinds: Mapping[str, Kind]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Layout:
+        """Sort names into parts.
+
+        Raises:
+            AdapterError: a module with only one of its factors or named in two manners, no module at all.
+        """
+        halves: dict[str, dict[Literal["A", "B"], str]] = {}
+        head: dict[str, str] = {}
+        magnitudes: dict[str, str] = {}
+        kinds: dict[str, Kind] = {}
+        for name in names:
+            parsed = parse_name(name)
+            if parsed.part == "head":
+                head[parsed.module] = name
+            elif parsed.part == "magnitude":
+                magnitudes[parsed.module] = name
+            else:
+                if kinds.setdefault(parsed.module, parsed.kind) != parsed.kind:
+                    raise AdapterError(f"module '{parsed.module}' has factors of two kinds")
+                halves.setdefault(parsed.module, {})[parsed.part] = name
+        for module, parts in halves.items():
+            for part, suffix in _SUFFIXES[kinds[module]].items():
+                if part not in parts:
+                    raise AdapterError(f"module '{module}' has no {suffix}")
+        if not halves:
+            raise AdapterError("no LoRA factors among the tensors; expected names like '<module>.lora_A.weight'")
+        for module in magnitudes.keys() - halves.keys():
+            raise AdapterError(f"module '{module}' has a magnitude vector but no factors")
+        special = {module: kind for module, kind in kinds.items() if kind != "linear"}
+        return cls({m: (parts["B"], parts["A"]) for m, parts in halves.items()}, head, magnitudes, special)
 
 
 def wire_size(adapter: Adapter, parts: frozenset[Part]) -> tuple[int, int]:
-    """Bytes of an adapter's factors and of its head as sent (serialised; 0 for what is not sent)."""
+    """Bytes of an adapter's factors (and magnitudes) and of its head as sent (serialised; 0 for what is not sent)."""
     factors = adapter.tensors(parts - {"head"})
     head = adapter.tensors(parts & {"head"})
     return (len(serialise(factors)) if factors else 0), (len(serialise(head)) if head else 0)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file (never a pickle).
-
-    Raises:
-        AdapterError: missing, truncated, or not a safetensors file.
-    """
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"{path} cannot be read as safetensors: {error}") from None
-    return tensors
-
-
-def write_peft_folder(adapter: Adapter, folder: Path, peft_config: Mapping[str, object], card: str) -> None:
-    """A folder that `PeftModel.from_pretrained(base, folder)` loads: configuration, weights, README card.
-
-    Raises:
-        RunFolderError: it cannot be written; what was there before is intact.
-    """
-    configuration = json.dumps(peft_config, indent=2, sort_keys=True) + "\n"
-    write_atomic(folder / "adapter_model.safetensors", serialise(adapter.tensors(), {"format": "pt"}))
-    write_atomic(folder / "adapter_config.json", configuration.encode())
-    write_atomic(folder / "README.md", card.encode())
-
-
-def read_peft_folder(folder: Path) -> Adapter:
-    """The adapter in a PEFT folder.
-
-    Raises:
-        AdapterError: no `adapter_model.safetensors`, or not an adapter's content.
-    """
-    return Adapter.from_tensors(read_tensors(folder / "adapter_model.safetensors"))

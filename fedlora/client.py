@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,14 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from fedlora import seeds
-from fedlora.adapter import Adapter, Part
+from fedlora.adapter import Adapter, Factors, Part
 from fedlora.config import TrainingConfig
 from fedlora.data.batches import steps_for, training_batches
 from fedlora.errors import AdapterError, RunAborted
-from fedlora.model import ResidentModel
+from fedlora.resident import ResidentModel
 
 if TYPE_CHECKING:
     from fedlora.data.tokens import Examples
+
+
+Penalty = Callable[[Mapping[str, Factors], Adapter], Tensor | None]
+"""A strategy's term of the loss, of the live factors and the adapter they started from (`Strategy.penalty`)."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,18 @@ def train(
     parts: frozenset[Part],
     pad_token_id: int,
     padding_side: str = "right",
+    penalty: Penalty | None = None,
 ) -> Trained:
-    """Train `parts` of the adapter `start` on a client's examples.
+    """Train `parts` of the adapter `start` on a client's examples; the result has the ranks of `start`.
 
-    Optimiser and schedule are made afresh; batches and dropout are drawn by (seed, round, client) alone.
+    Optimiser and schedule are made afresh; batches and dropout are drawn by (seed, round, client) alone. `penalty` is a
+    strategy's own term of the loss; the losses that are reported are without it.
 
     Raises:
         RunAborted: the loss, or what came of the last step, is not finite; names the client, round and step.
     """
     model.load(start)
-    parameters = model.trainable(parts)
+    parameters, live = model.trainable(parts), model.factors()
     optimizer = _optimizer(parameters, training)
     warmup = max(training.warmup_steps, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
@@ -74,15 +81,17 @@ def train(
         with model.autocast():
             logits = model.peft(**on_device.model_inputs()).logits
         loss = nn.functional.cross_entropy(logits.float(), on_device.labels)
+        extra = penalty(live, start) if penalty else None
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
         if training.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
     curve = torch.stack(losses).tolist()
-    return Trained(_finite(model.read(), curve, turn, start), curve, time.perf_counter() - begun)
+    trained = model.read().cut_like(start)
+    return Trained(_finite(trained, curve, turn, start), curve, time.perf_counter() - begun)
 
 
 def _optimizer(parameters: list[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:

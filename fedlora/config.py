@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -107,25 +108,91 @@ class PartitionConfig(Section):
         return PARTITIONER_CLASSES.get(value, value) if isinstance(value, str) else value
 
 
+class RankRule(Section):
+    """Ranks by what clients show: all start low, the best rise after round one (arXiv 2406.17477)."""
+
+    low: int = Field(5, ge=1)
+    """Rank of every client in round one, and of most after it."""
+    high: int = Field(20, ge=1)
+    """Rank of the best clients from round two on."""
+    share: float = Field(0.1, gt=0, lt=1)
+    """Share of the clients that rise: those with the lowest loss on a tenth of their data held out in round one."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> RankRule:
+        if self.high <= self.low:
+            raise ValueError(f"high={self.high} should be above low={self.low}")
+        return self
+
+
+Ranks = list[int] | dict[int, float] | RankRule
+
+
+def _ranks(value: Any) -> Any:
+    """`4,8,8` on a command line means a list; a mapping is a rule where it holds its keys, otherwise shares."""
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",") if word.strip()]
+    if isinstance(value, Mapping) and (not value or set(map(str, value)) & set(RankRule.model_fields)):
+        return RankRule.model_validate(value)
+    return value
+
+
 class LoraConfig(Section):
     """The adapter that is trained."""
 
-    variant: Literal["lora", "rslora"] = "lora"
-    """`lora` scales the product B·A by alpha/rank, `rslora` by alpha/sqrt(rank)."""
+    variant: Literal["lora", "rslora", "dora", "hira"] = "lora"
+    """`lora` scales the product B·A by alpha/rank, `rslora` by alpha/sqrt(rank). `dora` adds a trained magnitude per
+    output; `hira` multiplies B·A with the base weight, element by element, and has no scaling."""
     rank: int = Field(8, ge=1)
     """Rank r of every adapted module."""
     alpha: float = Field(16, gt=0)
     """Numerator of the scaling."""
+    ranks: Annotated[Ranks | None, BeforeValidator(_ranks)] = None
+    """Ranks of the clients, where they differ; every rank then has the scaling that alpha and `rank` give. A list with
+    one rank per client; shares, {4: 0.7, 16: 0.3}, dealt by seed; or a rule, {low: 5, high: 20, share: 0.1}: all start
+    low, and after round one the best rise. Empty: all have `rank`."""
+    truncation: Literal["first", "svd"] = "first"
+    """What a client of a lower rank receives: the first indices of the global factors as they are, or (`svd`) after
+    these were put in the order of the singular values of their product."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
     target_modules: Annotated[list[str] | None, BeforeValidator(_words)] = None
-    """Names (or name endings) of the linear layers to adapt. Empty: PEFT's choice for the architecture, mostly the
-    query and value projections, or these where PEFT has none."""
+    """Names (or name endings) of the linear layers or embeddings to adapt. Empty: PEFT's choice for the architecture,
+    mostly the query and value projections, or these where PEFT has none."""
 
-    def scaling(self, rank: int | None = None) -> float:
-        """The factor s in `s·B·A` for a rank (the configured one by default)."""
-        rank = self.rank if rank is None else rank
-        return self.alpha / (math.sqrt(rank) if self.variant == "rslora" else rank)
+    @field_validator("ranks")
+    @classmethod
+    def _possible_ranks(cls, value: Ranks | None) -> Ranks | None:
+        if isinstance(value, RankRule) or value is None:
+            return value
+        if not value or min(value) < 1:
+            raise ValueError("ranks are whole numbers from 1")
+        if isinstance(value, dict) and (min(value.values()) <= 0 or abs(sum(value.values()) - 1) > 1e-6):
+            raise ValueError("shares of ranks are positive and add up to 1")
+        return value
+
+    @property
+    def scaling(self) -> float:
+        """The factor s in `s·B·A`, the same for clients of every rank."""
+        if self.variant == "hira":
+            return 1.0
+        return self.alpha / (math.sqrt(self.rank) if self.variant == "rslora" else self.rank)
+
+    def alpha_at(self, rank: int) -> float:
+        """The alpha that gives an adapter of another rank the same scaling."""
+        return self.scaling * (math.sqrt(rank) if self.variant == "rslora" else rank)
+
+    @property
+    def highest_rank(self) -> int:
+        """The rank of the global adapter: the highest that a client may have."""
+        if isinstance(self.ranks, RankRule):
+            return self.ranks.high
+        return max(self.ranks) if self.ranks else self.rank
+
+    @property
+    def mixed_ranks(self) -> bool:
+        """Whether clients may have different ranks."""
+        return isinstance(self.ranks, RankRule) or len(set(self.ranks or ())) > 1
 
 
 class TrainingConfig(Section):
@@ -258,7 +325,14 @@ class RunConfig(Section):
                 "runner.kind=threads trains one client at a time on each device (one random stream per device), "
                 "so runner.slots above 1 needs runner.kind=processes"
             )
+        if isinstance(self.lora.ranks, list) and len(self.lora.ranks) != self.clients:
+            raise ValueError(
+                f"lora.ranks lists {len(self.lora.ranks)} ranks for clients={self.clients}; one per client"
+            )
         registry.check_options(self.strategy, self.strategy_options)
+        lora, svd_order = self.lora, self.lora.truncation == "svd"
+        if lora.variant in ("dora", "hira") or lora.mixed_ranks or svd_order:
+            registry.check_combination(self.strategy, lora.variant, lora.mixed_ranks, svd_order)
         return self
 
     @property

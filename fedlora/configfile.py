@@ -132,15 +132,19 @@ def dotted_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterato
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; the free-form `strategy_options` are opened one level."""
+    """Nested mappings as dotted keys; the free-form `strategy_options` are opened one level, `lora.ranks` is not."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         dotted = f"{prefix}{name}"
-        if isinstance(value, Mapping) and not dotted.startswith("strategy_options."):
+        if isinstance(value, Mapping) and not dotted.startswith("strategy_options.") and dotted not in _WHOLE:
             flat |= flatten(value, f"{dotted}.")
         else:
             flat[dotted] = value
     return flat
+
+
+_WHOLE = {"lora.ranks"}
+"""Keys whose value may be a mapping that is one value: another replaces it as a whole."""
 
 
 def nest(values: Overrides) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Factors
-from fedlora.errors import AdapterError
-from fedlora.factors import Frame
+from fedlora.base_update import BaseUpdate
+from fedlora.factors import Frame, ProductSum, inner
 from fedlora.updates import Updates
 
 
@@ -115,16 +115,23 @@ def _known(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return kept
 
 
-def measure(updates: Updates, broadcasts: Sequence[Adapter], mixing: Mapping[str, Tensor] | None = None) -> Divergence:
+def measure(
+    updates: Updates,
+    broadcasts: Sequence[Adapter],
+    mixing: Mapping[str, Tensor] | None = None,
+    base_step: BaseUpdate | None = None,
+    scaling: float = 1.0,
+) -> Divergence:
     """Compare what the clients will hold with the ideal.
 
     Args:
         updates: the round's uploads.
-        broadcasts: the adapter each of these clients restarts from, in the same order (the same object for all where
-            the broadcast is common; then it is measured once).
+        broadcasts: the adapter each of these clients restarts from, in the same order.
         mixing: by module, the weights (U) with which clients' B entered the broadcast, where not the clients' own.
+        base_step: what the round added to the base (scaling included), part of what every client holds.
+        scaling: s, which relates `base_step` to the products.
     """
-    mixing = mixing or {}
+    mixing, step = mixing or {}, base_step or BaseUpdate()
     return Divergence(
         {
             module: measure_module(
@@ -133,10 +140,15 @@ def measure(updates: Updates, broadcasts: Sequence[Adapter], mixing: Mapping[str
                 [adapter.factors[module] for adapter in broadcasts],
                 updates.clients,
                 mixing.get(module),
+                _unscaled(step.modules.get(module), scaling),
             )
             for module in updates.modules
         }
     )
+
+
+def _unscaled(step: Factors | None, scaling: float) -> Factors | None:
+    return None if step is None else Factors(step.B, step.A.to(torch.float64) / scaling)
 
 
 def measure_module(
@@ -145,57 +157,78 @@ def measure_module(
     broadcasts: Sequence[Factors],
     clients: Sequence[int] | None = None,
     mixing: Tensor | None = None,
+    base: Factors | None = None,
 ) -> ModuleDivergence:
     """ρ, floor, R, P, Q and dispersion of one module, exact in float64.
+
+    A common broadcast is measured once, and uploads are looked at one at a time, so that memory does not grow with the
+    clients. Ranks may differ: P and Q compare an upload with a broadcast of another rank as if padded with zeros.
 
     Args:
         uploads: (B_u, A_u) of U clients.
         weights: (U), summing to one.
-        broadcasts: (B̂_u, Â_u) of the same clients; the same objects where all receive the same.
+        broadcasts: (B̂_u, Â_u) of the same clients; what is equal for several should be the same tensors.
         clients: their ids, for `by_client`.
         mixing: (U), weights behind `effective_clients` (`weights` by default).
+        base: what every client's base got in this round, in units of the product.
     """
-    _require_equal_shapes(uploads, broadcasts)
-    count, w = len(uploads), weights.tolist()
-    common = all(pair is broadcasts[0] for pair in broadcasts)
-    distinct = [broadcasts[0]] if common else list(broadcasts)
-    frame = Frame([*uploads, *distinct])
-    ideal = frame.combine(weights)
-    products = (frame.product(index) for index in range(count))
-    hats = [frame.product(count)] * count if common else (frame.product(count + index) for index in range(count))
-    errors2, r2, spread2 = [], [], []
-    error_of_common = _square(hats[0] - ideal) if isinstance(hats, list) else None
-    for product, hat in zip(products, hats, strict=True):
-        errors2.append(_square(hat - ideal) if error_of_common is None else error_of_common)
-        r2.append(_square(hat - product))
-        spread2.append(_square(product - ideal))
-    ideal2 = _square(ideal)
+    w = weights.tolist()
+    ideal = ProductSum.of(uploads, weights)
+    groups = _groups(broadcasts)
+    hats = [_held(broadcasts[members[0]], base) for members in groups]
+    frame = Frame(ideal, hats)
+    errors2 = [0.0] * len(w)
+    for index, members in enumerate(groups):
+        error2 = _square(frame.other(index) - frame.total)
+        for position in members:
+            errors2[position] = error2
+    ideal2 = _square(frame.total)
+    dispersion = max(_weighted(w, (inner(pair, pair) for pair in uploads)) - ideal2, 0.0)
+    moves = [_moved(own, hat) for own, hat in zip(uploads, broadcasts, strict=True)]
+    spectrum = torch.linalg.svdvals(frame.total).square()
     return ModuleDivergence(
         error2=_weighted(w, errors2),
         ideal2=ideal2,
-        tail2=_tail(ideal, max(pair.rank for pair in distinct)),
-        R=_weighted(w, r2),
-        P=_weighted(
-            w, [_square(hat.B.double() - own.B.double()) for hat, own in zip(broadcasts, uploads, strict=True)]
-        ),
-        Q=_weighted(
-            w, [_square(hat.A.double() - own.A.double()) for hat, own in zip(broadcasts, uploads, strict=True)]
-        ),
-        dispersion=_weighted(w, spread2),
+        tail2=_weighted(w, (float(spectrum[hat.rank :].sum()) for hat in broadcasts)),
+        R=errors2[0] + dispersion if len(groups) == 1 else _jumps(uploads, w, hats, groups),
+        P=_weighted(w, (b for b, _ in moves)),
+        Q=_weighted(w, (a for _, a in moves)),
+        dispersion=dispersion,
         effective_clients=effective_clients(weights if mixing is None else mixing),
         by_client={}
-        if common or clients is None
-        else {client: _ratio(error2, ideal2) for client, error2 in zip(clients, errors2, strict=True)},
+        if len(groups) == 1 or clients is None
+        else {client: _ratio(each, ideal2) for client, each in zip(clients, errors2, strict=True)},
     )
 
 
-def _require_equal_shapes(uploads: Sequence[Factors], broadcasts: Sequence[Factors]) -> None:
-    for own, hat in zip(uploads, broadcasts, strict=True):
-        if own.B.shape != hat.B.shape or own.A.shape != hat.A.shape:
-            raise AdapterError(
-                f"a client that uploaded rank {own.rank} ({own.B.shape[0]} × {own.A.shape[1]}) is broadcast rank "
-                f"{hat.rank} ({hat.B.shape[0]} × {hat.A.shape[1]}); P and Q compare factors of one shape"
-            )
+def _groups(broadcasts: Sequence[Factors]) -> list[list[int]]:
+    """Positions of clients that receive the same: the same memory at the same rank."""
+    found: dict[tuple[int, int, int], list[int]] = {}
+    for position, pair in enumerate(broadcasts):
+        found.setdefault((pair.B.data_ptr(), pair.A.data_ptr(), pair.rank), []).append(position)
+    return list(found.values())
+
+
+def _held(hat: Factors, base: Factors | None) -> Factors:
+    """Adapter and base update of a client as one pair, in float64."""
+    pair = hat.to_double()
+    if base is None:
+        return pair
+    return Factors(torch.cat([pair.B, base.B.to(pair.B)], dim=1), torch.cat([pair.A, base.A.to(pair.A)]))
+
+
+def _jumps(uploads: Sequence[Factors], w: Sequence[float], hats: Sequence[Factors], groups: list[list[int]]) -> float:
+    """`Σ w_u ‖Ŵ_u/s − B_uA_u‖²`, each difference taken in coordinates of its own two pairs."""
+    hat_of = {u: hat for hat, members in zip(hats, groups, strict=True) for u in members}
+    jumps = (_square(Frame(ProductSum.of([own, hat_of[u]], [-1.0, 1.0])).total) for u, own in enumerate(uploads))
+    return _weighted(w, jumps)
+
+
+def _moved(own: Factors, hat: Factors) -> tuple[float, float]:
+    """`‖B̂ − B‖²` and `‖Â − A‖²`, the shorter of each padded with zeros."""
+    rank = max(own.rank, hat.rank)
+    before, after = own.at_rank(rank), hat.at_rank(rank)
+    return _square(after.B.double() - before.B.double()), _square(after.A.double() - before.A.double())
 
 
 def effective_clients(weights: Tensor) -> float:
@@ -205,10 +238,6 @@ def effective_clients(weights: Tensor) -> float:
         return 0.0
     share = magnitude / magnitude.sum()
     return float(1 / share.square().sum())
-
-
-def _tail(ideal: Tensor, rank: int) -> float:
-    return _square(torch.linalg.svdvals(ideal)[rank:])
 
 
 def _square(tensor: Tensor) -> float:

@@ -13,7 +13,7 @@ from fedlora.data.batches import evaluation_batches
 
 if TYPE_CHECKING:
     from fedlora.data.tokens import Examples
-    from fedlora.model import ResidentModel
+    from fedlora.resident import ResidentModel
 
 
 @dataclass(frozen=True)

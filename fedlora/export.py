@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from fedlora import metrics, plots, rounds
-from fedlora.adapter import Adapter, write_peft_folder
+from fedlora.adapter import Adapter
 from fedlora.atomic import write_atomic
 from fedlora.errors import saving
 from fedlora.evaluation import Scores
+from fedlora.peftfolder import write_peft_folder
 from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
 

@@ -6,7 +6,7 @@ of squares (ALGORITHMS §3: those gave 7e-4 for a true 3e-5).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,46 +16,134 @@ from fedlora.adapter import Factors
 
 _NULL = 1e-12
 """A singular value below this share of the largest is a direction in which nothing was learned."""
+_SOLVABLE = 1e-4
+"""A triangle whose diagonal varies less than this is inverted; otherwise the orthonormal basis itself is formed."""
 
 
-def _reduced(blocks: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
-    """Blocks (d × r_k) in an orthonormal basis of their joint span, with the basis; as they are (basis None) when the
-    joint width is not below d, where a basis would save nothing."""
-    stacked = torch.cat([block.to(torch.float64) for block in blocks], dim=1)
-    widths = [block.shape[1] for block in blocks]
-    if stacked.shape[1] >= stacked.shape[0]:
-        return None, list(torch.split(stacked, widths, dim=1))
-    basis, coordinates = torch.linalg.qr(stacked)
-    return basis, list(torch.split(coordinates, widths, dim=1))
+class ProductSum:
+    """`Σ c_k B_k A_k` (d_out × d_in), added one pair at a time in float64.
+
+    Kept as stacked factors while their joint rank is below min(d_out, d_in); beyond, as one dense matrix. So memory is
+    bounded by the dense matrix however many pairs are added, and the result does not depend on the route (1e-12).
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self.left: list[Tensor] = []
+        self.right: list[Tensor] = []
+        self.dense: Tensor | None = None
+
+    @classmethod
+    def of(cls, factors: Iterable[Factors], coefficients: Tensor | Sequence[float]) -> ProductSum:
+        """The sum over pairs of one shape; ranks are free.
+
+        Raises:
+            ValueError: no pair.
+        """
+        total: ProductSum | None = None
+        for coefficient, pair in zip(coefficients, factors, strict=True):
+            total = (total or cls(pair.shape)).add(float(coefficient), pair)
+        if total is None:
+            raise ValueError("a sum of products needs at least one pair")
+        return total
+
+    @property
+    def width(self) -> int:
+        """The joint rank of what is stacked."""
+        return sum(block.shape[1] for block in self.left)
+
+    def add(self, coefficient: float, pair: Factors) -> ProductSum:
+        """Add `coefficient·B@A` in place; returns itself."""
+        left, right = coefficient * pair.B.to(torch.float64), pair.A.T.to(torch.float64)
+        if self.dense is not None:
+            self.dense.addmm_(left, right.T)
+            return self
+        self.left.append(left)
+        self.right.append(right)
+        if self.width >= min(self.shape):
+            self.dense = torch.cat(self.left, dim=1) @ torch.cat(self.right, dim=1).T
+            self.left, self.right = [], []
+        return self
+
+    def factors(self) -> Factors:
+        """The sum as one exact pair: the stack, or the dense matrix beside an identity on its smaller side."""
+        if self.dense is None:
+            return Factors(torch.cat(self.left, dim=1), torch.cat(self.right, dim=1).T)
+        d_out, d_in = self.shape
+        eye = torch.eye(min(self.shape), dtype=torch.float64)
+        return Factors(eye, self.dense) if d_out <= d_in else Factors(self.dense, eye)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """`(Σ c_k B_k A_k) @ matrix` (d_out × n) for a `matrix` (d_in × n)."""
+        wanted = matrix.to(torch.float64)
+        if self.dense is not None:
+            return self.dense @ wanted
+        return torch.cat(self.left, dim=1) @ (torch.cat(self.right, dim=1).T @ wanted)
+
+    def truncated(self, rank: int) -> TruncatedSVD:
+        """The best approximation of rank `rank`, or of the joint rank where that is less (Eckart–Young)."""
+        frame = Frame(self)
+        left, values, right = torch.linalg.svd(frame.total, full_matrices=False)
+        outer, inner = frame.lift(left[:, :rank], right[:rank].T)
+        return TruncatedSVD(outer, values[:rank], inner.T, values[rank:])
 
 
 class Frame:
-    """Common orthonormal coordinates for many factors: products in it have the same norms, inner products and singular
-    values as the d_out × d_in matrices they stand for, at the size of the joint rank.
+    """Common orthonormal coordinates for a sum of products and further pairs: in them, matrices have the same norms,
+    inner products and singular values as the d_out × d_in matrices they stand for, at the size of the joint rank.
 
     Args:
-        factors: the pairs (B_k, A_k), d_out and d_in equal for all, ranks free.
+        total: the sum; `Frame.total` is its matrix in these coordinates.
+        others: pairs (B, A) of the same d_out and d_in; `Frame.other(k)` is the product of the k-th.
     """
 
-    def __init__(self, factors: Sequence[Factors]) -> None:
-        self.left_basis, self._left = _reduced([pair.B for pair in factors])
-        self.right_basis, self._right = _reduced([pair.A.T for pair in factors])
+    def __init__(self, total: ProductSum, others: Sequence[Factors] = ()) -> None:
+        width = total.width + sum(pair.rank for pair in others)
+        self._others = [pair.to(torch.float64) for pair in others]
+        self._sides: tuple[_Side, _Side] | None = None
+        if total.dense is not None or width >= min(total.shape):
+            self.total = total.dense if total.dense is not None else total.factors().product()
+            return
+        self._sides = (
+            _Side([*total.left, *(pair.B for pair in self._others)]),
+            _Side([*total.right, *(pair.A.T for pair in self._others)]),
+        )
+        left, right = (side.coordinates[:, : total.width] for side in self._sides)
+        self._begin = total.width
+        self.total = left @ right.T
 
-    def product(self, index: int) -> Tensor:
-        """`B_k A_k` of one pair, in the frame's coordinates."""
-        return self._left[index] @ self._right[index].T
-
-    def combine(self, coefficients: Tensor | Sequence[float]) -> Tensor:
-        """`Σ c_k B_k A_k` over the first `len(coefficients)` pairs, in the frame's coordinates."""
-        count = len(coefficients)
-        scaled = [float(c) * block for c, block in zip(coefficients, self._left, strict=False)]
-        return torch.cat(scaled, dim=1) @ torch.cat(self._right[:count], dim=1).T
+    def other(self, index: int) -> Tensor:
+        """The product of one of the other pairs, in these coordinates."""
+        pair = self._others[index]
+        if self._sides is None:
+            return pair.product()
+        begin = self._begin + sum(before.rank for before in self._others[:index])
+        left, right = (side.coordinates[:, begin : begin + pair.rank] for side in self._sides)
+        found: Tensor = left @ right.T
+        return found
 
     def lift(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns in the frame's coordinates as columns in the original ones, left (d_out × k) and right (d_in × k)."""
-        outer = left if self.left_basis is None else self.left_basis @ left
-        inner = right if self.right_basis is None else self.right_basis @ right
-        return outer, inner
+        """Columns in these coordinates as columns in the original ones, left (d_out × k) and right (d_in × k)."""
+        if self._sides is None:
+            return left, right
+        return self._sides[0].lift(left), self._sides[1].lift(right)
+
+
+class _Side:
+    """Columns (d × n, n < d) as coordinates (n × n) in an orthonormal basis, which is only formed where it must be."""
+
+    def __init__(self, blocks: Sequence[Tensor]) -> None:
+        self._columns = torch.cat(list(blocks), dim=1)
+        self.coordinates = torch.linalg.qr(self._columns, mode="r").R
+
+    def lift(self, vectors: Tensor) -> Tensor:
+        """`Q @ vectors`: by solving with the triangle where that is safe, at half the cost of forming Q."""
+        diagonal = self.coordinates.diagonal().abs()
+        if diagonal.numel() and diagonal.min() > _SOLVABLE * diagonal.max():
+            vectors = torch.linalg.solve_triangular(self.coordinates, vectors, upper=True)
+            return self._columns @ vectors
+        basis: Tensor = torch.linalg.qr(self._columns).Q
+        return basis @ vectors
 
 
 @dataclass(frozen=True)
@@ -76,37 +164,82 @@ class TruncatedSVD:
         In directions in which nothing was learned (S = 0) B is zero and A keeps the unit row of `Vᵀ`, so that the
         product is unchanged and the direction can still be trained: with both zero its gradient would vanish for ever.
         """
-        learned = (
-            _NULL * self.S.max() < self.S
-            if self.S.numel() and self.S.max() > 0
-            else torch.zeros_like(self.S, dtype=torch.bool)
-        )
         root = self.S.clamp_min(0).sqrt()
-        scale_a = torch.where(learned, root, torch.ones_like(root))
-        scale_b = torch.where(learned, root, torch.zeros_like(root))
+        scale_a = torch.where(self.learned(), root, torch.ones_like(root))
+        scale_b = torch.where(self.learned(), root, torch.zeros_like(root))
         return Factors(self.U * scale_b, scale_a[:, None] * self.Vh)
 
+    def on_b(self) -> Factors:
+        """`B = U S`, `A = Vᵀ`: all of the size on B, rows of A orthonormal."""
+        return Factors(self.U * torch.where(self.learned(), self.S, torch.zeros_like(self.S)), self.Vh)
 
-def truncated_svd(factors: Sequence[Factors], coefficients: Tensor | Sequence[float], rank: int) -> TruncatedSVD:
+    def learned(self) -> Tensor:
+        """Which of the r directions carry anything (r, bool)."""
+        if not self.S.numel() or self.S.max() <= 0:
+            return torch.zeros_like(self.S, dtype=torch.bool)
+        return _NULL * self.S.max() < self.S
+
+
+def truncated_svd(factors: Iterable[Factors], coefficients: Tensor | Sequence[float], rank: int) -> TruncatedSVD:
     """The best approximation of `Σ c_k B_k A_k` of rank `rank`, or of the joint rank where that is less (Eckart–Young).
 
     By QR of the stacked factors and the SVD of the small core; by one dense accumulator where the joint rank reaches
     min(d_out, d_in).
     """
-    frame = Frame(factors)
-    left, values, right = torch.linalg.svd(frame.combine(coefficients), full_matrices=False)
-    outer, inner = frame.lift(left[:, :rank], right[:rank].T)
-    return TruncatedSVD(outer, values[:rank], inner.T, values[rank:])
+    return ProductSum.of(factors, coefficients).truncated(rank)
 
 
-def mean(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """`Σ w_k T_k` for tensors of one shape, accumulated in float64 in the order given."""
-    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+def mean(tensors: Iterable[Tensor], weights: Tensor) -> Tensor:
+    """`Σ w_k T_k` for tensors of one shape, accumulated in float64 in the order given, one at a time.
+
+    Raises:
+        ValueError: no tensor.
+    """
+    total: Tensor | None = None
     for weight, tensor in zip(weights.tolist(), tensors, strict=True):
+        if total is None:
+            total = torch.zeros_like(tensor, dtype=torch.float64)
         total.add_(tensor.to(torch.float64), alpha=weight)
+    if total is None:
+        raise ValueError("a mean needs at least one tensor")
     return total
 
 
-def mean_factors(factors: Sequence[Factors], weights: Tensor) -> Factors:
-    """`B̄ = Σ w_u B_u` and `Ā = Σ w_u A_u` (equal ranks), in float64."""
-    return Factors(mean([pair.B for pair in factors], weights), mean([pair.A for pair in factors], weights))
+def mean_factors(factors: Iterable[Factors], weights: Tensor) -> Factors:
+    """`B̄ = Σ w_u B_u` and `Ā = Σ w_u A_u` (equal ranks), in float64, one pair at a time."""
+    total: Factors | None = None
+    for weight, pair in zip(weights.tolist(), factors, strict=True):
+        if total is None:
+            total = Factors(*(torch.zeros_like(t, dtype=torch.float64) for t in (pair.B, pair.A)))
+        total.B.add_(pair.B.to(torch.float64), alpha=weight)
+        total.A.add_(pair.A.to(torch.float64), alpha=weight)
+    if total is None:
+        raise ValueError("a mean needs at least one pair")
+    return total
+
+
+def inner(one: Factors, other: Factors) -> float:
+    """`⟨B_1A_1, B_2A_2⟩` in the Frobenius sense, through r × r blocks, in float64."""
+    left = one.B.to(torch.float64).T @ other.B.to(torch.float64)
+    right = one.A.to(torch.float64) @ other.A.to(torch.float64).T
+    return float((left * right).sum())
+
+
+def product_norm(pair: Factors) -> float:
+    """`‖B A‖_F` in float64 (through the r × r triangles of both factors, so that no square is taken of a small sum)."""
+    left = torch.linalg.qr(pair.B.to(torch.float64), mode="r").R
+    right = torch.linalg.qr(pair.A.to(torch.float64).T, mode="r").R
+    return float((left @ right.T).norm())
+
+
+def keep_trainable(pair: Factors, before: Factors) -> Factors:
+    """The same product, with the rows of A that are zero taken from `before` where B's column is zero too.
+
+    With both zero a direction's gradient would vanish for ever. Missing indices are added up to the rank of `before`.
+    """
+    padded = pair.at_rank(max(pair.rank, before.rank))
+    idle = (padded.B == 0).all(dim=0) & (padded.A == 0).all(dim=1)
+    if not idle.any():
+        return padded
+    rows = before.at_rank(padded.rank).A.to(padded.A)
+    return Factors(padded.B, torch.where(idle[:, None], rows, padded.A))

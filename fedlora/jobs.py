@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from fedlora import client, evaluation, home
-from fedlora.adapter import wire_size
+from fedlora import client, evaluation, home, ranks
+from fedlora.adapter import Adapter, wire_size
 from fedlora.data import sources, tokens
 from fedlora.data.partition import Partition, partition
 from fedlora.data.picture import draw
 from fedlora.errors import DataError
 from fedlora.metrics import Bytes
-from fedlora.model import ResidentModel, check_length, load_tokenizer
+from fedlora.model import check_length, load_tokenizer
+from fedlora.resident import ResidentModel
+from fedlora.rounds import examples_of, missed_base
 from fedlora.runfolder import FORMAT, RunFolder
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
@@ -107,8 +109,11 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
     shapes = {
         name: {"d_out": p.B.shape[0], "d_in": p.A.shape[1], "rank": p.rank} for name, p in adapter.factors.items()
     }
+    config = run.config
+    dealt = ranks.at_start(config.lora, config.clients, config.seed)
+    state = ServerState(adapter, scaling=config.lora.scaling, seed=config.seed, ranks=dealt)
     return run.write_state(
-        ServerState(adapter),
+        registry.make(config.strategy, config.strategy_options).begin(state),
         {
             "modules": shapes,
             "adapter_parameters": sum(p.A.numel() + p.B.numel() for p in adapter.factors.values()),
@@ -128,34 +133,40 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int) -> di
     stem = run.client_stem(number, client_id)
     if record := run.read_record(stem):
         return record
-    config = run.config
+    config, state = run.config, _state(run, bench, number - 1)
     strategy = registry.make(config.strategy, config.strategy_options)
-    plan = strategy.plan(number)
-    start = strategy.broadcast(run.read_state(number - 1), client_id)
-    data, parts, model = _data(run, bench), _partition(run, bench), _model(run, bench)
+    start, plan = strategy.broadcast(state, client_id), strategy.plan(number)
+    data, model = _data(run, bench), _model(run, bench, state, number - 1)
+    own = examples_of(strategy, _partition(run, bench), client_id)
+    rows, held_out = ranks.hold_out(config.lora, number, own.train, config.seed, client_id)
     trained = client.train(
         model,
         start,
-        tokens.examples(data.train, parts.train[client_id]),
-        config.training,
+        tokens.examples(data.train, rows),
+        own.training(config.training),
         client.Turn(config.seed, number, client_id),
         plan.trains,
         data.pad_token_id,
         data.padding_side,
+        strategy.penalty,
     )
-    down, up = wire_size(start, plan.sends), wire_size(trained.adapter, plan.sends)
+    upload = strategy.after_training(start, trained.adapter)
+    down, up = wire_size(start, plan.down), wire_size(upload, plan.up)
+    base = missed_base(run, number, client_id)
+    sent = Bytes(up_adapter=up[0], up_head=up[1], down_adapter=down[0], down_head=down[1], down_base=base)
     return run.write_tensors(
         stem,
-        trained.adapter.tensors(),
+        upload.tensors(),
         {
             "round": number,
             "client": client_id,
-            "examples": len(parts.train[client_id]),
-            "rank": trained.adapter.rank,
+            "examples": len(rows),
+            "rank": upload.rank,
             "losses": trained.losses,
             "seconds": trained.seconds,
-            "bytes": asdict(Bytes(up_adapter=up[0], up_head=up[1], down_adapter=down[0], down_head=down[1])),
-            "local": _score(bench, run, parts.test[client_id]) if config.evaluation.local else None,
+            "bytes": asdict(sent),
+            "validation": _score(bench, run, data.train, held_out) if len(held_out) else None,
+            "local": _score(bench, run, data.test, own.test) if config.evaluation.local else None,
         },
     )
 
@@ -163,22 +174,27 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int) -> di
 def evaluate(bench: Workbench, folder: Path, number: int, part: dict[str, Any]) -> dict[str, Any]:
     """Score the broadcast after round `number` on one part of the test set (see `fedlora.rounds.evaluation_parts`)."""
     run = RunFolder(folder)
-    config = run.config
+    config, test = run.config, _data(run, bench).test
     strategy = registry.make(config.strategy, config.strategy_options)
-    state = run.read_state(number)
-    model = _model(run, bench)
-    model.load(state.adapter if part["client"] is None else strategy.broadcast(state, part["client"]))
+    if part["split"] == "probe":  # before the round's broadcast: on the base that the clients trained on
+        state = _state(run, bench, number - 1)
+        _model(run, bench, state, number - 1).load(Adapter.from_tensors(run.read_tensors(part["stem"])))
+    else:
+        state = _state(run, bench, number)
+        chosen = state.adapter if part["client"] is None else strategy.broadcast(state, part["client"])
+        _model(run, bench, state, number).load(chosen)
     if part["split"] == "local":
         rows = _partition(run, bench).test[part["client"]]
     else:
-        rows = np.arange(len(_data(run, bench).test), dtype=np.int64)[part["start"] :: part["step"]]
-    return _score(bench, run, rows)
+        rows = np.arange(len(test), dtype=np.int64)[part["start"] :: part["step"]]
+    return _score(bench, run, test, rows)
 
 
-def _score(bench: Workbench, run: RunFolder, rows: np.ndarray) -> dict[str, Any]:
+def _score(bench: Workbench, run: RunFolder, split: Any, rows: np.ndarray) -> dict[str, Any]:
+    """Scores of the model as it is loaded, on some rows of a split."""
     data, batch_size = _data(run, bench), run.config.evaluation.batch_size
-    model = _model(run, bench)
-    examples = tokens.examples(data.test, rows)
+    examples = tokens.examples(split, rows)
+    model = _loaded(run, bench)
     return evaluation.evaluate(
         model, examples, len(data.labels), batch_size, data.pad_token_id, data.padding_side
     ).to_json()
@@ -197,14 +213,26 @@ def _setup(run: RunFolder, bench: Workbench) -> dict[str, Any]:
     return bench.keep("setup", run.path, lambda: run.need_json("setup.json"))
 
 
-def _model(run: RunFolder, bench: Workbench) -> ResidentModel:
+def _state(run: RunFolder, bench: Workbench, number: int) -> ServerState:
+    return bench.keep("state", (run.path, number), lambda: run.read_state(number))
+
+
+def _model(run: RunFolder, bench: Workbench, state: ServerState, number: int) -> ResidentModel:
+    """The resident model on the base that a state has after round `number`."""
+    model = _loaded(run, bench)
+    model.set_base(state.base, (run.path, number))
+    return model
+
+
+def _loaded(run: RunFolder, bench: Workbench) -> ResidentModel:
     """The resident base model with an adapter attached; the same for all runs on this model, adapter and label set."""
     return bench.keep("model", _model_key(run, bench), lambda: _build(run, bench))
 
 
 def _model_key(run: RunFolder, bench: Workbench) -> str:
     config = run.config
-    return f"{config.model.model_dump_json()} {config.lora.model_dump_json()} {_setup(run, bench)['labels']}"
+    adapter = {**config.lora.model_dump(mode="json"), "ranks": config.lora.highest_rank, "truncation": None}
+    return f"{config.model.model_dump_json()} {adapter} {_setup(run, bench)['labels']}"
 
 
 def _build(run: RunFolder, bench: Workbench) -> ResidentModel:

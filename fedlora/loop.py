@@ -30,14 +30,14 @@ def train(config: RunConfig, path: Path, report: Callable[[RoundRecord], None] |
     with open_pool(config.runner) as pool, ThreadPoolExecutor(len(pool.slots)) as threads:
         pool.run(jobs.prepare_data, run.path)
         pool.run(jobs.initialise, run.path)
-        if not run.finished_rounds():
-            _close_round(run, pool, threads, 0, [], time.perf_counter(), Timings(), report)
-        for number in rounds.remaining(run):
-            begun = time.perf_counter()
-            clients = rounds.select(run, number)
-            list(threads.map(lambda client, n=number: pool.run(jobs.fine_tune, run.path, n, client), clients))
-            trained = time.perf_counter()
-            rounds.aggregate(run, number, clients)
+        for number in rounds.unfinished(run):
+            begun = trained = time.perf_counter()
+            clients: list[int] = []
+            if number:
+                clients = rounds.select(run, number)
+                list(threads.map(lambda client, n=number: pool.run(jobs.fine_tune, run.path, n, client), clients))
+                trained = time.perf_counter()
+                rounds.aggregate(run, number, clients)
             spent = Timings(train=trained - begun, aggregate=time.perf_counter() - trained)
             _close_round(run, pool, threads, number, clients, begun, spent, report)
     export.final(run)

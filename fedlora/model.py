@@ -1,4 +1,4 @@
-"""The frozen base model that stays in memory, and the adapter tensors that are swapped in it.
+"""The frozen base model: names, loading, heads, and which layers an adapter is put on.
 
 Base models are sequence classifiers: the architecture's own head, or, for sentence encoders, the pooling that they were
 trained with and a fresh linear classifier (DATA.md: with the wrong pooling federated runs hardly learn).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fedlora import seeds
-from fedlora.adapter import PEFT_PREFIX, Adapter, Part, parse_name
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.errors import ModelError, did_you_mean
 
@@ -249,17 +247,13 @@ def target_modules(model: Any, lora: LoraConfig) -> list[str]:
     """The configured target modules, or PEFT's choice for the architecture, or its query and value projections.
 
     Raises:
-        ModelError: nothing matches, or there is nothing to choose by; the linear layers are listed.
+        ModelError: nothing matches, or there is nothing to choose by; the layers that can be adapted are listed.
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     head = tuple(head_modules(model))
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and not name.startswith(head)
-    ]
-    endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    adaptable = [name for name, module in model.named_modules() if _adaptable(module) and not name.startswith(head)]
+    endings = sorted({name.rsplit(".", 1)[-1] for name in adaptable})
     wanted = lora.target_modules or DEFAULTS.get(model.config.model_type) or _query_and_value(endings)
     if wanted is None:
         raise ModelError(
@@ -267,12 +261,21 @@ def target_modules(model: Any, lora: LoraConfig) -> list[str]:
             f"choose among: {', '.join(endings)}"
         )
     for target in wanted:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
+        if not any(name == target or name.endswith(f".{target}") for name in adaptable):
             raise ModelError(
-                f"lora.target_modules: '{target}' matches no linear layer of the model."
+                f"lora.target_modules: '{target}' matches no linear layer or embedding of the model."
                 f"{did_you_mean(target, endings)} There are: {', '.join(endings)}."
             )
     return list(wanted)
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding) or stores_transposed(module)
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether a layer's weight is d_in × d_out: GPT-2's Conv1D, and embeddings (vocabulary × width)."""
+    return type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
 
 
 _QUERY_AND_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"), ("Wqkv",), ("c_attn",))
@@ -281,105 +284,3 @@ _QUERY_AND_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin")
 
 def _query_and_value(endings: Sequence[str]) -> list[str] | None:
     return next((list(names) for names in _QUERY_AND_VALUE if set(names) <= set(endings)), None)
-
-
-class ResidentModel:
-    """A base model in memory with one adapter attached, whose tensors are overwritten in place for every client."""
-
-    def __init__(self, model: Any, config: ModelConfig, device: torch.device) -> None:
-        self.peft = model.to(device)
-        self.device = device
-        self.name, self.dtype = config.name, config.dtype
-        self._handles = _handles(model)
-
-    @classmethod
-    def build(
-        cls,
-        config: ModelConfig,
-        lora: LoraConfig,
-        labels: Sequence[str],
-        pad_token_id: int | None,
-        seed: int,
-        device: torch.device,
-    ) -> ResidentModel:
-        """Load the base, attach a fresh adapter drawn by `seed` (A random, B zero) and move it to the device.
-
-        Raises:
-            ModelError: the model cannot be loaded, or the adapter does not fit it.
-        """
-        import peft
-
-        base: Any = load_base(config, labels, pad_token_id, seed)
-        peft_config = peft.LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]
-            lora_dropout=lora.dropout,
-            use_rslora=lora.variant == "rslora",
-            target_modules=target_modules(base, lora),
-            modules_to_save=head_modules(base),
-            task_type=None if isinstance(base, PooledClassifier) else "SEQ_CLS",
-        )
-        seeds.seed_torch(seed, "adapter")
-        resident = cls(peft.get_peft_model(base, peft_config), config, device)
-        resident._check_rank(lora)
-        return resident
-
-    def _check_rank(self, lora: LoraConfig) -> None:
-        for module, pair in self.read().factors.items():
-            side = min(pair.B.shape[0], pair.A.shape[1])
-            if lora.rank > side:
-                raise ModelError(
-                    f"lora.rank={lora.rank} is above the smaller side of module '{module}' "
-                    f"({pair.B.shape[0]} × {pair.A.shape[1]}); choose a rank of at most {side}"
-                )
-
-    def load(self, adapter: Adapter) -> None:
-        """Overwrite the attached adapter and head with `adapter`."""
-        with torch.no_grad():
-            for name, tensor in adapter.tensors().items():
-                self._handles[name].copy_(tensor)
-
-    def read(self) -> Adapter:
-        """A copy of the attached adapter and head, in fp32 on the CPU."""
-        copies = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._handles.items()}
-        return Adapter.from_tensors(copies)
-
-    def trainable(self, parts: frozenset[Part]) -> list[nn.Parameter]:
-        """Freeze everything but `parts` of the adapter, and return their parameters."""
-        chosen = []
-        for name, parameter in self._handles.items():
-            parameter.requires_grad_(parse_name(name).part in parts)
-            if parameter.requires_grad:
-                chosen.append(parameter)
-        return chosen
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The arithmetic of the configured precision."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
-
-    def peft_config(self) -> dict[str, Any]:
-        """The content of `adapter_config.json` for the attached adapter."""
-        content = self.peft.peft_config["default"].to_dict()
-        content |= {"inference_mode": True, "base_model_name_or_path": self.name}
-        return {
-            key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
-            for key, value in content.items()
-        }
-
-
-def _handles(model: Any) -> dict[str, nn.Parameter]:
-    """The adapter's and head's live parameters by the names under which PEFT saves them."""
-    from peft import get_peft_model_state_dict
-
-    handles = {
-        name.replace(".modules_to_save.default", "").replace(".default.weight", ".weight"): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    saved = set(get_peft_model_state_dict(model))
-    if saved != handles.keys():
-        odd = sorted(saved ^ handles.keys())[0]
-        raise ModelError(
-            f"parameter '{odd.removeprefix(PEFT_PREFIX)}' is trained but not saved by PEFT, or the reverse"
-        )
-    return handles

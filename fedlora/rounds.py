@@ -8,18 +8,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fedlora import metrics, seeds
+import numpy as np
+
+from fedlora import metrics, probe, ranks, seeds
 from fedlora.adapter import Adapter
+from fedlora.config import TrainingConfig
+from fedlora.data.batches import steps_for
+from fedlora.data.partition import Partition
+from fedlora.data.partitioners import Rows
 from fedlora.divergence import Divergence, measure
 from fedlora.errors import RunAborted
 from fedlora.evaluation import Scores
 from fedlora.metrics import Bytes, RoundRecord
 from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
-from fedlora.strategies.base import advance
+from fedlora.strategies.base import ServerState, Strategy, advance
 from fedlora.updates import Update, Updates
 
 _LARGEST_PART = 1000
@@ -39,13 +45,51 @@ class Timings:
 def select(run: RunFolder, number: int) -> list[int]:
     """The clients of round `number`, drawn without replacement by (seed, round)."""
     config = run.config
+    if registry.find(config.strategy).pools_data:
+        return [0]
     generator = seeds.numpy_generator(config.seed, "select", number)
     return sorted(generator.choice(config.clients, config.clients_per_round, replace=False).tolist())
 
 
-def remaining(run: RunFolder) -> range:
-    """The rounds that are not finished; round 0 (evaluation before training) is done apart."""
-    return range(max(len(run.finished_rounds()), 1), run.config.rounds + 1)
+def unfinished(run: RunFolder) -> list[int]:
+    """The rounds still to do, from 0, the evaluation before training."""
+    return list(range(len(run.finished_rounds()), run.config.rounds + 1))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The rows that a client trains and is tested on, and how many clients' data that is, with their sizes."""
+
+    train: Rows
+    test: Rows
+    sizes: tuple[int, ...]
+
+    def training(self, training: TrainingConfig) -> TrainingConfig:
+        """How it trains: on everybody's data, as many steps as one client takes on average."""
+        if len(self.sizes) == 1 or training.local_epochs is None:
+            return training
+        each = [steps_for(size, training.batch_size, None, training.local_epochs) for size in self.sizes]
+        return training.model_copy(update={"local_steps": round(sum(each) / len(each)), "local_epochs": None})
+
+
+def examples_of(strategy: Strategy, partition: Partition, client: int) -> Examples:
+    """A client's own rows, or everybody's where the strategy pools the data."""
+    if not strategy.pools_data:
+        return Examples(partition.train[client], partition.test[client], (len(partition.train[client]),))
+    train, test = (np.unique(np.concatenate(parts)) for parts in (partition.train, partition.test))
+    return Examples(train, test, partition.sizes)
+
+
+def missed_base(run: RunFolder, number: int, client: int) -> int:
+    """Bytes of base update that a client downloads at the start of round `number`.
+
+    All that was added since it last took part, or the whole update where that is smaller.
+    """
+    before = run.need_json(f"{run.state_stem(number - 1)}.json")
+    took_part = (t for t in range(number - 1, 0, -1) if run.read_json(f"{run.client_stem(t, client)}.json"))
+    last = next(took_part, 1)
+    steps = (run.need_json(f"{run.state_stem(t)}.json") for t in range(last, number))
+    return min(sum(int(step["base_bytes"]) for step in steps), int(before["base_total_bytes"]))
 
 
 def aggregate(run: RunFolder, number: int, clients: Sequence[int]) -> dict[str, Any]:
@@ -63,26 +107,36 @@ def aggregate(run: RunFolder, number: int, clients: Sequence[int]) -> dict[str, 
     strategy = registry.make(config.strategy, config.strategy_options)
     state = run.read_state(number - 1)
     records = [client_record(run, number, client) for client in clients]
-    uploads = [_upload(run, number, client, state.adapter) for client in clients]
+    uploads = [_upload(run, number, client, strategy.broadcast(state, client)) for client in clients]
     updates = Updates.collect(
         (Update(c, record["examples"], adapter) for c, record, adapter in zip(clients, records, uploads, strict=True)),
         config.weighting,
     )
     begun = time.perf_counter()
-    new = advance(strategy, state, updates)
+    new = advance(strategy, state, updates, config.lora.truncation == "svd")
     aggregated = time.perf_counter()
-    mixing = {module: values["p"] for module, values in new.diagnostics.items() if "p" in values}
-    divergence = measure(updates, [strategy.broadcast(new, client) for client in updates.clients], mixing)
+    divergence = measure_round(strategy, new, updates)
+    measured = time.perf_counter()
+    probe.prepare(run, number, state, updates)
+    validation = {r["client"]: Scores.from_json(r["validation"]).loss for r in records if r["validation"]}
+    risen = ranks.after_round(config.lora, number, validation, config.clients)
     return run.write_state(
-        new,
+        replace(new, ranks={**new.ranks, **risen}),
         {
             "clients": list(clients),
             "divergence": divergence.to_json(),
             "bytes": asdict(_total_bytes(record["bytes"] for record in records)),
             "seconds": aggregated - begun,
-            "divergence_seconds": time.perf_counter() - aggregated,
+            "divergence_seconds": measured - aggregated,
         },
     )
+
+
+def measure_round(strategy: Strategy, new: ServerState, updates: Updates) -> Divergence:
+    """The divergence of what the clients of a round will hold, from the state after it."""
+    mixing = {module: values["p"] for module, values in new.diagnostics.items() if "p" in values}
+    broadcasts = [strategy.broadcast(new, client) for client in updates.clients]
+    return measure(updates, broadcasts, mixing, new.base_step, new.scaling)
 
 
 def client_record(run: RunFolder, number: int, client: int) -> dict[str, Any]:
@@ -99,7 +153,7 @@ def client_record(run: RunFolder, number: int, client: int) -> dict[str, Any]:
 
 def _upload(run: RunFolder, number: int, client: int, like: Adapter) -> Adapter:
     adapter = Adapter.from_tensors(run.read_tensors(run.client_stem(number, client)))
-    adapter.check_like(like, f"client {client}, round {number}")
+    adapter.check_like(like, f"client {client}, round {number}", lower_rank=True)
     return adapter
 
 
@@ -118,7 +172,7 @@ def evaluation_parts(run: RunFolder, number: int) -> list[dict[str, Any]]:
     """
     config = run.config
     if number not in (0, config.rounds) and number % config.evaluation.every:
-        return []
+        return probe.parts(run, number)
     personal = registry.make(config.strategy, config.strategy_options).personal
     examples = run.need_json("setup.json")["examples"]["test"]
     step = config.clients if personal else math.ceil(examples / _LARGEST_PART)
@@ -128,7 +182,7 @@ def evaluation_parts(run: RunFolder, number: int) -> list[dict[str, Any]]:
     ]
     if number == 0 and config.evaluation.local:
         parts += [{"split": "local", "client": client} for client in range(config.clients)]
-    return parts
+    return parts + probe.parts(run, number)
 
 
 def finish(
@@ -143,7 +197,10 @@ def finish(
     values: dict[str, float] = {}
     by_split: dict[str, list[Scores]] = {"global": [], "local": []}
     for part, content in zip(parts, scores, strict=True):
-        by_split[part["split"]].append(Scores.from_json(content))
+        if part["split"] == "probe":
+            values[part["metric"]] = Scores.from_json(content).accuracy
+        else:
+            by_split[part["split"]].append(Scores.from_json(content))
     if by_split["global"]:
         values |= metrics.of_global(_sum(by_split["global"]))
     if number == 0:

@@ -17,14 +17,14 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlora import configfile
-from fedlora.adapter import Adapter, read_tensors, serialise
+from fedlora import configfile, statefile
 from fedlora.atomic import write_atomic
 from fedlora.config import RunConfig
 from fedlora.errors import AdapterError, RunFolderError
 from fedlora.strategies.base import ServerState
+from fedlora.tensorfile import read_tensors, serialise
 
-FORMAT = 1
+FORMAT = 2
 """Version of this layout, written to `setup.json`."""
 
 
@@ -141,10 +141,18 @@ class RunFolder:
         Raises:
             RunFolderError: missing or damaged.
         """
-        return _state_from_tensors(self.read_tensors(self.state_stem(number)), number)
+        stem = self.state_stem(number)
+        tensors = self.read_tensors(stem)
+        return statefile.from_tensors(tensors, self.need_json(f"{stem}.json")["state"])
 
     def write_state(self, state: ServerState, record: Mapping[str, Any]) -> dict[str, Any]:
-        return self.write_tensors(self.state_stem(state.round), _state_tensors(state), record)
+        complete = {
+            **record,
+            "state": statefile.scalars(state),
+            "base_bytes": state.base_step.wire_bytes(),
+            "base_total_bytes": state.base.wire_bytes(),
+        }
+        return self.write_tensors(self.state_stem(state.round), statefile.tensors(state), complete)
 
     def finished_rounds(self) -> list[int]:
         """Rounds that are complete, in order, without a gap."""
@@ -156,34 +164,3 @@ def _without_gap(complete: Callable[[int], bool]) -> Iterator[int]:
     while complete(number):
         yield number
         number += 1
-
-
-def _state_tensors(state: ServerState) -> dict[str, Tensor]:
-    tensors = {f"global/{name}": tensor for name, tensor in state.adapter.tensors().items()}
-    for client, adapter in state.personal.items():
-        tensors |= {f"personal/{client}/{name}": tensor for name, tensor in adapter.tensors().items()}
-    for module, values in state.diagnostics.items():
-        tensors |= {f"diagnostics/{module}/{key}": tensor.contiguous() for key, tensor in values.items()}
-    return tensors
-
-
-def _state_from_tensors(tensors: Mapping[str, Tensor], number: int) -> ServerState:
-    shared: dict[str, Tensor] = {}
-    personal: dict[int, dict[str, Tensor]] = {}
-    diagnostics: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, rest = name.split("/", 1)
-        if kind == "global":
-            shared[rest] = tensor
-        elif kind == "personal":
-            client, parameter = rest.split("/", 1)
-            personal.setdefault(int(client), {})[parameter] = tensor
-        else:
-            module, key = rest.rsplit("/", 1)
-            diagnostics.setdefault(module, {})[key] = tensor
-    return ServerState(
-        Adapter.from_tensors(shared),
-        {client: Adapter.from_tensors(own) for client, own in personal.items()},
-        diagnostics,
-        number,
-    )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from fedlora import factors as algebra
 from fedlora.adapter import Adapter, Factors
 from fedlora.errors import AdapterError
+from fedlora.factors import ProductSum
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,35 @@ class Update:
     """One client's upload: its adapter after training and the number of examples it trained on."""
 
     client: int
-    examples: int
+    examples: float
     adapter: Adapter
+
+
+class ModuleUploads(Sequence[Factors]):
+    """One module's factors of every client, in client order, read when asked for: adapters may live in files, and then
+    only what is being looked at is in memory.
+
+    Args:
+        adapters: the clients' adapters.
+        module: its name.
+        rank: the rank to which each is padded with zeros or cut; as uploaded without it.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], module: str, rank: int | None = None) -> None:
+        self._adapters, self._module, self._rank = adapters, module, rank
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    @overload
+    def __getitem__(self, index: int) -> Factors: ...
+    @overload
+    def __getitem__(self, index: slice) -> ModuleUploads: ...
+    def __getitem__(self, index: int | slice) -> Factors | ModuleUploads:
+        if isinstance(index, slice):
+            return ModuleUploads(self._adapters[index], self._module, self._rank)
+        pair = self._adapters[index].factors[self._module]
+        return pair if self._rank is None else pair.at_rank(self._rank)
 
 
 @dataclass(frozen=True)
@@ -37,7 +65,7 @@ class Updates:
         """Sort by client and normalise the weights, in the one place where that is done.
 
         Raises:
-            AdapterError: no update, a client twice, or no positive weight.
+            AdapterError: no update, a client twice, a negative weight or no positive one.
         """
         ordered = sorted(updates, key=lambda update: update.client)
         clients = tuple(update.client for update in ordered)
@@ -46,7 +74,7 @@ class Updates:
                 f"an aggregate needs one update per client and at least one client, got clients {clients}"
             )
         raw = torch.tensor([1 if weighting == "uniform" else u.examples for u in ordered], dtype=torch.float64)
-        if (raw < 0).any() or raw.sum() <= 0:
+        if not torch.isfinite(raw).all() or (raw < 0).any() or raw.sum() <= 0:
             raise AdapterError(f"client weights must be non-negative with a positive sum, got {raw.tolist()}")
         return cls(clients, tuple(update.adapter for update in ordered), raw / raw.sum())
 
@@ -57,21 +85,36 @@ class Updates:
     def modules(self) -> tuple[str, ...]:
         return self.adapters[0].modules
 
-    def factors(self, module: str) -> list[Factors]:
-        """The clients' factors of one module, in client order."""
-        return [adapter.factors[module] for adapter in self.adapters]
+    def factors(self, module: str, rank: int | None = None) -> ModuleUploads:
+        """The clients' factors of one module, in client order, padded with zeros (or cut) to `rank` where given."""
+        return ModuleUploads(self.adapters, module, rank)
 
-    def mean_factors(self, module: str) -> Factors:
-        """`B̄, Ā` of a module, in float64."""
-        return algebra.mean_factors(self.factors(module), self.weights)
+    def mean_product(self, module: str) -> ProductSum:
+        """`W*/s = Σ w_u B_uA_u` of a module; ranks may differ."""
+        return ProductSum.of(self.factors(module), self.weights)
 
-    def mean_b(self, module: str) -> Tensor:
+    def mean_factors(self, module: str, rank: int | None = None) -> Factors:
+        """`B̄, Ā` of a module, in float64; of factors padded with zeros to `rank` where given."""
+        return algebra.mean_factors(self.factors(module, rank), self.weights)
+
+    def mean_b(self, module: str, rank: int | None = None) -> Tensor:
         """`B̄` of a module, in float64."""
-        return algebra.mean([pair.B for pair in self.factors(module)], self.weights)
+        return algebra.mean((pair.B for pair in self.factors(module, rank)), self.weights)
+
+    def mean_a(self, module: str, rank: int | None = None) -> Tensor:
+        """`Ā` of a module, in float64."""
+        return algebra.mean((pair.A for pair in self.factors(module, rank)), self.weights)
 
     def mean_head(self) -> Mapping[str, Tensor]:
         """The weighted mean of every head tensor, in float64."""
         return {
-            name: algebra.mean([adapter.head[name] for adapter in self.adapters], self.weights)
+            name: algebra.mean((adapter.head[name] for adapter in self.adapters), self.weights)
             for name in self.adapters[0].head
+        }
+
+    def mean_magnitudes(self) -> Mapping[str, Tensor]:
+        """The weighted mean of every DoRA magnitude vector (d_out), in float64."""
+        return {
+            module: algebra.mean((adapter.magnitudes[module] for adapter in self.adapters), self.weights)
+            for module in self.adapters[0].magnitudes
         }

@@ -23,6 +23,7 @@ from pydantic import Field  # noqa: E402
 from fedlora import configfile, home, jobs, preflight, rounds, workers  # noqa: E402
 from fedlora.config import RunConfig  # noqa: E402
 from fedlora.rounds import Timings  # noqa: E402
+from fedlora.rounds import unfinished as rounds_to_do  # noqa: E402
 from fedlora.runfolder import RunFolder  # noqa: E402
 from fedlora.strategies import registry  # noqa: E402
 from flows import interruption, names, pages, progress  # noqa: E402
@@ -92,7 +93,7 @@ def federated(
             tracked = tracking.result()
         describe.submit(run, tracked).result()
         page = pages.RunPage(config, tracked, folder)
-        for number in _unfinished(folder):
+        for number in rounds_to_do(folder):
             tracked = play_round(run, number, tracked, told)
             page.update(number)
         publish.submit(run, tracked, page.note()).result()
@@ -150,11 +151,6 @@ def run_name(config: RunConfig) -> str:
 def default_folder(config: RunConfig) -> Path:
     """A folder for the flow run under way: the same for every retry of it."""
     return home.runs() / f"{config.strategy}-seed{config.seed}-{str(runtime.flow_run.id or 'run')[:8]}"
-
-
-def _unfinished(folder: RunFolder) -> list[int]:
-    done = bool(folder.finished_rounds())
-    return ([] if done else [0]) + list(rounds.remaining(folder))
 
 
 def _wait(updates: list[PrefectFuture[Any]], number: int, told: Progress) -> None:

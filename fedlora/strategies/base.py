@@ -1,11 +1,12 @@
 """The contract of a strategy: an aggregation–broadcast operator as a pure function on explicit state.
 
-    plan(round)              -> what clients train and send
+    plan(round)               -> what clients train, and what travels
+    begin(state)              -> the state before round one
     aggregate(state, updates) -> new state
-    broadcast(state, client) -> the adapter that the client restarts from
+    broadcast(state, client)  -> the adapter that the client restarts from, at its rank
 
 A strategy keeps nothing in itself: whatever it must remember is in `ServerState`, a value that is written to disk each
-round. Divergence, bytes, heads and round numbers are the loop's business (`advance`), not the strategy's.
+round. Divergence, bytes, heads, ranks and round numbers are the loop's business (`advance`), not the strategy's.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Factors, Part
+from fedlora.adapter import EVERY_PART, Adapter, Factors, Part
+from fedlora.base_update import BaseUpdate
 from fedlora.config import Section
+from fedlora.factors import keep_trainable, truncated_svd
 from fedlora.updates import Updates
 
-ALL_PARTS: frozenset[Part] = frozenset({"A", "B", "head"})
 NOTHING: frozenset[Part] = frozenset()
+ONLY_B: frozenset[Part] = frozenset({"B", "magnitude", "head"})
+ONLY_A: frozenset[Part] = frozenset({"A", "magnitude", "head"})
 
 
 class Family(StrEnum):
@@ -39,34 +43,70 @@ class Family(StrEnum):
 class Plan:
     """What the clients do in one round: the parts they train, and the parts that travel up and down."""
 
-    trains: frozenset[Part] = ALL_PARTS
-    sends: frozenset[Part] = ALL_PARTS
+    trains: frozenset[Part] = EVERY_PART
+    up: frozenset[Part] = EVERY_PART
+    down: frozenset[Part] = EVERY_PART
 
 
 @dataclass(frozen=True)
 class ServerState:
     """All that a strategy knows between rounds.
 
-    `adapter` is the global adapter (fp32); `personal` holds what single clients keep for themselves;
-    `diagnostics[module]` holds small tensors of the last aggregation that are worth showing (weights, objective).
+    `adapter` is the global adapter (fp32) at the highest rank; `personal` holds what single clients keep for
+    themselves; `base` is all that was added to the frozen base so far, `base_step` what the last round added;
+    `memory` holds whatever else a strategy must remember; `diagnostics[module]` small tensors of the last aggregation
+    that are worth showing (`p`: the weights with which clients' B entered, where not their own).
+    `ranks` are those of clients that have not the highest; `scaling` is s, the same for every rank; `seed` is the key
+    of whatever a strategy draws.
     """
 
     adapter: Adapter
     personal: Mapping[int, Adapter] = field(default_factory=dict)
     diagnostics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     round: int = 0
+    base: BaseUpdate = field(default_factory=BaseUpdate)
+    base_step: BaseUpdate = field(default_factory=BaseUpdate)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    ranks: Mapping[int, int] = field(default_factory=dict)
+    scaling: float = 1.0
+    seed: int = 0
+
+    def rank(self, module: str) -> int:
+        """The rank of the global factors of a module."""
+        return self.adapter.factors[module].rank
+
+    def rank_of(self, client: int) -> int:
+        """The rank at which a client trains (in modules that have as many)."""
+        return self.ranks.get(client, self.adapter.rank)
 
     def with_factors(
         self, factors: Mapping[str, Factors], diagnostics: Mapping[str, Mapping[str, Tensor]] | None = None
     ) -> ServerState:
-        """The state with new global factors (stored in fp32, as they are sent)."""
-        stored = {module: pair.to(torch.float32) for module, pair in factors.items()}
-        return replace(self, adapter=Adapter(stored, self.adapter.head), diagnostics=diagnostics or {})
+        """The state with new global factors, stored in fp32, as they are sent.
+
+        Factors of a lower rank than before are filled up so that the product stays and every direction can be trained.
+        """
+        old = self.adapter.factors
+        stored = {module: keep_trainable(pair.to(torch.float32), old[module]) for module, pair in factors.items()}
+        return replace(self, adapter=self.adapter.with_factors(stored), diagnostics=diagnostics or {})
+
+    def with_base(self, step: Mapping[str, Factors]) -> ServerState:
+        """The state with `step` added to the base: left (d_out × k), right (k × d_in) by module, scaling included.
+
+        Factors of a rank that is not below min(d_out, d_in) are stored as one dense matrix beside an identity.
+        """
+        update = BaseUpdate.of(step)
+        return replace(self, base=self.base.plus(update), base_step=update)
 
     def with_head(self, head: Mapping[str, Tensor]) -> ServerState:
         """The state with a new global head (stored in fp32)."""
         stored = {name: tensor.to(torch.float32) for name, tensor in head.items()}
-        return replace(self, adapter=Adapter(self.adapter.factors, stored))
+        return replace(self, adapter=replace(self.adapter, head=stored))
+
+    def with_magnitudes(self, magnitudes: Mapping[str, Tensor]) -> ServerState:
+        """The state with new DoRA magnitudes (stored in fp32)."""
+        stored = {module: vector.to(torch.float32) for module, vector in magnitudes.items()}
+        return replace(self, adapter=replace(self.adapter, magnitudes=stored))
 
 
 class Strategy(ABC):
@@ -75,34 +115,93 @@ class Strategy(ABC):
     name: ClassVar[str]
     family: ClassVar[Family]
     exact: ClassVar[bool]
-    """Whether the broadcast equals the mean of the clients' products by construction (ρ = 0)."""
-    personal: ClassVar[bool] = False
-    """Whether clients receive different adapters."""
+    """Whether what clients of one rank hold after the broadcast is the mean of the clients' products (ρ = 0)."""
     summary: ClassVar[str]
     source: ClassVar[str]
+    cost_up: ClassVar[str] = "r*(d_out + d_in)"
+    """Numbers per module and client, in r (the client's rank), R (the sum of all clients' ranks), d_out, d_in."""
+    cost_down: ClassVar[str] = "r*(d_out + d_in)"
+    personal: ClassVar[bool] = False
+    """Whether clients keep adapters of their own, so that there is no global model."""
+    changes_base: ClassVar[bool] = False
+    """Whether the frozen base is updated too."""
+    shares: ClassVar[Part | None] = None
+    """The factor that is the same for all clients when they upload; `fedlora aggregate` checks it."""
+    keeps_gauge: ClassVar[bool] = False
+    """Whether clients hold a factor that the server must not rotate."""
+    pools_data: ClassVar[bool] = False
+    """Whether one client trains on everybody's data: a control."""
+    one_rank: ClassVar[str] = ""
+    """Why clients must all have one rank; empty where ranks are free."""
 
     class Options(Section):
         """What a user may set under `strategy_options`."""
+
+    @classmethod
+    def refusal(cls, variant: str, mixed_ranks: bool, svd_order: bool) -> str | None:
+        """Why the strategy cannot be combined with a variant, with clients of several ranks, or with SVD-ordered
+        truncation; None where it can."""
+        if variant in ("dora", "hira") and cls.changes_base:
+            what = "DoRA's norm" if variant == "dora" else "HiRA's gate"
+            return f"it changes the base, and {what} depends on the base, so the update would not be exact"
+        if variant == "dora" and cls.exact and not cls.pools_data:
+            return "it is exact only for products B·A, and DoRA's norm is not linear in them"
+        if mixed_ranks and cls.one_rank:
+            return f"it needs clients of one rank: {cls.one_rank}"
+        if svd_order and cls.keeps_gauge:
+            return "its clients hold a factor that must stay as it is, so the server cannot turn the factors"
+        return None
 
     def __init__(self, options: Section | None = None) -> None:
         self.options = options if options is not None else self.Options()
 
     def plan(self, round_number: int) -> Plan:
-        """What clients train and send in a round (1, 2, …); everything by default."""
+        """What clients train and what travels in a round (1, 2, …); everything by default."""
         return Plan()
+
+    def begin(self, state: ServerState) -> ServerState:
+        """The state before round one, from a fresh adapter (A random, B zero)."""
+        return state
 
     @abstractmethod
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         """The new state after a round. Must not depend on anything but its arguments, nor change them."""
 
     def broadcast(self, state: ServerState, client: int) -> Adapter:
-        """What `client` restarts from; the global adapter by default."""
-        return state.adapter
+        """What `client` restarts from; the first indices of the global adapter up to its rank by default."""
+        return state.adapter.cut(state.rank_of(client))
+
+    def penalty(self, factors: Mapping[str, Factors], start: Adapter) -> Tensor | None:
+        """A differentiable term that clients add to their loss, of the factors being trained (padded with zeros to the
+        highest rank) and the adapter they started from; none by default."""
+        return None
+
+    def after_training(self, start: Adapter, trained: Adapter) -> Adapter:
+        """What a client uploads after its training; may be of a lower rank. Everything by default."""
+        return trained
 
 
-def advance(strategy: Strategy, state: ServerState, updates: Updates) -> ServerState:
-    """One server step: aggregate the factors, average the heads that are sent, count the round."""
-    new = strategy.aggregate(state, updates)
-    if "head" in strategy.plan(state.round + 1).sends:
+def advance(strategy: Strategy, state: ServerState, updates: Updates, svd_order: bool = False) -> ServerState:
+    """One server step: aggregate the factors, average what else is sent, note the ranks, count the round.
+
+    Args:
+        strategy: how the factors are combined.
+        state: after the last round.
+        updates: this round's uploads.
+        svd_order: turn the global factors (their product unchanged) so that the first indices are the best truncation.
+    """
+    sent = strategy.plan(state.round + 1).up
+    new = strategy.aggregate(replace(state, base_step=BaseUpdate()), updates)
+    if svd_order:
+        new = new.with_factors({m: _ordered(pair) for m, pair in new.adapter.factors.items()}, new.diagnostics)
+    if "head" in sent:
         new = new.with_head(updates.mean_head())
-    return replace(new, round=state.round + 1)
+    if "magnitude" in sent:
+        new = new.with_magnitudes(updates.mean_magnitudes())
+    uploaded = {client: adapter.rank for client, adapter in zip(updates.clients, updates.adapters, strict=True)}
+    lower = {client: rank for client, rank in uploaded.items() if rank < state.rank_of(client)}
+    return replace(new, ranks={**state.ranks, **lower}, round=state.round + 1)
+
+
+def _ordered(pair: Factors) -> Factors:
+    return truncated_svd([pair], [1.0], pair.rank).balanced()

@@ -12,6 +12,7 @@ class FedIT(Strategy):
     name, family, exact = "fedit", Family.PRODUCT_SUM, False
     summary = "mean of each factor; the product of means is not the mean of products"
     source = "arXiv 2305.05644"
+    one_rank = "factors of different ranks have no mean; zero-padding, replication and flexlora say how to form one"
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         return state.with_factors({module: updates.mean_factors(module) for module in updates.modules})

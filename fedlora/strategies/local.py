@@ -18,9 +18,11 @@ class Local(Strategy):
     personal = True
     summary = "control: each client trains alone, nothing is sent"
     source = "control"
+    cost_up = cost_down = "0"
+    keeps_gauge = True
 
     def plan(self, round_number: int) -> Plan:
-        return Plan(sends=NOTHING)
+        return Plan(up=NOTHING, down=NOTHING)
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         own = dict(zip(updates.clients, updates.adapters, strict=True))
@@ -28,4 +30,4 @@ class Local(Strategy):
         return replace(state, personal={**state.personal, **own}, diagnostics=alone)
 
     def broadcast(self, state: ServerState, client: int) -> Adapter:
-        return state.personal.get(client, state.adapter)
+        return state.personal[client] if client in state.personal else super().broadcast(state, client)

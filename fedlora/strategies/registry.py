@@ -23,9 +23,21 @@ GROUP = "fedlora.strategies"
 _BUILTIN = {
     "fedit": "fedlora.strategies.fedit:FedIT",
     "ffa-lora": "fedlora.strategies.ffa_lora:FFALoRA",
-    "flora-na": "fedlora.strategies.flora_na:FLoRANA",
+    "fedsa-lora": "fedlora.strategies.fedsa_lora:FedSALoRA",
+    "rolora": "fedlora.strategies.rolora:RoLoRA",
+    "flora": "fedlora.strategies.flora:FLoRA",
+    "fedex-lora": "fedlora.strategies.fedex_lora:FedExLoRA",
+    "flexlora": "fedlora.strategies.flexlora:FlexLoRA",
     "svd": "fedlora.strategies.svd:SVD",
+    "flora-na": "fedlora.strategies.flora_na:FLoRANA",
+    "lora-fair": "fedlora.strategies.lora_fair:LoRAFAIR",
+    "zero-padding": "fedlora.strategies.zero_padding:ZeroPadding",
+    "hetlora": "fedlora.strategies.hetlora:HetLoRA",
+    "replication": "fedlora.strategies.replication:Replication",
+    "fedsvd": "fedlora.strategies.fedsvd:FedSVD",
+    "oracle": "fedlora.strategies.oracle:Oracle",
     "local": "fedlora.strategies.local:Local",
+    "centralised": "fedlora.strategies.centralised:Centralised",
 }
 
 
@@ -74,6 +86,15 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
             f"strategy_options.{key}={first['input']!r} of strategy '{name}': {first['msg']}.{hint} "
             f"Options: {', '.join(known) or 'none'}."
         ) from None
+
+
+def check_combination(name: str, variant: str, mixed_ranks: bool, svd_order: bool) -> None:
+    """Raise a ValueError when a strategy cannot be exact, or not be carried out, with these settings of the adapter."""
+    reason = find(name).refusal(variant, mixed_ranks, svd_order)
+    if reason:
+        what = "lora.ranks" if mixed_ranks and variant not in ("dora", "hira") else f"lora.variant={variant}"
+        what = "lora.truncation=svd" if "turn the factors" in reason else what
+        raise ValueError(f"strategy={name} does not go with {what}: {reason}")
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:

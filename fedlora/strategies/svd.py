@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fedlora.factors import truncated_svd
 from fedlora.strategies.base import Family, ServerState, Strategy
 from fedlora.updates import Updates
 
@@ -10,7 +9,8 @@ from fedlora.updates import Updates
 class SVD(Strategy):
     """`Σ w_u B_uA_u` cut to rank r, split evenly: `B = U√S`, `A = √S Vᵀ` (sum-product).
 
-    No rank-r broadcast is nearer to the mean product (Eckart–Young), so ρ equals its floor. Our reading, ALGORITHMS §4;
+    No rank-r broadcast is nearer to the mean product (Eckart–Young), so ρ equals its floor. Ranks are free: the indices
+    are in the order of the singular values, so a client's first r_u are its optimum. Our reading, ALGORITHMS §4;
     FlexLoRA (arXiv 2402.11505) is the same truncation with an uneven split.
     """
 
@@ -20,10 +20,5 @@ class SVD(Strategy):
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         return state.with_factors(
-            {
-                module: truncated_svd(
-                    updates.factors(module), updates.weights, state.adapter.factors[module].rank
-                ).balanced()
-                for module in updates.modules
-            }
+            {m: updates.mean_product(m).truncated(state.rank(m)).balanced() for m in updates.modules}
         )

@@ -1,0 +1,178 @@
+"""The base model that stays in memory: the tensors of one attached adapter are overwritten for every client.
+
+A base that a strategy changes is brought up to date from its pre-trained weights and the whole base update, so that it
+depends on the state alone and not on which rounds a worker has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora import seeds
+from fedlora.adapter import PEFT_PREFIX, Adapter, Factors, Part, parse_name
+from fedlora.base_update import BaseUpdate
+from fedlora.config import LoraConfig, ModelConfig
+from fedlora.errors import ModelError
+from fedlora.model import PooledClassifier, head_modules, load_base, stores_transposed, target_modules
+
+
+class ResidentModel:
+    """A base model in memory with one adapter attached, at the highest rank; adapters of a lower rank are loaded into
+    its first indices, with zeros behind them, which have no gradient."""
+
+    def __init__(self, model: Any, config: ModelConfig, device: torch.device) -> None:
+        self.peft = model.to(device)
+        self.device = device
+        self.name, self.dtype = config.name, config.dtype
+        self._handles = _handles(model)
+        self._base: Hashable = None
+        self._pristine: dict[str, Tensor] = {}
+
+    @classmethod
+    def build(
+        cls,
+        config: ModelConfig,
+        lora: LoraConfig,
+        labels: Sequence[str],
+        pad_token_id: int | None,
+        seed: int,
+        device: torch.device,
+    ) -> ResidentModel:
+        """Load the base, attach a fresh adapter drawn by `seed` (A random, B zero) and move it to the device.
+
+        Raises:
+            ModelError: the model cannot be loaded, or the adapter does not fit it.
+        """
+        import peft
+
+        base: Any = load_base(config, labels, pad_token_id, seed)
+        peft_config = _peft_config(base, lora)
+        seeds.seed_torch(seed, "adapter")
+        resident = cls(peft.get_peft_model(base, peft_config), config, device)
+        resident._check_rank(lora)
+        return resident
+
+    def _check_rank(self, lora: LoraConfig) -> None:
+        key, rank = ("lora.ranks", lora.highest_rank) if lora.ranks else ("lora.rank", lora.rank)
+        for module, pair in self.read().factors.items():
+            side = min(pair.shape)
+            if rank > side:
+                raise ModelError(
+                    f"{key}={rank} is above the smaller side of module '{module}' "
+                    f"({pair.shape[0]} × {pair.shape[1]}); choose a rank of at most {side}"
+                )
+
+    def load(self, adapter: Adapter) -> None:
+        """Overwrite the attached adapter and head with `adapter`; what it does not reach of the rank becomes zero."""
+        live = self.factors()
+        padded = adapter.with_factors({m: pair.at_rank(live[m].rank) for m, pair in adapter.factors.items()})
+        with torch.no_grad():
+            for name, tensor in padded.tensors().items():
+                self._handles[name].copy_(tensor)
+
+    def read(self) -> Adapter:
+        """A copy of the attached adapter and head, in fp32 on the CPU."""
+        copies = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._handles.items()}
+        return Adapter.from_tensors(copies)
+
+    def factors(self) -> dict[str, Factors]:
+        """The attached factors themselves, by module: they train when the adapter does."""
+        return dict(Adapter.from_tensors(self._handles).factors)
+
+    def trainable(self, parts: frozenset[Part]) -> list[nn.Parameter]:
+        """Freeze everything but `parts` of the adapter, and return their parameters."""
+        chosen = []
+        for name, parameter in self._handles.items():
+            parameter.requires_grad_(parse_name(name).part in parts)
+            if parameter.requires_grad:
+                chosen.append(parameter)
+        return chosen
+
+    def set_base(self, update: BaseUpdate, version: Hashable) -> None:
+        """Bring the frozen base to its pre-trained weights plus `update`; nothing is done if it is at `version`.
+
+        An empty update is the pre-trained base. Layers of a bf16 base that change are in fp32 while they do, so that
+        small updates are not rounded away.
+        """
+        wanted = version if update else None
+        if wanted == self._base:
+            return
+        with torch.no_grad():
+            for module in list(self._pristine):
+                self._layer(module).weight.data = self._pristine.pop(module)
+            for module, pair in update.modules.items():
+                layer = self._layer(module)
+                self._pristine[module] = layer.weight.data
+                layer.weight.data = layer.weight.data.to(torch.float32, copy=True)
+                add_to_weight(layer, pair)
+        self._base = wanted
+
+    def _layer(self, module: str) -> Any:
+        return self.peft.get_base_model().get_submodule(module).get_base_layer()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic of the configured precision."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
+
+    def peft_config(self) -> dict[str, Any]:
+        """The content of `adapter_config.json` for the attached adapter."""
+        content = self.peft.peft_config["default"].to_dict()
+        content |= {"inference_mode": True, "base_model_name_or_path": self.name}
+        return {
+            key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+            for key, value in content.items()
+        }
+
+
+def add_to_weight(layer: Any, pair: Factors) -> None:
+    """Add `left @ right` (d_out × d_in) to a layer's weight in place, however the layer stores it."""
+    left, right = (side.to(layer.weight.device, torch.float32) for side in (pair.B, pair.A))
+    delta = right.T @ left.T if stores_transposed(layer) else left @ right
+    layer.weight.data.add_(delta.to(layer.weight.dtype))
+
+
+def _peft_config(base: Any, lora: LoraConfig) -> Any:
+    import peft
+
+    common: dict[str, Any] = {
+        "r": lora.highest_rank,
+        "target_modules": target_modules(base, lora),
+        "modules_to_save": head_modules(base),
+        "task_type": None if isinstance(base, PooledClassifier) else "SEQ_CLS",
+    }
+    if lora.variant == "hira":
+        return peft.HiraConfig(hira_dropout=lora.dropout, **common)
+    return peft.LoraConfig(
+        lora_alpha=lora.alpha_at(lora.highest_rank),  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
+        **common,
+    )
+
+
+def _handles(model: Any) -> dict[str, nn.Parameter]:
+    """The adapter's and head's live parameters by the names under which PEFT saves them."""
+    from peft import get_peft_model_state_dict
+
+    handles = {_saved_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    saved = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if saved != handles.keys():
+        odd = sorted(saved ^ handles.keys())[0]
+        raise ModelError(
+            f"parameter '{odd.removeprefix(PEFT_PREFIX)}' is trained but not saved by PEFT, or the reverse"
+        )
+    return handles
+
+
+def _saved_name(name: str) -> str:
+    """A live parameter's name as PEFT saves it: without the adapter's own name in it."""
+    bare = name.replace(".modules_to_save.default", "")
+    if bare.endswith(".lora_magnitude_vector.default.weight"):
+        return bare.removesuffix(".default.weight")
+    return bare.replace(".default.weight", ".weight").removesuffix(".default")

@@ -1,0 +1,25 @@
+"""Centralised training: the control in which the data is not distributed."""
+
+from __future__ import annotations
+
+from fedlora.strategies.base import NOTHING, Family, Plan, ServerState, Strategy
+from fedlora.updates import Updates
+
+
+class Centralised(Strategy):
+    """One client with everybody's data, as many optimiser steps a round as one client takes (on average, with
+    `local_epochs`). The control for what the distribution of the data costs. What it costs to move the data is not
+    counted."""
+
+    name, family, exact = "centralised", Family.CONTROL, True
+    summary = "control: one client with all the data, the same number of optimiser steps"
+    source = "control"
+    cost_up = cost_down = "0"
+    pools_data = True
+    one_rank = "there is one client"
+
+    def plan(self, round_number: int) -> Plan:
+        return Plan(up=NOTHING, down=NOTHING)
+
+    def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
+        return state.with_factors(dict(updates.adapters[0].factors)).with_head(updates.adapters[0].head)

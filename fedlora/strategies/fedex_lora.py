@@ -1,0 +1,44 @@
+"""FedEx-LoRA: the means as adapter, what they miss into the base."""
+
+from __future__ import annotations
+
+import torch
+
+from fedlora.adapter import Factors
+from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.updates import Updates
+
+
+class FedExLoRA(Strategy):
+    """`B̄, Ā` as in FedIT, and the residual `s·(Σ w_u B_uA_u − B̄Ā)` added to the base: exact. arXiv 2410.09432.
+
+    The residual travels as factors of width (U−1)r, by the centred identity
+    `Σ_{u<U} w_u (B_u − B̄)(A_u − A_U)` (ALGORITHMS §3), or dense where that is smaller.
+    """
+
+    name, family, exact = "fedex-lora", Family.PRODUCT_SUM, True
+    changes_base = True
+    summary = "means as in fedit, and what they miss added to the base: exact, the residual travels down"
+    source = "arXiv 2410.09432"
+    cost_down = "r*(d_out + d_in) + min((R - r)*(d_out + d_in), d_out*d_in)"
+    one_rank = "the residual is one for all, but clients of lower rank would hold another adapter; use flora or oracle"
+
+    def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
+        means, step = {}, {}
+        for module in updates.modules:
+            means[module] = updates.mean_factors(module)
+            step[module] = residual(updates, module, means[module], state.scaling)
+        return state.with_factors(means).with_base(step)
+
+
+def residual(updates: Updates, module: str, means: Factors, scaling: float) -> Factors:
+    """`s·(Σ w_u B_uA_u − B̄Ā)` as left (d_out × (U−1)r) and right factors, in float64."""
+    uploaded = updates.factors(module)
+    last = uploaded[-1].A.double()
+    left = [
+        scaling * w * (pair.B.double() - means.B) for w, pair in zip(updates.weights.tolist(), uploaded, strict=True)
+    ]
+    right = [pair.A.double() - last for pair in uploaded]
+    if len(left) == 1:
+        return Factors(left[0][:, :0], right[0][:0])
+    return Factors(torch.cat(left[:-1], dim=1), torch.cat(right[:-1]))

@@ -1,0 +1,33 @@
+"""FedSVD: only B is trained; each round the product is factored anew with orthonormal A."""
+
+from __future__ import annotations
+
+from fedlora.adapter import Factors
+from fedlora.factors import truncated_svd
+from fedlora.strategies.base import ONLY_B, Family, Plan, ServerState, Strategy
+from fedlora.updates import Updates
+
+
+class FedSVD(Strategy):
+    """`B̄Â = U S Vᵀ`, then `B̂ = U S`, `Â = Vᵀ`: the product is unchanged, A follows what was learned. arXiv 2505.12805.
+
+    A is frozen within a round, so the mean of B is exact. The SVD needs no d_out × d_in matrix. Our reading for clients
+    of lower rank: they hold the first rows of Â (the largest directions), and their B counts as zero beyond.
+    """
+
+    name, family, exact = "fedsvd", Family.PRODUCT_SUM, True
+    summary = "as ffa-lora, but A is renewed each round from the SVD of the product: exact, A follows the data"
+    source = "arXiv 2505.12805"
+    cost_up = "r*d_out"
+    shares = "A"
+
+    def plan(self, round_number: int) -> Plan:
+        return Plan(trains=ONLY_B, up=ONLY_B)
+
+    def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
+        new = {}
+        for module in updates.modules:
+            rank = state.rank(module)
+            product = Factors(updates.mean_b(module, rank), state.adapter.factors[module].A)
+            new[module] = truncated_svd([product], [1.0], rank).on_b()
+        return state.with_factors(new)

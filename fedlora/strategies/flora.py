@@ -1,0 +1,45 @@
+"""FLoRA: everybody's factors are stacked and merged into the base; adapters start afresh."""
+
+from __future__ import annotations
+
+import torch
+
+from fedlora.adapter import Factors
+from fedlora.seeds import torch_generator
+from fedlora.strategies.base import NOTHING, Family, Plan, ServerState, Strategy
+from fedlora.updates import Updates
+
+
+class FLoRA(Strategy):
+    """Base update `s·[B_1 … B_U]·[w_1A_1; …; w_UA_U] = W*`, exact for any ranks; then B = 0 and a fresh random A.
+
+    arXiv 2409.05976. The stack is what travels down; the fresh A follows from seed and round (our reading: the paper
+    draws it anew at each client) and is not sent. Weights and scaling enter once, on the right factor.
+    """
+
+    name, family, exact = "flora", Family.SUM_PRODUCT, True
+    changes_base = True
+    summary = "everybody's factors stacked into the base, a fresh adapter each round: exact for any ranks"
+    source = "arXiv 2409.05976"
+    cost_down = "min(R*(d_out + d_in), d_out*d_in)"
+
+    def plan(self, round_number: int) -> Plan:
+        return Plan(down=frozenset({"magnitude", "head"}) if round_number else NOTHING)
+
+    def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
+        step, fresh = {}, {}
+        for module in updates.modules:
+            stacked = updates.mean_product(module).factors()
+            step[module] = Factors(stacked.B, state.scaling * stacked.A)
+            fresh[module] = fresh_factors(state, module)
+        return state.with_factors(fresh).with_base(step)
+
+
+def fresh_factors(state: ServerState, module: str) -> Factors:
+    """B = 0 and A drawn as PEFT draws it, uniform within ±1/√d_in, by (seed, round, module)."""
+    d_out, d_in = state.adapter.factors[module].shape
+    rank = state.rank(module)
+    position = sorted(state.adapter.factors).index(module)
+    generator = torch_generator(state.seed, "fresh", state.round + 1, position)
+    A = (2 * torch.rand(rank, d_in, generator=generator) - 1) / d_in**0.5
+    return Factors(torch.zeros(d_out, rank), A)

@@ -1,0 +1,41 @@
+"""Oracle: the control that loses nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from fedlora.adapter import Factors
+from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.updates import Updates
+
+
+class Oracle(Strategy):
+    """The best low-rank part of the mean product as the adapter, all the rest folded into the base: ρ = 0.
+
+    A control: what would be gained if nothing were lost between upload and broadcast. With mixed ranks the adapter
+    carries what every client can hold (the lowest rank that took part); higher directions start from B = 0 beside the
+    next singular vectors (our reading, so that it is exact for every client).
+    """
+
+    name, family, exact = "oracle", Family.CONTROL, True
+    changes_base = True
+    summary = "control: the rank-r optimum as adapter, the rest of the mean product in the base; nothing is lost"
+    source = "control"
+    cost_down = "r*(d_out + d_in) + min(R*(d_out + d_in), d_out*d_in)"
+
+    def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
+        lowest = min([*state.ranks.values(), state.adapter.rank])
+        kept, step = {}, {}
+        for module in updates.modules:
+            total = updates.mean_product(module)
+            found = total.truncated(state.rank(module))
+            adapter = _cut_off(found.balanced(), lowest, found.Vh).to(torch.float32)
+            rest = total.add(-1.0, adapter).factors()
+            kept[module], step[module] = adapter, Factors(rest.B, state.scaling * rest.A)
+        return state.with_factors(kept).with_base(step)
+
+
+def _cut_off(pair: Factors, rank: int, directions: torch.Tensor) -> Factors:
+    """The product of the first `rank` indices; beyond them B = 0 and A the unit `directions`."""
+    keep = torch.arange(pair.rank) < rank
+    return Factors(pair.B * keep, torch.where(keep[:, None], pair.A, directions))

@@ -1,0 +1,42 @@
+"""RoLoRA: the factors take turns, B in odd rounds, A in even ones."""
+
+from __future__ import annotations
+
+from fedlora.adapter import Factors
+from fedlora.strategies.base import ONLY_A, ONLY_B, Family, Plan, ServerState, Strategy
+from fedlora.updates import Updates
+
+
+class RoLoRA(Strategy):
+    """The mean of the factor that was trained, beside the other, which all clients share: exact. arXiv 2502.01755.
+
+    B first, because it starts at zero and A would not move beside it. Our reading for clients of lower rank: their
+    trained factor counts as zero beyond their rank.
+    """
+
+    name, family, exact = "rolora", Family.PRODUCT_SUM, True
+    summary = "B and A take turns by round, mean of the one that was trained: exact, half the bytes"
+    source = "arXiv 2502.01755"
+    cost_up = "r*d_out if odd else r*d_in"
+    cost_down = "r*d_in if odd else r*d_out"
+    keeps_gauge = True
+
+    def plan(self, round_number: int) -> Plan:
+        now, before = (ONLY_B, ONLY_A) if _trains_b(round_number) else (ONLY_A, ONLY_B)
+        return Plan(trains=now, up=now, down=ONLY_B if round_number == 1 else before)
+
+    def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
+        by_b = _trains_b(state.round + 1)
+        new = {}
+        for module in updates.modules:
+            shared, rank = state.adapter.factors[module].to_double(), state.rank(module)
+            new[module] = (
+                Factors(updates.mean_b(module, rank), shared.A)
+                if by_b
+                else Factors(shared.B, updates.mean_a(module, rank))
+            )
+        return state.with_factors(new)
+
+
+def _trains_b(round_number: int) -> bool:
+    return round_number % 2 == 1

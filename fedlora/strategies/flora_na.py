@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from fedlora.adapter import Factors
 from fedlora.config import Section
 from fedlora.factors import mean, mean_factors
 from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.simplex import minimise_on_simplex, project_to_simplex
 from fedlora.updates import Updates
 
 
@@ -21,7 +22,8 @@ class FLoRANA(Strategy):
     """`B̂ = Σ p_u B_u`, `Â = Σ q_u A_u` with p, q that bring `B̂Â` nearest to `Σ w_u B_uA_u`. arXiv 2509.26399.
 
     Solved per module by alternating least squares on r × r Gram blocks (ALGORITHMS §4.1, our reading of the paper's
-    minimisation). It starts at p = q = w and never rises, so ρ is at most FedIT's by construction.
+    minimisation). It starts at p = q = w and never rises, so ρ is at most FedIT's by construction, under every option.
+    Our reading for clients of several ranks: their factors are padded with zeros, so ρ is at most zero-padding's.
     """
 
     name, family, exact = "flora-na", Family.PRODUCT_SUM, False
@@ -29,25 +31,36 @@ class FLoRANA(Strategy):
     source = "arXiv 2509.26399"
 
     class Options(Section):
+        solver: Literal["als", "adam"] = "als"
+        """`als`: alternating least squares; `adam`: gradient descent, as the paper's text has it."""
         max_sweeps: int = Field(100, ge=1)
-        """Most alternating sweeps per module."""
+        """Most alternating sweeps (or gradient steps) per module."""
         tolerance: float = Field(1e-10, ge=0)
-        """Stop when a sweep lowers the objective by less than this share of it."""
+        """Stop when a sweep lowers the objective by less than this share of it (`als`)."""
+        shared: bool = False
+        """One p and q for all modules instead of one for each."""
+        ridge: float = Field(0.0, ge=0)
+        """Strength, relative to the problem's own curvature, with which p and q are drawn to the clients' weights."""
+        simplex: bool = False
+        """Keep p and q non-negative with sum one, as weights of a mean are."""
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         options = cast(FLoRANA.Options, self.options)
+        uploaded = {m: list(updates.factors(m, state.rank(m))) for m in updates.modules}
+        groups = [list(updates.modules)] if options.shared else [[module] for module in updates.modules]
         factors, diagnostics = {}, {}
-        for module in updates.modules:
-            uploaded = updates.factors(module)
-            fit = solve(uploaded, updates.weights, options.max_sweeps, options.tolerance)
-            factors[module] = _combine(uploaded, updates.weights, fit)
-            diagnostics[module] = {"p": fit.p, "q": fit.q, "objective": fit.objective}
+        for group in groups:
+            fit = solve([uploaded[module] for module in group], updates.weights, options)
+            for module in group:
+                factors[module] = _combine(uploaded[module], updates.weights, fit)
+                diagnostics[module] = {"p": fit.p, "q": fit.q, "objective": fit.objective}
         return state.with_factors(factors, diagnostics)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Mixing weights `p`, `q` (U) and the objective `‖B̂Â − Σ w BA‖²` at the start and after each sweep."""
+    """Mixing weights `p`, `q` (U) and the objective at the start and after each step that was taken: the sum over
+    modules of `‖B̂Â − Σ w BA‖²`, with the ridge's terms."""
 
     p: Tensor
     q: Tensor
@@ -56,7 +69,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Grams:
-    """`B[u,v] = B_uᵀB_v` and `A[u,v] = A_uA_vᵀ`, each (U × U × r × r): all that the objective depends on."""
+    """`B[u,v] = B_uᵀB_v` and `A[u,v] = A_uA_vᵀ`, each (U × U × r × r): all that a module's objective depends on."""
 
     B: Tensor
     A: Tensor
@@ -79,48 +92,103 @@ class Grams:
         right = torch.einsum("utij,tij,t->u", self.B, hat_a, self.weights)
         return left, right
 
-    def target(self) -> Tensor:
+    def target(self) -> float:
         """`‖Σ w_u B_uA_u‖²`."""
-        return torch.einsum("u,v,uvij,uvij->", self.weights, self.weights, self.B, self.A)
+        return float(torch.einsum("u,v,uvij,uvij->", self.weights, self.weights, self.B, self.A))
 
 
-def solve(factors: Sequence[Factors], weights: Tensor, max_sweeps: int = 100, tolerance: float = 1e-10) -> Fit:
-    """Mixing weights for one module's uploads by alternating least squares in Gram space.
+class Problem:
+    """The objective of p and q over one or several modules: `Σ ‖B̂Â − Σ w BA‖² + λ_p‖p − w‖² + λ_q‖q − w‖²`."""
+
+    def __init__(self, modules: Sequence[Sequence[Factors]], weights: Tensor, ridge: float) -> None:
+        self.w = weights.double()
+        self._for_p = [Grams.of(factors, self.w) for factors in modules]
+        self._for_q = [grams.swapped() for grams in self._for_p]
+        self._target = sum(grams.target() for grams in self._for_p)
+        self._ridge_p, self._ridge_q = (
+            ridge * float(_sum_systems(grams, self.w)[0].diagonal().mean()) for grams in (self._for_p, self._for_q)
+        )
+
+    def system_p(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """`H p = h` whose least-squares solution is the best p at this q."""
+        return self._pulled(_sum_systems(self._for_p, q), self._ridge_p)
+
+    def system_q(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """`H q = h` whose least-squares solution is the best q at this p."""
+        return self._pulled(_sum_systems(self._for_q, p), self._ridge_q)
+
+    def _pulled(self, system: tuple[Tensor, Tensor], ridge: float) -> tuple[Tensor, Tensor]:
+        left, right = system
+        return left + ridge * torch.eye(len(right), dtype=left.dtype), right + ridge * self.w
+
+    def value(self, p: Tensor, q: Tensor) -> float:
+        left, right = _sum_systems(self._for_p, q)
+        fit = max(float(p @ left @ p - 2 * p @ right) + self._target, 0.0)
+        pull = self._ridge_p * (p - self.w).square().sum() + self._ridge_q * (q - self.w).square().sum()
+        return fit + float(pull)
+
+
+def _sum_systems(modules: Sequence[Grams], fixed: Tensor) -> tuple[Tensor, Tensor]:
+    systems = [grams.system(fixed) for grams in modules]
+    return torch.stack([left for left, _ in systems]).sum(0), torch.stack([right for _, right in systems]).sum(0)
+
+
+def solve(modules: Sequence[Sequence[Factors]], weights: Tensor, options: FLoRANA.Options | None = None) -> Fit:
+    """Mixing weights for the uploads of one module, or of several that share them.
 
     Args:
-        factors: the clients' factors, equal ranks.
+        modules: per module the clients' factors, of one rank.
         weights: (U), the weights of the mean product that is approached.
-        max_sweeps: upper bound on sweeps (one sweep fits p, then q).
-        tolerance: relative decrease of the objective below which it stops.
+        options: solver, limits, ridge and constraint.
 
-    A step that does not lower the objective (rounding at a singular system) is not taken.
+    What does not lower the objective is not taken, so it never rises from p = q = w.
     """
-    grams = Grams.of(factors, weights)
-    swapped, target = grams.swapped(), grams.target()
-    p = q = weights.double()
-    objective = [_objective(grams, p, q, target)]
-    for _ in range(max_sweeps):
-        p_new = _least_squares(*grams.system(q))
-        q_new = _least_squares(*swapped.system(p_new))
-        value = _objective(grams, p_new, q_new, target)
+    chosen = options or FLoRANA.Options()
+    problem = Problem(modules, weights, chosen.ridge)
+    return _by_gradient(problem, chosen) if chosen.solver == "adam" else _by_turns(problem, chosen)
+
+
+def _by_turns(problem: Problem, options: FLoRANA.Options) -> Fit:
+    """Alternating least squares: one sweep fits p, then q."""
+    p = q = problem.w
+    objective = [problem.value(p, q)]
+    for _ in range(options.max_sweeps):
+        p_new = _best(*problem.system_p(q), p, options.simplex)
+        q_new = _best(*problem.system_q(p_new), q, options.simplex)
+        value = problem.value(p_new, q_new)
         if value >= objective[-1]:
             break
         p, q = p_new, q_new
         objective.append(value)
-        if objective[-2] - value <= tolerance * objective[-2]:
+        if objective[-2] - value <= options.tolerance * objective[-2]:
             break
     return Fit(p, q, torch.tensor(objective, dtype=torch.float64))
 
 
-def _objective(grams: Grams, p: Tensor, q: Tensor, target: Tensor) -> float:
-    left, right = grams.system(q)
-    return max(float(p @ left @ p - 2 * p @ right + target), 0.0)
-
-
-def _least_squares(left: Tensor, right: Tensor) -> Tensor:
-    """Minimum-norm solution: the system is singular when clients coincide."""
+def _best(left: Tensor, right: Tensor, start: Tensor, simplex: bool) -> Tensor:
+    """The minimiser of `xᵀHx − 2xᵀh`, on the simplex or free (then of minimum norm: clients may coincide)."""
+    if simplex:
+        return minimise_on_simplex(left, right, start)
     solution: Tensor = torch.linalg.lstsq(left, right[:, None], rcond=1e-12, driver="gelsd").solution
     return solution[:, 0]
+
+
+def _by_gradient(problem: Problem, options: FLoRANA.Options) -> Fit:
+    """Adam on p and q together, in steps of a hundredth of an even weight; the best point that it passes is kept."""
+    p, q = problem.w.clone(), problem.w.clone()
+    optimizer = torch.optim.Adam([p, q], lr=0.01 / len(p))
+    best = Fit(p.clone(), q.clone(), torch.tensor([problem.value(p, q)], dtype=torch.float64))
+    for _ in range(options.max_sweeps):
+        for x, (left, right) in ((p, problem.system_p(q)), (q, problem.system_q(p))):
+            x.grad = 2 * (left @ x - right)
+        optimizer.step()
+        if options.simplex:
+            for x in (p, q):
+                x.copy_(project_to_simplex(x))
+        value = problem.value(p, q)
+        if value < float(best.objective[-1]):
+            best = Fit(p.clone(), q.clone(), torch.cat([best.objective, best.objective.new_tensor([value])]))
+    return best
 
 
 def _combine(factors: Sequence[Factors], weights: Tensor, fit: Fit) -> Factors:

@@ -7,16 +7,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fedlora.aggregation import aggregate
     from fedlora.config import RunConfig
     from fedlora.inference import load_adapter, load_base
     from fedlora.loop import train
+    from fedlora.merging import apply_base_update, load_merged, merge
 
-__all__ = ["RunConfig", "load_adapter", "load_base", "train"]
+__all__ = [
+    "RunConfig",
+    "aggregate",
+    "apply_base_update",
+    "load_adapter",
+    "load_base",
+    "load_merged",
+    "merge",
+    "train",
+]
 
 _HOMES = {
     "RunConfig": "fedlora.config",
+    "aggregate": "fedlora.aggregation",
+    "apply_base_update": "fedlora.merging",
     "load_adapter": "fedlora.inference",
     "load_base": "fedlora.inference",
+    "load_merged": "fedlora.merging",
+    "merge": "fedlora.merging",
     "train": "fedlora.loop",
 }
 

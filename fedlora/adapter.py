@@ -6,15 +6,18 @@ A name is taken apart once, at the edge, into a module and a part; nowhere else 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fedlora.errors import AdapterError
-from fedlora.tensorfile import serialise
+from fedlora.tensorfile import StoredTensors, serialise
+
+P = TypeVar("P")
+V = TypeVar("V")
 
 Part = Literal["A", "B", "magnitude", "head"]
 Kind = Literal["linear", "embedding", "hira", "hira_embedding"]
@@ -176,6 +179,29 @@ class Adapter:
             layout.kinds,
         )
 
+    @classmethod
+    def stored(cls, tensors: StoredTensors) -> Adapter:
+        """An adapter that lives in a file: every tensor is read each time it is looked at, so that memory holds one
+        module of one client at a time.
+
+        Raises:
+            AdapterError: a module with only one of its factors, shapes that do not fit, no module at all.
+        """
+        layout = Layout.of(tensors)
+        for module, (b, a) in layout.factors.items():
+            sides = tensors.shapes[b], tensors.shapes[a]
+            if any(len(side) != 2 for side in sides) or sides[0][1] != sides[1][0]:
+                raise AdapterError(
+                    f"module '{module}': factors do not fit: B is {sides[0]} and A is {sides[1]}; "
+                    "expected B (d_out × r) and A (r × d_in)"
+                )
+        return cls(
+            _Lazy(layout.factors, lambda names: Factors(*tensors.read(names))),
+            _Lazy(layout.head, tensors.__getitem__),
+            _Lazy(layout.magnitudes, tensors.__getitem__),
+            layout.kinds,
+        )
+
     def check_like(self, other: Adapter, who: str, lower_rank: bool = False) -> None:
         """Refuse an adapter that does not have the modules, shapes and finite values of `other`.
 
@@ -208,6 +234,22 @@ class Adapter:
         for name, tensor in self.tensors().items():
             if not torch.isfinite(tensor).all():
                 raise AdapterError(f"{who}: tensor '{name}' has values that are not finite ({hint})")
+
+
+class _Lazy(Mapping[str, V]):
+    """Values made from places whenever they are asked for."""
+
+    def __init__(self, places: Mapping[str, P], make: Callable[[P], V]) -> None:
+        self._places, self._make = places, make
+
+    def __getitem__(self, name: str) -> V:
+        return self._make(self._places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 @dataclass(frozen=True)

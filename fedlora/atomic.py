@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedlora.errors import saving
@@ -26,3 +30,21 @@ def write_atomic(path: Path, content: bytes) -> None:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that is filled beside `path` and moved there at the end; nothing is left of it where that fails.
+
+    Raises:
+        RunFolderError: it cannot be written; says why.
+    """
+    with saving(path, "another output folder"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield draft
+            draft.chmod(0o755)
+            draft.replace(path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)

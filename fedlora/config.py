@@ -12,7 +12,16 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fedlora.strategies import registry
 
@@ -127,14 +136,29 @@ class RankRule(Section):
 
 Ranks = list[int] | dict[int, float] | RankRule
 
+_LIST_OR_SHARES: TypeAdapter[list[int] | dict[int, float]] = TypeAdapter(
+    list[int] | dict[int, float], config=ConfigDict(allow_inf_nan=False)
+)
+_EXPECTED_RANKS = (
+    "expected a list with one whole number per client ([2, 4, 8]), shares of ranks ({4: 0.7, 16: 0.3}), "
+    "or a rule ({low: 5, high: 20, share: 0.1})"
+)
+
 
 def _ranks(value: Any) -> Any:
     """`4,8,8` on a command line means a list; a mapping is a rule where it holds its keys, otherwise shares."""
     if isinstance(value, str):
-        value = [word.strip() for word in value.split(",") if word.strip()]
+        value = _words(value)
+    if value is None or isinstance(value, RankRule):
+        return value
     if isinstance(value, Mapping) and (not value or set(map(str, value)) & set(RankRule.model_fields)):
+        if unknown := [key for key in value if key not in RankRule.model_fields]:
+            raise ValueError(f"a rule has the keys {', '.join(RankRule.model_fields)}, not '{unknown[0]}'")
         return RankRule.model_validate(value)
-    return value
+    try:
+        return _LIST_OR_SHARES.validate_python(value)
+    except ValidationError:  # a union's own complaint names types of Python
+        raise ValueError(_EXPECTED_RANKS) from None
 
 
 class LoraConfig(Section):

@@ -67,8 +67,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 @contextmanager
-def saving(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write `path` into one line that says what to do.
+def saving(path: Path, instead: str = "another --run-dir") -> Iterator[None]:
+    """Turn the operating system's refusal to write `path` into one line that says what to do (choose `instead`).
 
     Raises:
         RunFolderError: no space, no permission, a read-only file system, or a file where a folder should be.
@@ -81,4 +81,4 @@ def saving(path: Path) -> Iterator[None]:
                 f"no space left while saving {path}; what was saved before is intact. "
                 "Free some space, then run again with the same --run-dir to continue."
             ) from error
-        raise RunFolderError(f"cannot write {path}: {error.strerror or error}. Choose another --run-dir.") from error
+        raise RunFolderError(f"cannot write {path}: {error.strerror or error}. Choose {instead}.") from error

@@ -13,7 +13,7 @@ from fedlora.adapter import Adapter
 from fedlora.atomic import write_atomic
 from fedlora.errors import saving
 from fedlora.evaluation import Scores
-from fedlora.peftfolder import write_peft_folder
+from fedlora.peftfolder import config_at_ranks, write_peft_folder
 from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
 
@@ -32,17 +32,25 @@ def final(run: RunFolder) -> None:
 
 
 def adapter(run: RunFolder, number: int, folder: Path) -> None:
-    """The adapter after a round as a PEFT folder; one folder `client-NNN/` each where clients keep their own."""
+    """The adapter after a round as a PEFT folder, with `base_delta.safetensors` where the strategy changed the base.
+
+    Where clients keep adapters of their own, each has a folder `client-NNN/` instead.
+    """
     state, config = run.read_state(number), run.config
-    personal = registry.make(config.strategy, config.strategy_options).personal
-    if not personal:
-        _adapter_folder(run, number, state.adapter, folder)
-    for client, own in sorted(state.personal.items()):
-        _adapter_folder(run, number, own, folder / f"client-{client:03d}")
+    strategy = registry.make(config.strategy, config.strategy_options)
+    if not strategy.personal:
+        _adapter_folder(run, number, state.adapter, folder, state.scaling)
+    if state.base:
+        state.base.write(folder)
+    for client in sorted(state.personal):
+        own = strategy.broadcast(state, client)
+        _adapter_folder(run, number, own, folder / f"client-{client:03d}", state.scaling)
 
 
-def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path) -> None:
-    setup, peft_config = run.need_json("setup.json"), run.need_json("adapter_config.json")
+def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path, scaling: float) -> None:
+    setup = run.need_json("setup.json")
+    ranks = {module: weights.factors[module].rank for module in weights.modules}
+    peft_config = config_at_ranks(run.need_json("adapter_config.json"), ranks, scaling)
     write_peft_folder(weights, folder, peft_config, _card(run, number))
     content = {"model": run.config.model.model_dump(mode="json"), "labels": setup["labels"], "round": number}
     content |= {"max_length": run.config.data.max_length, "strategy": run.config.strategy}
@@ -57,6 +65,13 @@ def _card(run: RunFolder, number: int) -> str:
         for name, value in (record.metrics if record else {}).items()
         if "/" in name and name.split("/")[0] in ("global", "local", "gap", "rho")
     )
+    base = ""
+    if registry.find(config.strategy).changes_base:
+        base = (
+            "\n\n**The strategy also changed the base.** `base_delta.safetensors` holds what is added to its weights:"
+            '\ncall `fedlora.apply_base_update(base, "this folder")` before `PeftModel.from_pretrained`, or make a'
+            "\nplain model with `fedlora merge`. `fedlora.load_adapter` does it for you."
+        )
     return f"""---
 library_name: peft
 base_model: {config.model.name}
@@ -74,7 +89,7 @@ model, tokenizer, labels = fedlora.load_adapter("this folder")
 
 With PEFT alone: `PeftModel.from_pretrained(base, "this folder")`, where `base` is
 `fedlora.load_base("{config.model.name}", labels={len(run.need_json("setup.json")["labels"])})`
-(pooling and classifier as in training).
+(pooling and classifier as in training).{base}
 
 | metric | value |
 |---|---|

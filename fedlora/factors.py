@@ -158,6 +158,11 @@ class TruncatedSVD:
     Vh: Tensor
     tail: Tensor
 
+    def first(self, count: int) -> TruncatedSVD:
+        """The leading `count` directions of these; the others join the tail."""
+        tail = torch.cat([self.S[count:], self.tail])
+        return TruncatedSVD(self.U[:, :count], self.S[:count], self.Vh[:count], tail)
+
     def balanced(self) -> Factors:
         """`B = U√S`, `A = √S Vᵀ`: the split with equal norms on both sides.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlora import model as models
 from fedlora.config import ModelConfig
-from fedlora.errors import AdapterError
+from fedlora.errors import AdapterError, ModelError
 
 
 def load_base(name: str, labels: int | list[str], **options: Any) -> Any:
@@ -36,15 +36,48 @@ def load_adapter(folder: str | Path) -> tuple[Any, Any, list[str]]:
     """
     from peft import PeftModel
 
+    from fedlora.merging import apply_base_update
+
     path = Path(folder)
+    config, content = description(path)
+    tokenizer = models.load_tokenizer(config)
+    base: Any = models.load_base(config, content["labels"], tokenizer.pad_token_id)
+    apply_base_update(base, path)
+    return PeftModel.from_pretrained(base, str(path)).eval(), tokenizer, content["labels"]
+
+
+def description(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """What `fedlora.json` beside an adapter says: the base model's configuration, and everything (`labels`, …).
+
+    Raises:
+        AdapterError: it is not there or not readable.
+    """
     try:
         content = json.loads((path / "fedlora.json").read_text())
-        config = ModelConfig.model_validate(content["model"])
+        return ModelConfig.model_validate(content["model"]), content
     except (OSError, ValueError, KeyError) as error:
         raise AdapterError(
             f"{path} holds no readable fedlora.json ({error}); for adapters from elsewhere use "
             "PeftModel.from_pretrained(base, folder) with your own base"
         ) from None
-    tokenizer = models.load_tokenizer(config)
-    base: Any = models.load_base(config, content["labels"], tokenizer.pad_token_id)
-    return PeftModel.from_pretrained(base, str(path)).eval(), tokenizer, content["labels"]
+
+
+def from_pretrained(kind: Any, name: str) -> Any:
+    """A Transformers model of a class, from safetensors only.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    try:
+        return kind.from_pretrained(name, use_safetensors=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"base model '{name}' cannot be loaded: {reason}") from error
+
+
+def tokenizer_if_any(name: str) -> Any:
+    """The tokenizer beside a model, or None."""
+    try:
+        return models.load_tokenizer(ModelConfig(name=name))
+    except ModelError:
+        return None

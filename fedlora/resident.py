@@ -54,8 +54,18 @@ class ResidentModel:
         peft_config = _peft_config(base, lora)
         seeds.seed_torch(seed, "adapter")
         resident = cls(peft.get_peft_model(base, peft_config), config, device)
+        resident._start_embeddings()
         resident._check_rank(lora)
         return resident
+
+    def _start_embeddings(self) -> None:
+        """A random and B zero, as for every other layer: PEFT has it the other way round for embeddings, and what trains
+        B alone would learn nothing beside A = 0."""
+        with torch.no_grad():
+            for name, parameter in self._handles.items():
+                parsed = parse_name(name)
+                if parsed.kind in ("embedding", "hira_embedding"):
+                    parameter.copy_(torch.randn(parameter.shape) if parsed.part == "A" else torch.zeros(()))
 
     def _check_rank(self, lora: LoraConfig) -> None:
         key, rank = ("lora.ranks", lora.highest_rank) if lora.ranks else ("lora.rank", lora.rank)

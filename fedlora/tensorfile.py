@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -36,3 +37,43 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterError(f"{path} cannot be read as safetensors: {error}") from None
     return tensors
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for; nothing is kept, and no file stays open.
+
+    Raises:
+        AdapterError: missing, truncated, not a safetensors file, or tensors of a type that holds no real numbers.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                kinds = {name: part.get_dtype() for name, part in slices.items()}
+        except (OSError, safetensors.SafetensorError) as error:
+            raise AdapterError(f"{path} cannot be read as safetensors: {error}") from None
+        for name, kind in kinds.items():
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise AdapterError(f"{path}: tensor '{name}' is of type {kind}; expected F32, F16, BF16 or F64")
+
+    def read(self, names: Sequence[str]) -> list[Tensor]:
+        """Several tensors, with the file opened once."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return [file.get_tensor(name) for name in names]
+        except (OSError, safetensors.SafetensorError) as error:
+            raise AdapterError(f"{self.path} cannot be read as safetensors: {error}") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self.read([name])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)

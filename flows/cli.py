@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -106,6 +106,63 @@ def sweep(
 
 
 @app.command()
+def aggregate(
+    clients: Annotated[
+        list[Path], typer.Argument(metavar="CLIENT_DIR...", help="PEFT adapter folders, trained anywhere.")
+    ],
+    strategy: Annotated[str, typer.Option(help="How they are combined (`fedlora strategies`).")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the result.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="3,1,2", help="One per client, such as its examples. Without it: equal.")
+    ] = None,
+    ranks: Annotated[
+        str | None, typer.Option(metavar="4,8,8", help="Rank at which each goes on. Without it: its own.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the strategy; may be repeated.")
+    ] = None,
+    per_client: Annotated[bool, typer.Option(help="Also one folder per client, at its own rank.")] = False,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Divergence, bytes and seconds.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what a strategy draws.")] = 0,
+) -> None:
+    """Aggregate PEFT adapter folders: no training, no base model.
+
+    For example: fedlora aggregate --strategy flora-na --out global --weights 3,1 alice bob
+    """
+    from fedlora import aggregation, aggregation_files, configfile
+    from fedlora.strategies import registry
+
+    aggregation_files.check_target(out, registry.find(strategy).personal, per_client)
+    result = aggregation.aggregate(
+        clients,
+        strategy,
+        _numbers("weights", weights, float),
+        _numbers("ranks", ranks, int),
+        configfile.parse_overrides(option or []),
+        seed,
+    )
+    result.save(out, per_client, report)
+    found = result.divergence
+    print(f"{strategy}: {len(result.clients)} clients, rho {found.rho:.4g} (floor {found.floor:.4g})")
+    print(f"written           {out}" + (f"\nreport            {report}" if report else ""))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="An adapter folder, ours or anyone's.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the model.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Folder or hub id. Without it: what the adapter says.")
+    ] = None,
+) -> None:
+    """Merge an adapter, and its base update if it has one, into a plain model folder."""
+    from fedlora import merging
+
+    merging.merge(adapter, out, base)
+    print(f"written           {out}")
+
+
+@app.command()
 def strategies() -> None:
     """The aggregation strategies, a line each."""
     from fedlora.strategies import registry
@@ -163,6 +220,19 @@ def down() -> None:
     from flows import services
 
     services.down()
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _numbers(name: str, text: str | None, kind: type[Number]) -> list[Number] | None:
+    """`3,1,2` as numbers."""
+    if text is None:
+        return None
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--{name} {text} cannot be read; expected numbers with commas, like 3,1,2") from None
 
 
 def _split(words: list[str] | None, default: str) -> tuple[str, dict[str, Any]]:

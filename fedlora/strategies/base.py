@@ -12,10 +12,10 @@ round. Divergence, bytes, heads, ranks and round numbers are the loop's business
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from fedlora.adapter import EVERY_PART, Adapter, Factors, Part
 from fedlora.base_update import BaseUpdate
 from fedlora.config import Section
+from fedlora.errors import AdapterError
 from fedlora.factors import keep_trainable, truncated_svd
 from fedlora.updates import Updates
 
@@ -125,7 +126,7 @@ class Strategy(ABC):
     """Whether clients keep adapters of their own, so that there is no global model."""
     changes_base: ClassVar[bool] = False
     """Whether the frozen base is updated too."""
-    shares: ClassVar[Part | None] = None
+    shares: ClassVar[Literal["A", "B"] | None] = None
     """The factor that is the same for all clients when they upload; `fedlora aggregate` checks it."""
     keeps_gauge: ClassVar[bool] = False
     """Whether clients hold a factor that the server must not rotate."""
@@ -163,6 +164,18 @@ class Strategy(ABC):
         """The state before round one, from a fresh adapter (A random, B zero)."""
         return state
 
+    def resume(self, state: ServerState, uploads: Sequence[tuple[str, Adapter]]) -> ServerState:
+        """The state that uploads from elsewhere were trained from, as far as they tell; for `fedlora aggregate`.
+
+        Args:
+            state: a fresh adapter, B zero.
+            uploads: who, and their adapter.
+
+        Raises:
+            AdapterError: the uploads cannot come from a round of this strategy.
+        """
+        return with_shared(state, uploads, self.shares, self.name) if self.shares else state
+
     @abstractmethod
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         """The new state after a round. Must not depend on anything but its arguments, nor change them."""
@@ -179,6 +192,36 @@ class Strategy(ABC):
     def after_training(self, start: Adapter, trained: Adapter) -> Adapter:
         """What a client uploads after its training; may be of a lower rank. Everything by default."""
         return trained
+
+
+def with_shared(
+    state: ServerState, uploads: Sequence[tuple[str, Adapter]], part: Literal["A", "B"], strategy: str
+) -> ServerState:
+    """The state with the factor that all uploads share; those of lower rank have its first indices.
+
+    Raises:
+        AdapterError: two uploads have different ones; names the client and the module.
+    """
+    adapters = dict(uploads)
+    longest = max(adapters, key=lambda who: adapters[who].rank)
+    for who, adapter in adapters.items():
+        for module in adapter.modules:
+            own, wanted = adapter.factors[module], adapters[longest].factors[module]
+            rank = min(own.rank, wanted.rank)
+            mine, theirs = own.at_rank(rank), wanted.at_rank(rank)
+            if not torch.equal(getattr(mine, part), getattr(theirs, part)):
+                raise AdapterError(
+                    f"{who}: {part} of module '{module}' differs from that of {longest}; strategy {strategy} needs "
+                    f"clients that share one {part}"
+                )
+    shared = {}
+    for module, fresh in state.adapter.factors.items():
+        taken = adapters[longest].factors[module]
+        given = (
+            Factors(torch.zeros_like(taken.B), taken.A) if part == "A" else Factors(taken.B, torch.zeros_like(taken.A))
+        )
+        shared[module] = given.to(torch.float32).at_rank(fresh.rank)
+    return replace(state, adapter=state.adapter.with_factors(shared))
 
 
 def advance(strategy: Strategy, state: ServerState, updates: Updates, svd_order: bool = False) -> ServerState:

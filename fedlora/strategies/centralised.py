@@ -22,4 +22,5 @@ class Centralised(Strategy):
         return Plan(up=NOTHING, down=NOTHING)
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
-        return state.with_factors(dict(updates.adapters[0].factors)).with_head(updates.adapters[0].head)
+        own = updates.adapters[0]
+        return state.with_factors(dict(own.factors)).with_head(own.head).with_magnitudes(own.magnitudes)

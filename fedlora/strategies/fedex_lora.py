@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from fedlora.adapter import Factors
+from fedlora.factors import ProductSum
 from fedlora.strategies.base import Family, ServerState, Strategy
 from fedlora.updates import Updates
 
@@ -32,13 +31,11 @@ class FedExLoRA(Strategy):
 
 
 def residual(updates: Updates, module: str, means: Factors, scaling: float) -> Factors:
-    """`s·(Σ w_u B_uA_u − B̄Ā)` as left (d_out × (U−1)r) and right factors, in float64."""
-    uploaded = updates.factors(module)
+    """`s·(Σ w_u B_uA_u − B̄Ā)` as left (d_out × (U−1)r) and right factors in float64, or dense beside an identity."""
+    if len(updates) == 1:
+        return Factors(means.B[:, :0], means.A[:0])
+    uploaded, missed = updates.factors(module), ProductSum(means.shape)
     last = uploaded[-1].A.double()
-    left = [
-        scaling * w * (pair.B.double() - means.B) for w, pair in zip(updates.weights.tolist(), uploaded, strict=True)
-    ]
-    right = [pair.A.double() - last for pair in uploaded]
-    if len(left) == 1:
-        return Factors(left[0][:, :0], right[0][:0])
-    return Factors(torch.cat(left[:-1], dim=1), torch.cat(right[:-1]))
+    for w, pair in zip(updates.weights[:-1].tolist(), uploaded[:-1], strict=True):
+        missed.add(scaling * w, Factors(pair.B.double() - means.B, pair.A.double() - last))
+    return missed.factors()

@@ -6,7 +6,7 @@ import torch
 
 from fedlora.adapter import Factors
 from fedlora.seeds import torch_generator
-from fedlora.strategies.base import NOTHING, Family, Plan, ServerState, Strategy
+from fedlora.strategies.base import Family, Plan, ServerState, Strategy
 from fedlora.updates import Updates
 
 
@@ -24,7 +24,7 @@ class FLoRA(Strategy):
     cost_down = "min(R*(d_out + d_in), d_out*d_in)"
 
     def plan(self, round_number: int) -> Plan:
-        return Plan(down=frozenset({"magnitude", "head"}) if round_number else NOTHING)
+        return Plan(down=frozenset({"magnitude", "head"}))
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         step, fresh = {}, {}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from fedlora.adapter import Factors
-from fedlora.strategies.base import ONLY_A, ONLY_B, Family, Plan, ServerState, Strategy
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fedlora.adapter import Adapter, Factors
+from fedlora.errors import AdapterError
+from fedlora.strategies.base import ONLY_A, ONLY_B, Family, Plan, ServerState, Strategy, with_shared
 from fedlora.updates import Updates
 
 
@@ -24,6 +28,13 @@ class RoLoRA(Strategy):
     def plan(self, round_number: int) -> Plan:
         now, before = (ONLY_B, ONLY_A) if _trains_b(round_number) else (ONLY_A, ONLY_B)
         return Plan(trains=now, up=now, down=ONLY_B if round_number == 1 else before)
+
+    def resume(self, state: ServerState, uploads: Sequence[tuple[str, Adapter]]) -> ServerState:
+        """A round in which B was trained where all share A, otherwise one in which A was."""
+        try:
+            return with_shared(state, uploads, "A", self.name)
+        except AdapterError:
+            return replace(with_shared(state, uploads, "B", self.name), round=1)
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         by_b = _trains_b(state.round + 1)

@@ -1,0 +1,82 @@
+"""Writing what came of an aggregation: a folder that is there whole or not at all.
+
+OUT/  adapter_config.json  adapter_model.safetensors  README.md   the global adapter at the highest rank
+      base_delta.safetensors                                      where the strategy changes the base
+      client-000/ …                                               with `per_client`: each client's at its own rank
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedlora.adapter import Adapter
+from fedlora.atomic import new_folder, write_atomic
+from fedlora.errors import AdapterError
+from fedlora.peftfolder import PeftFolder, config_at_ranks, write_peft_folder
+
+if TYPE_CHECKING:
+    from fedlora.aggregation import Aggregated
+
+
+def check_target(out: Path, personal: bool, per_client: bool) -> None:
+    """Refuse a target that would overwrite something, or that there is nothing to write to.
+
+    Raises:
+        AdapterError: says what to do.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise AdapterError(f"{out} is there already; choose another output folder")
+    if personal and not per_client:
+        raise AdapterError("this strategy keeps one adapter per client and has no global one; add --per-client")
+
+
+def write(result: Aggregated, out: Path, per_client: bool, report: Path | None) -> None:
+    """Write everything beside `out` first, then move it there; the report after it.
+
+    Raises:
+        AdapterError: `out` is there already, or there is no global adapter and `per_client` is not set.
+        RunFolderError: it cannot be written.
+    """
+    check_target(out, result.strategy.personal, per_client)
+    with new_folder(out) as draft:
+        _fill(result, draft, per_client)
+        if report:
+            write_atomic(report, (json.dumps(result.report(), indent=1) + "\n").encode())
+
+
+def _fill(result: Aggregated, folder: Path, per_client: bool) -> None:
+    highest = max(result.clients, key=lambda client: client.rank)
+    if result.adapter is not None:
+        _adapter(result, result.adapter, highest, folder)
+    if result.base:
+        result.base.write(folder)
+    for index, client in enumerate(result.clients if per_client else ()):
+        _adapter(result, result.client(index), client, folder / f"client-{index:03d}")
+
+
+def _adapter(result: Aggregated, adapter: Adapter, like: PeftFolder, folder: Path) -> None:
+    ranks = {module: adapter.factors[module].rank for module in adapter.modules}
+    config = config_at_ranks(like.config, ranks, result.state.scaling)
+    write_peft_folder(adapter, folder, config, _card(result, like))
+
+
+def _card(result: Aggregated, like: PeftFolder) -> str:
+    found = result.divergence
+    base = ""
+    if result.base:
+        base = (
+            "\n`base_delta.safetensors` belongs to it: the base weights get `left @ right` of every module "
+            '(`fedlora.apply_base_update(model, "this folder")`, or `fedlora merge`).\n'
+        )
+    return f"""---
+library_name: peft
+base_model: {like.config.get("base_model_name_or_path") or "unknown"}
+tags: [lora, federated, {result.strategy.name}]
+---
+# {len(result.clients)} adapters combined by `{result.strategy.name}`
+
+Divergence ρ {found.rho:.4g} (floor {found.floor:.4g}): the relative error of what clients receive against the weighted
+mean of their updates.
+{base}"""

@@ -1,0 +1,164 @@
+"""Adapters and base updates as plain models: added in place, or merged into a folder that needs neither.
+
+fedlora.merge("run/adapter", "merged/")          a plain model folder
+fedlora.apply_base_update(model, "run/adapter")  before PeftModel.from_pretrained(model, "run/adapter")
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from fedlora import inference
+from fedlora import model as models
+from fedlora.atomic import new_folder, write_atomic
+from fedlora.base_update import BaseUpdate
+from fedlora.config import ModelConfig
+from fedlora.errors import AdapterError
+from fedlora.peftfolder import CONFIGURATION
+from fedlora.resident import add_to_weight
+from fedlora.tensorfile import serialise
+
+_CLASSIFIER = "classifier.safetensors"
+_DESCRIPTION = "fedlora.json"
+
+
+def apply_base_update(model: Any, folder: str | Path) -> Any:
+    """Add the base update in `folder` (`base_delta.safetensors`; none changes nothing) to a model's weights, in place.
+
+    Args:
+        model: the base model, plain or with PEFT adapters on it.
+        folder: of an adapter.
+
+    Raises:
+        AdapterError: the file is damaged, or names a module that the model does not have or that has another shape.
+    """
+    add_base_update(model, BaseUpdate.read(Path(folder)))
+    return model
+
+
+def add_base_update(model: Any, update: BaseUpdate) -> None:
+    """As `apply_base_update`, for an update in memory."""
+    plain: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = dict(plain.named_modules())
+    found = {}
+    for module, pair in update.modules.items():
+        layer: Any = layers.get(module)
+        layer = layer.get_base_layer() if layer is not None and hasattr(layer, "get_base_layer") else layer
+        if layer is None or not hasattr(layer, "weight"):
+            raise AdapterError(f"base update: the model has no module '{module}' with a weight")
+        shape = tuple(layer.weight.shape)
+        expected = pair.shape[::-1] if models.stores_transposed(layer) else pair.shape
+        if shape != expected:
+            raise AdapterError(f"base update: module '{module}' is {pair.shape}, but the model's weight is {shape}")
+        found[module] = layer
+    with torch.no_grad():
+        for module, layer in found.items():
+            add_to_weight(layer, update.modules[module])
+
+
+def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
+    """Merge an adapter and its base update into a plain model folder.
+
+    Adapters of a fedlora run know their base; for others it is `base`, or what their configuration names. A model with
+    its architecture's own head becomes a Transformers folder; a pooled sentence encoder becomes its encoder's folder
+    with the classifier beside it (`fedlora.load_merged` reads either).
+
+    Args:
+        folder: the adapter.
+        out: a folder that is not there yet.
+        base: a model in memory, a model folder or a hub id.
+
+    Raises:
+        AdapterError: `out` is there already, or the adapter does not fit the base.
+        ModelError: the base cannot be loaded.
+    """
+    source, target = Path(folder), Path(out)
+    if target.exists():
+        raise AdapterError(f"{target} is there already; choose another output folder")
+    from peft import PeftModel
+
+    transformers_logging.disable_progress_bar()
+    model, tokenizer, description = _base_of(source, base)
+    apply_base_update(model, source)
+    merged: Any = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
+    pooled = isinstance(merged, models.PooledClassifier)
+    with new_folder(target) as draft:
+        (merged.encoder if pooled else merged).save_pretrained(draft)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        if pooled:
+            _write_classifier(merged, draft)
+        if description:
+            write_atomic(draft / _DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
+
+
+def _write_classifier(model: models.PooledClassifier, folder: Path) -> None:
+    """What a Transformers folder of the encoder does not hold: the classifier, and how tokens are pooled."""
+    write_atomic(folder / _CLASSIFIER, serialise(model.classifier.state_dict()))
+    pooling = {"pooling_mode_mean_tokens": model.pooling == "mean", "pooling_mode_cls_token": model.pooling == "cls"}
+    write_atomic(folder / "1_Pooling" / "config.json", json.dumps(pooling).encode())
+
+
+def load_merged(folder: str | Path) -> tuple[Any, Any, list[str]]:
+    """The plain model that `merge` wrote of a fedlora adapter, its tokenizer and the names of its labels.
+
+    Raises:
+        AdapterError: the folder was not written by `merge`.
+        ModelError: the model cannot be loaded.
+    """
+    path = Path(folder)
+    config, content = inference.description(path)
+    here = ModelConfig(name=str(path.absolute()), pooling=config.pooling, dtype=config.dtype)
+    tokenizer = models.load_tokenizer(here)
+    model = models.load_base(here, content["labels"], tokenizer.pad_token_id)
+    if isinstance(model, models.PooledClassifier):
+        model.classifier.load_state_dict(load_file(path / _CLASSIFIER))
+    return model.eval(), tokenizer, content["labels"]
+
+
+def _base_of(folder: Path, base: Any) -> tuple[Any, Any, dict[str, Any] | None]:
+    """The base model, its tokenizer if there is one, and what fedlora knows of an adapter of its own."""
+    if (folder / _DESCRIPTION).is_file():
+        config, content = inference.description(folder)
+        if base is None or isinstance(base, str | Path):
+            config = config if base is None else config.model_copy(update={"name": str(base)})
+            tokenizer = models.load_tokenizer(config)
+            return models.load_base(config, content["labels"], tokenizer.pad_token_id), tokenizer, content
+        return base, None, content
+    if base is not None and not isinstance(base, str | Path):
+        return base, None, None
+    return *_from_hub_or_folder(folder, base), None
+
+
+_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def _from_hub_or_folder(folder: Path, base: str | Path | None) -> tuple[Any, Any]:
+    import transformers
+
+    try:
+        config = json.loads((folder / CONFIGURATION).read_text())
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder} is no PEFT adapter folder: {CONFIGURATION} cannot be read ({error})") from None
+    name, task = base or config.get("base_model_name_or_path"), config.get("task_type")
+    if not name or task not in _CLASSES:
+        raise AdapterError(
+            f"{folder}: its configuration does not say which model it is for (base {name}, task_type {task}); "
+            "give the model itself: fedlora.merge(folder, out, base=model)"
+        )
+    kind = getattr(transformers, _CLASSES[task])
+    return inference.from_pretrained(kind, str(name)), inference.tokenizer_if_any(str(name))

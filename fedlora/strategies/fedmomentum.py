@@ -1,0 +1,46 @@
+"""FedMomentum: the leading directions go on as adapter, the next into the base, the rest is dropped."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from pydantic import Field
+
+from fedlora.adapter import Factors
+from fedlora.config import Section
+from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.energy import directions_for
+from fedlora.updates import Updates
+
+
+class FedMomentum(Strategy):
+    """The leading r directions of `Σ w_u B_uA_u` as adapter (`U√S`, `√SVᵀ`), the next ones into the base.
+
+    arXiv 2603.08014. What is left once a share of the energy is kept is dropped. "Momentum" is what the adapter carries
+    over; there is no buffer. Readings: merged every round, always r directions in the adapter, and the residual carries
+    the scaling s (public code leaves it out). With a share of 1 it is `oracle`.
+    """
+
+    name, family, exact = "fedmomentum", Family.SUM_PRODUCT, False
+    changes_base = True
+    summary = "top r directions of the mean product as adapter, the next ones into the base, noise dropped"
+    source = "arXiv 2603.08014"
+    cost_down = "r*(d_out + d_in) + min(max(R - r, 0)*(d_out + d_in), d_out*d_in)"
+    one_rank = "the residual is one for all, but clients of lower rank would hold another adapter; use flora or oracle"
+
+    class Options(Section):
+        energy: float = Field(0.9999, gt=0, le=1)
+        """Share of the squared singular values that adapter and base update keep together."""
+
+    def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
+        energy = cast(FedMomentum.Options, self.options).energy
+        adapters, step = {}, {}
+        for module in updates.modules:
+            rank = state.rank(module)
+            found = updates.mean_product(module).truncated(min(state.adapter.factors[module].shape))
+            kept = max(directions_for(torch.cat([found.S, found.tail]), energy), rank)
+            adapters[module] = found.first(rank).balanced()
+            left, right = found.U[:, rank:kept], found.Vh[rank:kept]
+            step[module] = Factors(left * (state.scaling * found.S[rank:kept]), right)
+        return state.with_factors(adapters).with_base(step)

@@ -1,0 +1,46 @@
+"""FLoRIST: the stack of everybody's factors, cut where a share of its energy is reached, merged into the base."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from pydantic import Field
+
+from fedlora.adapter import Factors
+from fedlora.config import Section
+from fedlora.strategies.base import Family, Plan, ServerState, Strategy
+from fedlora.strategies.energy import directions_for
+from fedlora.strategies.flora import fresh_factors
+from fedlora.updates import Updates
+
+
+class FLoRIST(Strategy):
+    """`Σ w_u B_uA_u = U S Vᵀ`; the fewest directions that hold a share τ of the energy are merged into the base, then
+    B = 0 and a fresh random A. arXiv 2506.09199.
+
+    As `flora`, with a shorter stack: ρ is at most √(1−τ), and with τ = 1 it is `flora`. Any ranks. The fresh A follows
+    from seed and round (our reading, as for `flora`).
+    """
+
+    name, family, exact = "florist", Family.SUM_PRODUCT, False
+    changes_base = True
+    summary = "as flora, with the stack cut where a share of its energy is reached: fewer bytes down"
+    source = "arXiv 2506.09199"
+    cost_down = "min(R*(d_out + d_in), d_out*d_in)"
+
+    class Options(Section):
+        energy: float = Field(0.9, gt=0, le=1)
+        """Share τ of the squared singular values that is kept, per module."""
+
+    def plan(self, round_number: int) -> Plan:
+        return Plan(down=frozenset({"magnitude", "head"}))
+
+    def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
+        energy = cast(FLoRIST.Options, self.options).energy
+        fresh, step = {}, {}
+        for module in updates.modules:
+            found = updates.mean_product(module).truncated(min(state.adapter.factors[module].shape))
+            kept = found.first(directions_for(found.S, energy))
+            step[module] = Factors(kept.U * (state.scaling * kept.S), kept.Vh)
+            fresh[module] = fresh_factors(state, module)
+        return state.with_factors(fresh).with_base(step)

@@ -19,11 +19,11 @@ from fedlora.tensorfile import StoredTensors, serialise
 P = TypeVar("P")
 V = TypeVar("V")
 
-Part = Literal["A", "B", "magnitude", "head"]
+Part = Literal["A", "B", "core", "magnitude", "head"]
 Kind = Literal["linear", "embedding", "hira", "hira_embedding"]
 """How PEFT stores a module's factors: of a linear layer (also Conv1D), of an embedding, and the same for HiRA."""
 
-EVERY_PART: frozenset[Part] = frozenset({"A", "B", "magnitude", "head"})
+EVERY_PART: frozenset[Part] = frozenset({"A", "B", "core", "magnitude", "head"})
 PEFT_PREFIX = "base_model.model."
 
 _SUFFIXES: dict[Kind, dict[Literal["A", "B"], str]] = {
@@ -36,11 +36,13 @@ _FACTOR_OF: dict[str, tuple[Kind, Literal["A", "B"]]] = {
     suffix: (kind, part) for kind, parts in _SUFFIXES.items() for part, suffix in parts.items()
 }
 _MAGNITUDE = "lora_magnitude_vector"
+_CORE = "lora_core"
+"""Our own name: PEFT has no matrix between its factors."""
 _ADAPTED = re.compile(r"^(?P<module>.+?)\.(?P<suffix>(?:lora|hira)_\w+(?:\.weight)?)$")
 
 
 class ParameterName(NamedTuple):
-    """What a parameter is: part `A`, `B` or `magnitude` of a module, or `head` with the parameter's own name."""
+    """What a parameter is: part `A`, `B`, `core` or `magnitude` of a module, or `head` with its own name."""
 
     part: Part
     module: str
@@ -60,6 +62,8 @@ def parse_name(name: str) -> ParameterName:
         return ParameterName(part, match["module"], kind)
     if match and match["suffix"].removesuffix(".weight") == _MAGNITUDE:
         return ParameterName("magnitude", match["module"])
+    if match and match["suffix"] == _CORE:
+        return ParameterName("core", match["module"])
     if ".lora_" not in bare and ".hira_" not in bare:
         return ParameterName("head", bare)
     raise AdapterError(
@@ -113,18 +117,25 @@ class Factors:
         )
 
 
+def full_core(core: Tensor) -> Tensor:
+    """A core (r × r) of which only the diagonal blocks may be given (h × r/h × r/h)."""
+    return torch.block_diag(*core) if core.ndim == 3 else core  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True)
 class Adapter:
     """All factors of a model, by module, and the head: every other trained tensor, by name.
 
     `magnitudes` holds DoRA's vectors (d_out) by module; `kinds` says how PEFT names a module's factors, where it is not
-    a plain linear layer.
+    a plain linear layer. `cores` holds a matrix C between the factors, so that the update is `s·B@C@A`: r × r, or
+    h × r/h × r/h for h heads, the blocks of a block-diagonal one.
     """
 
     factors: Mapping[str, Factors]
     head: Mapping[str, Tensor] = field(default_factory=dict)
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     kinds: Mapping[str, Kind] = field(default_factory=dict)
+    cores: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -144,6 +155,13 @@ class Adapter:
         ranks = {module: other.factors[module].rank for module in self.factors}
         return self.with_factors({m: pair.at_rank(min(ranks[m], pair.rank)) for m, pair in self.factors.items()})
 
+    def folded(self) -> Adapter:
+        """The same update as plain factors: B takes up the core."""
+        if not self.cores:
+            return self
+        factors = {m: Factors(pair.B @ full_core(self.cores[m]), pair.A) for m, pair in self.factors.items()}
+        return replace(self, factors=factors, cores={})
+
     def with_factors(self, factors: Mapping[str, Factors]) -> Adapter:
         """The same head, magnitudes and kinds with other factors."""
         return replace(self, factors=factors)
@@ -157,6 +175,9 @@ class Adapter:
                 named[f"{PEFT_PREFIX}{module}.{suffixes['A']}"] = factors.A.contiguous()
             if "B" in parts:
                 named[f"{PEFT_PREFIX}{module}.{suffixes['B']}"] = factors.B.contiguous()
+        if "core" in parts:
+            for module in sorted(self.cores):
+                named[f"{PEFT_PREFIX}{module}.{_CORE}"] = self.cores[module].contiguous()
         if "magnitude" in parts:
             for module in sorted(self.magnitudes):
                 named[f"{PEFT_PREFIX}{module}.{_MAGNITUDE}"] = self.magnitudes[module].contiguous()
@@ -177,6 +198,7 @@ class Adapter:
             {bare: tensors[name] for bare, name in layout.head.items()},
             {module: tensors[name] for module, name in layout.magnitudes.items()},
             layout.kinds,
+            {module: tensors[name] for module, name in layout.cores.items()},
         )
 
     @classmethod
@@ -200,6 +222,7 @@ class Adapter:
             _Lazy(layout.head, tensors.__getitem__),
             _Lazy(layout.magnitudes, tensors.__getitem__),
             layout.kinds,
+            _Lazy(layout.cores, tensors.__getitem__),
         )
 
     def check_like(self, other: Adapter, who: str, lower_rank: bool = False) -> None:
@@ -260,6 +283,7 @@ class Layout:
     head: Mapping[str, str]
     magnitudes: Mapping[str, str]
     kinds: Mapping[str, Kind]
+    cores: Mapping[str, str]
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Layout:
@@ -271,6 +295,7 @@ class Layout:
         halves: dict[str, dict[Literal["A", "B"], str]] = {}
         head: dict[str, str] = {}
         magnitudes: dict[str, str] = {}
+        cores: dict[str, str] = {}
         kinds: dict[str, Kind] = {}
         for name in names:
             parsed = parse_name(name)
@@ -278,6 +303,8 @@ class Layout:
                 head[parsed.module] = name
             elif parsed.part == "magnitude":
                 magnitudes[parsed.module] = name
+            elif parsed.part == "core":
+                cores[parsed.module] = name
             else:
                 if kinds.setdefault(parsed.module, parsed.kind) != parsed.kind:
                     raise AdapterError(f"module '{parsed.module}' has factors of two kinds")
@@ -288,10 +315,10 @@ class Layout:
                     raise AdapterError(f"module '{module}' has no {suffix}")
         if not halves:
             raise AdapterError("no LoRA factors among the tensors; expected names like '<module>.lora_A.weight'")
-        for module in magnitudes.keys() - halves.keys():
-            raise AdapterError(f"module '{module}' has a magnitude vector but no factors")
+        for module in (magnitudes.keys() | cores.keys()) - halves.keys():
+            raise AdapterError(f"module '{module}' has a magnitude vector or a core, but no factors")
         special = {module: kind for module, kind in kinds.items() if kind != "linear"}
-        return cls({m: (parts["B"], parts["A"]) for m, parts in halves.items()}, head, magnitudes, special)
+        return cls({m: (parts["B"], parts["A"]) for m, parts in halves.items()}, head, magnitudes, special, cores)
 
 
 def wire_size(adapter: Adapter, parts: frozenset[Part]) -> tuple[int, int]:

@@ -49,6 +49,7 @@ def adapter(run: RunFolder, number: int, folder: Path) -> None:
 
 def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path, scaling: float) -> None:
     setup = run.need_json("setup.json")
+    weights = weights.folded()
     ranks = {module: weights.factors[module].rank for module in weights.modules}
     peft_config = config_at_ranks(run.need_json("adapter_config.json"), ranks, scaling)
     write_peft_folder(weights, folder, peft_config, _card(run, number))

@@ -113,7 +113,7 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
     dealt = ranks.at_start(config.lora, config.clients, config.seed)
     state = ServerState(adapter, scaling=config.lora.scaling, seed=config.seed, ranks=dealt)
     return run.write_state(
-        registry.make(config.strategy, config.strategy_options).begin(state),
+        registry.make(config.strategy, config.strategy_options).begin(state, model.base_weight),
         {
             "modules": shapes,
             "adapter_parameters": sum(p.A.numel() + p.B.numel() for p in adapter.factors.values()),

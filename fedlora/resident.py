@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedlora import seeds
-from fedlora.adapter import PEFT_PREFIX, Adapter, Factors, Part, parse_name
+from fedlora.adapter import EVERY_PART, PEFT_PREFIX, Adapter, Factors, Part, full_core, parse_name
 from fedlora.base_update import BaseUpdate
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.errors import ModelError
@@ -30,6 +31,7 @@ class ResidentModel:
         self.device = device
         self.name, self.dtype = config.name, config.dtype
         self._handles = _handles(model)
+        self._cores: dict[str, _Core] = {}
         self._base: Hashable = None
         self._pristine: dict[str, Tensor] = {}
 
@@ -82,13 +84,20 @@ class ResidentModel:
         live = self.factors()
         padded = adapter.with_factors({m: pair.at_rank(live[m].rank) for m, pair in adapter.factors.items()})
         with torch.no_grad():
-            for name, tensor in padded.tensors().items():
+            for name, tensor in padded.tensors(EVERY_PART - {"core"}).items():
                 self._handles[name].copy_(tensor)
+        for module in self._cores.keys() - adapter.cores.keys():
+            self._cores.pop(module).remove()
+        for module, core in adapter.cores.items():
+            if module not in self._cores:
+                self._cores[module] = _Core(module, self._layer(module))
+            self._cores[module].load(core.to(self.device))
 
     def read(self) -> Adapter:
         """A copy of the attached adapter and head, in fp32 on the CPU."""
         copies = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._handles.items()}
-        return Adapter.from_tensors(copies)
+        cores = {m: core.read().to("cpu", torch.float32, copy=True) for m, core in self._cores.items()}
+        return replace(Adapter.from_tensors(copies), cores=cores)
 
     def factors(self) -> dict[str, Factors]:
         """The attached factors themselves, by module: they train when the adapter does."""
@@ -101,7 +110,15 @@ class ResidentModel:
             parameter.requires_grad_(parse_name(name).part in parts)
             if parameter.requires_grad:
                 chosen.append(parameter)
+        for core in self._cores.values():
+            chosen += core.trainable("core" in parts)
         return chosen
+
+    def base_weight(self, module: str) -> Tensor:
+        """The base weight of a module as d_out × d_in, however the layer stores it, in fp32 on the CPU."""
+        layer = self._layer(module).get_base_layer()
+        weight: Tensor = layer.weight.detach().to("cpu", torch.float32)
+        return weight.T if stores_transposed(layer) else weight
 
     def set_base(self, update: BaseUpdate, version: Hashable) -> None:
         """Bring the frozen base to its pre-trained weights plus `update`; nothing is done if it is at `version`.
@@ -114,16 +131,17 @@ class ResidentModel:
             return
         with torch.no_grad():
             for module in list(self._pristine):
-                self._layer(module).weight.data = self._pristine.pop(module)
+                self._layer(module).get_base_layer().weight.data = self._pristine.pop(module)
             for module, pair in update.modules.items():
-                layer = self._layer(module)
+                layer = self._layer(module).get_base_layer()
                 self._pristine[module] = layer.weight.data
                 layer.weight.data = layer.weight.data.to(torch.float32, copy=True)
                 add_to_weight(layer, pair)
         self._base = wanted
 
     def _layer(self, module: str) -> Any:
-        return self.peft.get_base_model().get_submodule(module).get_base_layer()
+        """PEFT's layer of an adapted module."""
+        return self.peft.get_base_model().get_submodule(module)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of the configured precision."""
@@ -137,6 +155,40 @@ class ResidentModel:
             key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
             for key, value in content.items()
         }
+
+
+class _Core:
+    """A trained matrix between a module's A and B, applied to what A puts out.
+
+    Of h heads the diagonal blocks are trained, each with a factor that starts at one and is multiplied in at the end
+    (arXiv 2506.05568).
+    """
+
+    def __init__(self, module: str, layer: Any) -> None:
+        if "default" not in getattr(layer, "lora_A", {}):
+            raise ModelError(f"module '{module}' is no linear layer, and only these can have a core between A and B")
+        self._core = self._gates = nn.Parameter(torch.empty(0))
+        self._hook = layer.lora_A["default"].register_forward_hook(self._apply)
+
+    def load(self, core: Tensor) -> None:
+        self._core = nn.Parameter(core.clone())
+        self._gates = nn.Parameter(torch.ones(len(core) if core.ndim == 3 else 0, device=core.device))
+
+    def read(self) -> Tensor:
+        return (self._core if self._core.ndim == 2 else self._core * self._gates[:, None, None]).detach()
+
+    def trainable(self, wanted: bool) -> list[nn.Parameter]:
+        both = [self._core] if self._core.ndim == 2 else [self._core, self._gates]
+        for parameter in both:
+            parameter.requires_grad_(wanted)
+        return both if wanted else []
+
+    def remove(self) -> None:
+        self._hook.remove()
+
+    def _apply(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        core = self._core if self._core.ndim == 2 else self._core * self._gates[:, None, None]
+        return output @ full_core(core).to(output.dtype).T
 
 
 def add_to_weight(layer: Any, pair: Factors) -> None:

@@ -135,8 +135,8 @@ def aggregate(run: RunFolder, number: int, clients: Sequence[int]) -> dict[str, 
 def measure_round(strategy: Strategy, new: ServerState, updates: Updates) -> Divergence:
     """The divergence of what the clients of a round will hold, from the state after it."""
     mixing = {module: values["p"] for module, values in new.diagnostics.items() if "p" in values}
-    broadcasts = [strategy.broadcast(new, client) for client in updates.clients]
-    return measure(updates, broadcasts, mixing, new.base_step, new.scaling)
+    broadcasts = [strategy.broadcast(new, client).folded() for client in updates.clients]
+    return measure(updates.folded(), broadcasts, mixing, new.base_step, new.scaling)
 
 
 def client_record(run: RunFolder, number: int, client: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, overload
 
@@ -104,6 +104,17 @@ class Updates:
     def mean_a(self, module: str, rank: int | None = None) -> Tensor:
         """`Ā` of a module, in float64."""
         return algebra.mean((pair.A for pair in self.factors(module, rank)), self.weights)
+
+    def folded(self) -> Updates:
+        """The same uploads as plain factors, where they have cores."""
+        return replace(self, adapters=tuple(adapter.folded() for adapter in self.adapters))
+
+    def mean_cores(self) -> Mapping[str, Tensor]:
+        """The weighted mean of every core, in float64."""
+        return {
+            module: algebra.mean((adapter.cores[module] for adapter in self.adapters), self.weights)
+            for module in self.adapters[0].cores
+        }
 
     def mean_head(self) -> Mapping[str, Tensor]:
         """The weighted mean of every head tensor, in float64."""

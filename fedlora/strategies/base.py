@@ -12,7 +12,7 @@ round. Divergence, bytes, heads, ranks and round numbers are the loop's business
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import ClassVar, Literal
@@ -99,6 +99,11 @@ class ServerState:
         update = BaseUpdate.of(step)
         return replace(self, base=self.base.plus(update), base_step=update)
 
+    def with_cores(self, cores: Mapping[str, Tensor]) -> ServerState:
+        """The state with new cores between the global factors (stored in fp32)."""
+        stored = {module: core.to(torch.float32) for module, core in cores.items()}
+        return replace(self, adapter=replace(self.adapter, cores=stored))
+
     def with_head(self, head: Mapping[str, Tensor]) -> ServerState:
         """The state with a new global head (stored in fp32)."""
         stored = {name: tensor.to(torch.float32) for name, tensor in head.items()}
@@ -132,6 +137,8 @@ class Strategy(ABC):
     """Whether clients hold a factor that the server must not rotate."""
     pools_data: ClassVar[bool] = False
     """Whether one client trains on everybody's data: a control."""
+    trains_core: ClassVar[bool] = False
+    """Whether clients train a matrix between fixed factors."""
     one_rank: ClassVar[str] = ""
     """Why clients must all have one rank; empty where ranks are free."""
 
@@ -142,6 +149,8 @@ class Strategy(ABC):
     def refusal(cls, variant: str, mixed_ranks: bool, svd_order: bool) -> str | None:
         """Why the strategy cannot be combined with a variant, with clients of several ranks, or with SVD-ordered
         truncation; None where it can."""
+        if variant in ("dora", "hira") and cls.trains_core:
+            return f"it trains a matrix between A and B, which {variant} has no place for"
         if variant in ("dora", "hira") and cls.changes_base:
             what = "DoRA's norm" if variant == "dora" else "HiRA's gate"
             return f"it changes the base, and {what} depends on the base, so the update would not be exact"
@@ -156,12 +165,21 @@ class Strategy(ABC):
     def __init__(self, options: Section | None = None) -> None:
         self.options = options if options is not None else self.Options()
 
+    def refuses_rank(self, rank: int) -> str | None:
+        """Why the strategy with its options cannot have a rank; None where it can."""
+        return None
+
     def plan(self, round_number: int) -> Plan:
         """What clients train and what travels in a round (1, 2, …); everything by default."""
         return Plan()
 
-    def begin(self, state: ServerState) -> ServerState:
-        """The state before round one, from a fresh adapter (A random, B zero)."""
+    def begin(self, state: ServerState, weight: Callable[[str], Tensor]) -> ServerState:
+        """The state before round one.
+
+        Args:
+            state: a fresh adapter, A random and B zero.
+            weight: the base weight (d_out × d_in) of a module.
+        """
         return state
 
     def resume(self, state: ServerState, uploads: Sequence[tuple[str, Adapter]]) -> ServerState:
@@ -174,6 +192,8 @@ class Strategy(ABC):
         Raises:
             AdapterError: the uploads cannot come from a round of this strategy.
         """
+        if self.trains_core:
+            raise AdapterError(f"strategy {self.name} trains a matrix between A and B, which PEFT folders do not hold")
         return with_shared(state, uploads, self.shares, self.name) if self.shares else state
 
     @abstractmethod

@@ -39,6 +39,8 @@ _BUILTIN = {
     "fedrot-lora": "fedlora.strategies.fedrot_lora:FedRotLoRA",
     "fedmomentum": "fedlora.strategies.fedmomentum:FedMomentum",
     "florist": "fedlora.strategies.florist:FLoRIST",
+    "fed-sb": "fedlora.strategies.fed_sb:FedSB",
+    "ravan": "fedlora.strategies.ravan:RAVAN",
     "oracle": "fedlora.strategies.oracle:Oracle",
     "local": "fedlora.strategies.local:Local",
     "centralised": "fedlora.strategies.centralised:Centralised",
@@ -96,9 +98,14 @@ def check_combination(name: str, variant: str, mixed_ranks: bool, svd_order: boo
     """Raise a ValueError when a strategy cannot be exact, or not be carried out, with these settings of the adapter."""
     reason = find(name).refusal(variant, mixed_ranks, svd_order)
     if reason:
-        what = "lora.ranks" if mixed_ranks and variant not in ("dora", "hira") else f"lora.variant={variant}"
-        what = "lora.truncation=svd" if "turn the factors" in reason else what
-        raise ValueError(f"strategy={name} does not go with {what}: {reason}")
+        raise ValueError(f"strategy={name} does not go with lora.{_setting(variant, mixed_ranks, reason)}: {reason}")
+
+
+def _setting(variant: str, mixed_ranks: bool, reason: str) -> str:
+    """Which setting of the adapter a refusal is about."""
+    if "turn the factors" in reason:
+        return "truncation=svd"
+    return "ranks" if mixed_ranks and "one rank" in reason else f"variant={variant}"
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:

@@ -173,7 +173,12 @@ def measure_module(
         base: what every client's base got in this round, in units of the product.
     """
     w = weights.tolist()
-    ideal = ProductSum.of(uploads, weights)
+    ideal, sizes2, moves = ProductSum(broadcasts[0].shape), [], []
+    for weight, upload, hat in zip(w, uploads, broadcasts, strict=True):
+        own = upload.to_double()
+        ideal.add(weight, own)
+        sizes2.append(inner(own, own))
+        moves.append(_moved(own, hat))
     groups = _groups(broadcasts)
     hats = [_held(broadcasts[members[0]], base) for members in groups]
     frame = Frame(ideal, hats)
@@ -183,13 +188,13 @@ def measure_module(
         for position in members:
             errors2[position] = error2
     ideal2 = _square(frame.total)
-    dispersion = max(_weighted(w, (inner(pair, pair) for pair in uploads)) - ideal2, 0.0)
-    moves = [_moved(own, hat) for own, hat in zip(uploads, broadcasts, strict=True)]
+    dispersion = max(_weighted(w, sizes2) - ideal2, 0.0)
     spectrum = torch.linalg.svdvals(frame.total).square()
+    tail_of = {rank: float(spectrum[rank:].sum()) for rank in {hat.rank for hat in broadcasts}}
     return ModuleDivergence(
         error2=_weighted(w, errors2),
         ideal2=ideal2,
-        tail2=_weighted(w, (float(spectrum[hat.rank :].sum()) for hat in broadcasts)),
+        tail2=_weighted(w, (tail_of[hat.rank] for hat in broadcasts)),
         R=errors2[0] + dispersion if len(groups) == 1 else _jumps(uploads, w, hats, groups),
         P=_weighted(w, (b for b, _ in moves)),
         Q=_weighted(w, (a for _, a in moves)),

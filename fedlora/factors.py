@@ -16,6 +16,8 @@ from fedlora.adapter import Factors
 
 _NULL = 1e-12
 """A singular value below this share of the largest is a direction in which nothing was learned."""
+_WORTH_A_PRODUCT = 256
+"""Joint rank at which stacked factors are added to a dense matrix: the matrix is read and written once for all."""
 _SOLVABLE = 1e-4
 """A triangle whose diagonal varies less than this is inverted; otherwise the orthonormal basis itself is formed."""
 
@@ -23,15 +25,16 @@ _SOLVABLE = 1e-4
 class ProductSum:
     """`Σ c_k B_k A_k` (d_out × d_in), added one pair at a time in float64.
 
-    Kept as stacked factors while their joint rank is below min(d_out, d_in); beyond, as one dense matrix. So memory is
-    bounded by the dense matrix however many pairs are added, and the result does not depend on the route (1e-12).
+    Kept as stacked factors while their joint rank is below min(d_out, d_in); beyond, as one dense matrix, to which the
+    stack is added whenever it is wide enough to be worth a product. So memory is bounded by the dense matrix however
+    many pairs are added, and the result does not depend on the route (1e-12).
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
         self.left: list[Tensor] = []
         self.right: list[Tensor] = []
-        self.dense: Tensor | None = None
+        self._dense: Tensor | None = None
 
     @classmethod
     def of(cls, factors: Iterable[Factors], coefficients: Tensor | Sequence[float]) -> ProductSum:
@@ -52,18 +55,26 @@ class ProductSum:
         """The joint rank of what is stacked."""
         return sum(block.shape[1] for block in self.left)
 
+    @property
+    def dense(self) -> Tensor | None:
+        """The matrix itself, once the joint rank has reached min(d_out, d_in)."""
+        if self._dense is not None and self.left:
+            self._flush(self._dense)
+        return self._dense
+
     def add(self, coefficient: float, pair: Factors) -> ProductSum:
         """Add `coefficient·B@A` in place; returns itself."""
-        left, right = coefficient * pair.B.to(torch.float64), pair.A.T.to(torch.float64)
-        if self.dense is not None:
-            self.dense.addmm_(left, right.T)
-            return self
-        self.left.append(left)
-        self.right.append(right)
-        if self.width >= min(self.shape):
-            self.dense = torch.cat(self.left, dim=1) @ torch.cat(self.right, dim=1).T
-            self.left, self.right = [], []
+        self.left.append(coefficient * pair.B.to(torch.float64))
+        self.right.append(pair.A.T.to(torch.float64))
+        if self._dense is None and self.width >= min(self.shape):
+            self._dense = torch.zeros(self.shape, dtype=torch.float64)
+        if self._dense is not None and self.width >= _WORTH_A_PRODUCT:
+            self._flush(self._dense)
         return self
+
+    def _flush(self, dense: Tensor) -> None:
+        dense.addmm_(torch.cat(self.left, dim=1), torch.cat(self.right, dim=1).T)
+        self.left, self.right = [], []
 
     def factors(self) -> Factors:
         """The sum as one exact pair: the stack, or the dense matrix beside an identity on its smaller side."""

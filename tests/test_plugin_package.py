@@ -1,0 +1,53 @@
+"""The worked example of docs/plugins.md: built, installed, found by its entry point, checked, and run in the demo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "docs" / "examples" / "fedlora-fedavgm"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """The environment of a process that has the example installed."""
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--target", str(target), str(EXAMPLE)], check=True, timeout=240)
+    home = tmp_path_factory.mktemp("home")
+    return {**os.environ, "PYTHONPATH": str(target), "FEDLORA_HOME": str(home), "COLUMNS": "200"}
+
+
+def call(environment, *words):
+    command = [str(Path(sys.executable).with_name("fedlora")), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_it_is_listed_with_its_options(environment):
+    listed = call(environment, "strategies")
+    assert listed.returncode == 0, listed.stderr
+    assert "fedavgm" in listed.stdout
+    assert "momentum" in listed.stdout
+
+
+def test_its_own_conformance_test_passes(environment):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLE / "tests")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_it_runs_in_the_demo(environment):
+    small = ["rounds=1", "clients=2", "data.train_size=200", "data.test_size=60", "training.local_steps=2"]
+    done = call(environment, "run", "demo", "strategy=fedavgm", "strategy_options.momentum=0.9", *small)
+    assert done.returncode == 0, done.stderr
+    assert "fedavgm" in done.stdout
+
+
+def test_the_page_shows_the_example_as_it_is():
+    page, source = (ROOT / "docs" / "plugins.md").read_text(), (EXAMPLE / "fedlora_fedavgm.py").read_text()
+    shown = page.split("```python\n")[1].split("```")[0]
+    for block in shown.split("        ...\n"):
+        assert block.strip("\n") in source

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -144,7 +144,9 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The largest rank of any module."""
-        return max((factors.rank for factors in self.factors.values()), default=0)
+        known = self.factors.ranks if isinstance(self.factors, _StoredFactors) else None
+        ranks = known.values() if known else (factors.rank for factors in self.factors.values())
+        return max(ranks, default=0)
 
     def cut(self, rank: int) -> Adapter:
         """Every module cut to its first `rank` indices; modules of a lower rank stay as they are."""
@@ -218,7 +220,7 @@ class Adapter:
                     "expected B (d_out × r) and A (r × d_in)"
                 )
         return cls(
-            _Lazy(layout.factors, lambda names: Factors(*tensors.read(names))),
+            _StoredFactors(layout.factors, tensors),
             _Lazy(layout.head, tensors.__getitem__),
             _Lazy(layout.magnitudes, tensors.__getitem__),
             layout.kinds,
@@ -259,7 +261,7 @@ class Adapter:
                 raise AdapterError(f"{who}: tensor '{name}' has values that are not finite ({hint})")
 
 
-class _Lazy(Mapping[str, V]):
+class _Lazy(Mapping[str, V], Generic[P, V]):
     """Values made from places whenever they are asked for."""
 
     def __init__(self, places: Mapping[str, P], make: Callable[[P], V]) -> None:
@@ -273,6 +275,14 @@ class _Lazy(Mapping[str, V]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+class _StoredFactors(_Lazy[tuple[str, str], Factors]):
+    """Factors in a file, whose ranks are known without reading them."""
+
+    def __init__(self, places: Mapping[str, tuple[str, str]], tensors: StoredTensors) -> None:
+        super().__init__(places, lambda names: Factors(*tensors.read(names)))
+        self.ranks = {module: tensors.shapes[a][0] for module, (_, a) in places.items()}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ strategies that allow it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,11 @@ def _check_alike(clients: Sequence[PeftFolder]) -> None:
                 raise AdapterError(
                     f"{client.path}: tensor '{name}' has shape {shape}, but {first.head_shapes[name]} in {first.path}"
                 )
-        client.adapter.check_finite(str(client.path), "the adapter is broken; leave the client out")
+        for name, tensor in client.stored.items():
+            if not torch.isfinite(tensor).all():
+                raise AdapterError(
+                    f"{client.path}: tensor '{name}' has values that are not finite; leave the client out"
+                )
 
 
 def _same_names(path: Path, mine: Mapping[str, Any], first: Path, theirs: Mapping[str, Any], what: str) -> None:
@@ -216,9 +220,19 @@ def _start(strategy: Strategy, clients: Sequence[PeftFolder], ranks: Sequence[in
 
 def _sent(strategy: Strategy, before: ServerState, new: ServerState, clients: Sequence[PeftFolder]) -> Bytes:
     """What a round like this sends: every client's upload, and what each receives for the next."""
-    plan, next_plan = strategy.plan(before.round + 1), strategy.plan(new.round + 1)
-    up = [wire_size(client.adapter, plan.up) for client in clients]
-    down = [wire_size(strategy.broadcast(new, index), next_plan.down) for index in range(len(clients))]
+    sent, received = strategy.plan(before.round + 1).up, strategy.plan(new.round + 1).down
+    sizes: dict[Hashable, tuple[int, int]] = {}  # by shapes: thousands of clients have the same few
+    up, down = [], []
+    for index, client in enumerate(clients):
+        shapes = ("up", tuple(client.stored.layout()))
+        if shapes not in sizes:
+            sizes[shapes] = wire_size(client.adapter, sent)
+        up.append(sizes[shapes])
+        adapter = strategy.broadcast(new, index)
+        ranks = ("down", tuple(pair.rank for pair in adapter.factors.values()))
+        if ranks not in sizes:
+            sizes[ranks] = wire_size(adapter, received)
+        down.append(sizes[ranks])
     return Bytes(
         up_adapter=sum(a for a, _ in up),
         up_head=sum(h for _, h in up),

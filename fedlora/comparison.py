@@ -76,12 +76,14 @@ def same_partition(table: pd.DataFrame) -> bool:
     return all(hashes.nunique() == 1 for _, hashes in groups)
 
 
-def figure(cells: Sequence[Cell], path: Path, title: str) -> None:
-    """Accuracy and ρ against rounds, a line per run in its strategy's colour where that tells runs apart."""
+def figures(cells: Sequence[Cell], folder: Path, title: str) -> None:
+    """`comparison.png` (accuracy and ρ against rounds) and `conditions.png` (R, and P + Q), a line per run in its
+    strategy's colour where that tells runs apart."""
     runs = {cell.label: rounds.records(RunFolder(cell.folder)) for cell in cells}
     colours = {cell.label: plots.colour(str(cell.settings.get("strategy", cell.label))) for cell in cells}
     legend = {cell.label: Cell(_without_seed(cell.settings), cell.folder).label or "all seeds" for cell in cells}
-    plots.rounds_figure(runs, path, colours, title, legend)
+    plots.rounds_figure(runs, folder / "comparison.png", colours, title, legend)
+    plots.conditions_figure(runs, folder / "conditions.png", colours, legend)
 
 
 def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,9 @@ def final(run: RunFolder) -> None:
         adapter(run, run.config.rounds, run.path / "adapter")
         run.write_json("tables/divergence.json", divergence_table(run))
         run.write_json("tables/clients.json", clients_table(run))
-        plots.rounds_figure({run.config.strategy: rounds.records(run)}, run.path / "figures" / "rounds.png")
+        records = {run.config.strategy: rounds.records(run)}
+        plots.rounds_figure(records, run.path / "figures" / "rounds.png")
+        plots.conditions_figure(records, run.path / "figures" / "conditions.png")
 
 
 def adapter(run: RunFolder, number: int, folder: Path) -> None:

@@ -111,9 +111,11 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
     }
     config = run.config
     dealt = ranks.at_start(config.lora, config.clients, config.seed)
-    state = ServerState(adapter, scaling=config.lora.scaling, seed=config.seed, ranks=dealt)
+    fresh = ServerState(adapter, scaling=config.lora.scaling, seed=config.seed, ranks=dealt)
+    begun = registry.make(config.strategy, config.strategy_options).begin(fresh, model.base_weight)
+    model.load(begun.adapter)  # what does not fit the model is refused now, not when the first client trains
     return run.write_state(
-        registry.make(config.strategy, config.strategy_options).begin(state, model.base_weight),
+        begun,
         {
             "modules": shapes,
             "adapter_parameters": sum(p.A.numel() + p.B.numel() for p in adapter.factors.values()),

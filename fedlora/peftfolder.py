@@ -51,6 +51,7 @@ class PeftFolder:
 
     path: Path
     adapter: Adapter
+    stored: StoredTensors
     config: Mapping[str, Any]
     variant: Variant
     scaling: float
@@ -80,7 +81,7 @@ def open_peft_folder(path: Path) -> PeftFolder:
         raise AdapterError(f"{path}: {error}") from None
     shapes = {m: (*stored.shapes[b], stored.shapes[a][1]) for m, (b, a) in sorted(layout.factors.items())}
     head = {name: stored.shapes[place] for name, place in layout.head.items()}
-    return PeftFolder(path, adapter, config, variant, _scaling(path, config, variant, shapes), shapes, head)
+    return PeftFolder(path, adapter, stored, config, variant, _scaling(path, config, variant, shapes), shapes, head)
 
 
 def _configuration(path: Path) -> dict[str, Any]:

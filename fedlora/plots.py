@@ -15,9 +15,27 @@ if TYPE_CHECKING:
 _COLOURS = {
     "fedit": "#4c78a8",
     "ffa-lora": "#b279a2",
-    "flora-na": "#e45756",
+    "fedsa-lora": "#d67195",
+    "rolora": "#8c6bb1",
+    "flora": "#f58518",
+    "fedex-lora": "#ffbf79",
+    "flexlora": "#88d27a",
     "svd": "#54a24b",
+    "flora-na": "#e45756",
+    "lora-fair": "#ff9d98",
+    "zero-padding": "#9ecae9",
+    "hetlora": "#439894",
+    "replication": "#1f77b4",
+    "fedsvd": "#5e4fa2",
+    "raflora": "#2f6b2f",
+    "fedrot-lora": "#17becf",
+    "fedmomentum": "#b79a20",
+    "florist": "#e3772b",
+    "fed-sb": "#9d755d",
+    "ravan": "#d8b5a5",
+    "oracle": "#222222",
     "local": "#79706e",
+    "centralised": "#bab0ac",
 }
 _SPARE = ("#f58518", "#72b7b2", "#eeca3b", "#9d755d", "#ff9da6", "#1f77b4", "#17becf", "#bcbd22")
 
@@ -65,6 +83,48 @@ def rounds_figure(
         figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+def conditions_figure(
+    runs: Mapping[str, Sequence[RoundRecord]],
+    path: Path,
+    colours: Mapping[str, str] | None = None,
+    legend: Mapping[str, str] | None = None,
+) -> None:
+    """The observable sides of the two convergence conditions of arXiv 2508.01348 against rounds, one line per run.
+
+    Left R (weak: local models), right P + Q (strong: the global model); dashed their means over the rounds so far, the
+    quantities through which they enter the paper's bounds. Logarithmic, in squared units of B·A and of the factors. A
+    sum that is zero (clients keep their factors) is not drawn.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for label, records in runs.items():
+        shade = (colours or {}).get(label) or colour(label)
+        for axes, names in zip(panels, ((metrics.ABO_R,), (metrics.ABO_P, metrics.ABO_Q)), strict=True):
+            _condition(axes, records[1:], names, (legend or {}).get(label, label), shade)
+    panels[0].set(ylabel="R  (squared, products B·A)", title="Weak condition: how far products jump")
+    panels[1].set(ylabel="P + Q  (squared, factors)", title="Strong condition: how far factors jump")
+    for axes in panels:
+        axes.set(xlabel="round", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].legend(frameon=False, title="solid: round; dashed: mean so far", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _condition(axes: Axes, records: Sequence[RoundRecord], names: Sequence[str], label: str, shade: str) -> None:
+    numbers = [record.round for record in records]
+    values = [sum(record.metrics[name] for name in names) for record in records]
+    if not any(value > 0 for value in values):
+        return
+    means = [sum(values[: count + 1]) / (count + 1) for count in range(len(values))]
+    shown = axes.get_legend_handles_labels()[1]
+    axes.plot(numbers, values, color=shade, label=None if label in shown else label, marker="o", markersize=3)
+    axes.plot(numbers, means, "--", color=shade, linewidth=1)
 
 
 def _line(

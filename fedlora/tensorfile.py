@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -52,12 +52,20 @@ class StoredTensors(Mapping[str, Tensor]):
             with safe_open(path, framework="pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
                 self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-                kinds = {name: part.get_dtype() for name, part in slices.items()}
+                self.dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
         except (OSError, safetensors.SafetensorError) as error:
             raise AdapterError(f"{path} cannot be read as safetensors: {error}") from None
-        for name, kind in kinds.items():
-            if kind not in ("F64", "F32", "F16", "BF16"):
-                raise AdapterError(f"{path}: tensor '{name}' is of type {kind}; expected F32, F16, BF16 or F64")
+        for name, dtype in self.dtypes.items():
+            if dtype not in ("F64", "F32", "F16", "BF16"):
+                raise AdapterError(f"{path}: tensor '{name}' is of type {dtype}; expected F32, F16, BF16 or F64")
+
+    def layout(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and type of every tensor: all that the size of the file depends on."""
+        return [(name, shape, self.dtypes[name]) for name, shape in self.shapes.items()]
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """All tensors, with the file opened once."""
+        return dict(zip(self.shapes, self.read(list(self.shapes)), strict=True)).items()
 
     def read(self, names: Sequence[str]) -> list[Tensor]:
         """Several tensors, with the file opened once."""

@@ -138,7 +138,7 @@ def _run_cell(sweep: Sweep, cell: dict[str, Any], config: RunConfig, parent: str
 def _compare(sweep: Sweep, finished: Sequence[Cell], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     comparison.frame(finished).to_csv(folder / "comparison.csv", index=False)
-    comparison.figure(finished, folder / "comparison.png", sweep.name)
+    comparison.figures(finished, folder, sweep.name)
 
 
 def _description(sweep: Sweep, finished: Sequence[Cell], folder: Path) -> str:

@@ -92,8 +92,9 @@ def test_labels_name_the_settings():
 
 
 def test_the_figure_shows_every_run(cells, tmp_path):
-    comparison.figure(cells, tmp_path / "new" / "figure.png", "Two strategies")
-    comparison.figure(cells[:1], tmp_path / "one.png", "Two strategies")
-    both, one = imread(tmp_path / "new" / "figure.png"), imread(tmp_path / "one.png")
-    assert both.shape == one.shape
-    assert np.abs(both - one).sum() > 1000
+    comparison.figures(cells, tmp_path / "new", "Two strategies")
+    comparison.figures(cells[:1], tmp_path / "one", "Two strategies")
+    for name in ("comparison.png", "conditions.png"):
+        both, one = imread(tmp_path / "new" / name), imread(tmp_path / "one" / name)
+        assert both.shape == one.shape
+        assert np.abs(both - one).sum() > 1000

@@ -163,17 +163,23 @@ def merge(
 
 
 @app.command()
-def strategies() -> None:
-    """The aggregation strategies, a line each."""
+def strategies(
+    name: Annotated[str | None, typer.Argument(help="Tell all about one strategy, its options too.")] = None,
+) -> None:
+    """The aggregation strategies, a line each; with a name, all about one."""
     from fedlora.strategies import registry
     from flows import tables
 
-    rows = []
-    for name in registry.names():
-        found = registry.find(name)
-        options = ", ".join(found.Options.model_fields) or "–"
-        rows.append((name, found.family.value, "yes" if found.exact else "no", found.summary, options, found.source))
-    tables.listing(("name", "family", "exact", "what it does", "options", "source"), rows, sys.stdout)
+    if name:
+        tables.strategy(registry.find(name), sys.stdout)
+        return
+    found = [registry.find(each) for each in registry.names()]
+    rows = [
+        (s.name, s.family.value, "yes" if s.exact else "", "one" if s.one_rank else "any", s.summary) for s in found
+    ]
+    tables.listing(("name", "family", "exact", "ranks", "what it does"), rows, sys.stdout)
+    print("family: SP sum-product, PS product-sum; exact: ρ = 0; ranks: whether clients may have different ones.")
+    print("More about one, and its options: fedlora strategies NAME")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import TextIO
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora import comparison
+from fedlora.strategies.base import Strategy
 
 _WIDTH_OF_A_FILE = 140
 _LEGEND = """gap: local minus global accuracy. ρ: relative error of the aggregate, in the
@@ -68,7 +70,30 @@ def _cell(name: str, value: float, spread: float) -> str:
 
 def listing(columns: Sequence[str], rows: Iterable[Sequence[str]], stream: TextIO) -> None:
     """Print a plain table of words."""
-    table = Table(*columns)
+    table = Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for row in rows:
         table.add_row(*row)
     console(stream).print(table)
+
+
+def strategy(found: type[Strategy], stream: TextIO) -> None:
+    """Print what a strategy says of itself: formula, source, properties, costs, options."""
+    shown = console(stream)
+    shown.print(f"{found.name}: {found.summary}\n", markup=False)
+    shown.print(inspect.cleandoc(found.__doc__ or ""), markup=False)
+    facts = {
+        "source": found.source,
+        "family": found.family.value,
+        "exact": "yes" if found.exact else "no",
+        "clients receive": "their own" if found.personal else "the same",
+        "ranks": f"one: {found.one_rank}" if found.one_rank else "any",
+        "base": "is changed" if found.changes_base else "stays as it is",
+        "numbers up": f"{found.cost_up}  (per module and client; r its rank, R the sum of all ranks)",
+        "numbers down": found.cost_down,
+    }
+    print(file=stream)
+    for key, value in facts.items():
+        shown.print(f"{key:<16} {value}", markup=False)
+    for key, field in found.Options.model_fields.items():
+        meaning = " ".join((field.description or "").split())
+        shown.print(f"strategy_options.{key}={field.default}\n  {meaning}", markup=False)

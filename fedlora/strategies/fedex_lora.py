@@ -31,11 +31,11 @@ class FedExLoRA(Strategy):
 
 
 def residual(updates: Updates, module: str, means: Factors, scaling: float) -> Factors:
-    """`s·(Σ w_u B_uA_u − B̄Ā)` as left (d_out × (U−1)r) and right factors in float64, or dense beside an identity."""
-    if len(updates) == 1:
-        return Factors(means.B[:, :0], means.A[:0])
-    uploaded, missed = updates.factors(module), ProductSum(means.shape)
+    """`s·(Σ w_u B_uA_u − B̄Ā)` as left (d_out × (U−1)r) and right factors, in float64; dense beside an identity where
+    (U−1)r is not below min(d_out, d_in)."""
+    uploaded = updates.factors(module)
     last = uploaded[-1].A.double()
-    for w, pair in zip(updates.weights[:-1].tolist(), uploaded[:-1], strict=True):
-        missed.add(scaling * w, Factors(pair.B.double() - means.B, pair.A.double() - last))
-    return missed.factors()
+    total = ProductSum(means.shape)
+    for weight, pair in zip(updates.weights.tolist()[:-1], uploaded[:-1], strict=True):
+        total.add(scaling * weight, Factors(pair.B.double() - means.B, pair.A.double() - last))
+    return total.factors() if len(uploaded) > 1 else Factors(means.B[:, :0], means.A[:0])

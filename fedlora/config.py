@@ -151,7 +151,9 @@ def _ranks(value: Any) -> Any:
         value = _words(value)
     if value is None or isinstance(value, RankRule):
         return value
-    if isinstance(value, Mapping) and (not value or set(map(str, value)) & set(RankRule.model_fields)):
+    if not value:
+        raise ValueError(_EXPECTED_RANKS)
+    if isinstance(value, Mapping) and set(map(str, value)) & set(RankRule.model_fields):
         if unknown := [key for key in value if key not in RankRule.model_fields]:
             raise ValueError(f"a rule has the keys {', '.join(RankRule.model_fields)}, not '{unknown[0]}'")
         return RankRule.model_validate(value)

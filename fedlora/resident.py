@@ -61,8 +61,8 @@ class ResidentModel:
         return resident
 
     def _start_embeddings(self) -> None:
-        """A random and B zero, as for every other layer: PEFT has it the other way round for embeddings, and what trains
-        B alone would learn nothing beside A = 0."""
+        """A random and B zero, as for every other layer: PEFT has it the other way round for embeddings, and what
+        trains B alone would learn nothing beside A = 0."""
         with torch.no_grad():
             for name, parameter in self._handles.items():
                 parsed = parse_name(name)

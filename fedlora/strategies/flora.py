@@ -36,10 +36,14 @@ class FLoRA(Strategy):
 
 
 def fresh_factors(state: ServerState, module: str) -> Factors:
-    """B = 0 and A drawn as PEFT draws it, uniform within ±1/√d_in, by (seed, round, module)."""
+    """B = 0 and A drawn by (seed, round, module) as at the start: uniform within ±1/√d_in for a linear layer, which is
+    what PEFT does, and standard normal for an embedding, whose rows are looked up and not summed."""
     d_out, d_in = state.adapter.factors[module].shape
     rank = state.rank(module)
     position = sorted(state.adapter.factors).index(module)
     generator = torch_generator(state.seed, "fresh", state.round + 1, position)
-    A = (2 * torch.rand(rank, d_in, generator=generator) - 1) / d_in**0.5
+    if state.adapter.kinds.get(module) == "embedding":
+        A = torch.randn(rank, d_in, generator=generator)
+    else:
+        A = (2 * torch.rand(rank, d_in, generator=generator) - 1) / d_in**0.5
     return Factors(torch.zeros(d_out, rank), A)

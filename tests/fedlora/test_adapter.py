@@ -1,46 +1,57 @@
-"""Adapters as values: names, shapes, bytes, and the PEFT folder that PEFT itself loads."""
+"""Adapters as values: names, kinds, shapes, ranks, bytes."""
 
-import json
-import pickle
+import contextlib
+import math
+from dataclasses import replace
 
-import peft
 import pytest
 import torch
 
-from fedlora.adapter import (
-    Adapter,
-    Factors,
-    parse_name,
-    read_peft_folder,
-    read_tensors,
-    serialise,
-    wire_size,
-    write_peft_folder,
-)
+from fedlora.adapter import Adapter, Factors, parse_name, wire_size
 from fedlora.errors import AdapterError
+from fedlora.tensorfile import read_tensors, serialise
 
 
 class TestNames:
     @pytest.mark.parametrize(
-        ("name", "part", "module"),
+        ("name", "part", "module", "kind"),
         [
-            ("base_model.model.encoder.layer.0.query.lora_A.weight", "A", "encoder.layer.0.query"),
-            ("base_model.model.encoder.layer.0.query.lora_B.weight", "B", "encoder.layer.0.query"),
-            ("query.lora_B.weight", "B", "query"),
-            ("base_model.model.classifier.weight", "head", "classifier.weight"),
-            ("flora_net.bias", "head", "flora_net.bias"),
-            ("base_model.model.lora_net.weight", "head", "lora_net.weight"),
-            ("my.lora_A.weight.lora_B.weight", "B", "my.lora_A.weight"),
+            ("base_model.model.encoder.layer.0.query.lora_A.weight", "A", "encoder.layer.0.query", "linear"),
+            ("base_model.model.encoder.layer.0.query.lora_B.weight", "B", "encoder.layer.0.query", "linear"),
+            ("query.lora_B.weight", "B", "query", "linear"),
+            ("base_model.model.wte.lora_embedding_A", "A", "wte", "embedding"),
+            ("wte.lora_embedding_B", "B", "wte", "embedding"),
+            ("base_model.model.query.hira_A", "A", "query", "hira"),
+            ("query.hira_B", "B", "query", "hira"),
+            ("wte.hira_embedding_A", "A", "wte", "hira_embedding"),
+            ("wte.hira_embedding_B", "B", "wte", "hira_embedding"),
+            ("base_model.model.query.lora_magnitude_vector", "magnitude", "query", "linear"),
+            ("query.lora_magnitude_vector.weight", "magnitude", "query", "linear"),
+            ("base_model.model.query.lora_core", "core", "query", "linear"),
+            ("base_model.model.classifier.weight", "head", "classifier.weight", "linear"),
+            ("flora_net.bias", "head", "flora_net.bias", "linear"),
+            ("base_model.model.lora_net.weight", "head", "lora_net.weight", "linear"),
+            ("hira_net.bias", "head", "hira_net.bias", "linear"),
+            ("my.lora_A.weight.lora_B.weight", "B", "my.lora_A.weight", "linear"),
         ],
     )
-    def test_parts(self, name, part, module):
-        assert parse_name(name) == (part, module)
+    def test_parts(self, name, part, module, kind):
+        assert parse_name(name) == (part, module, kind)
 
     @pytest.mark.parametrize(
-        "name", ["q.lora_magnitude_vector", "emb.lora_embedding_A", "q.lora_A.default.weight", "q.lora_A.bias"]
+        "name",
+        [
+            "q.lora_A.default.weight",
+            "q.lora_A.bias",
+            "q.lora_A",
+            "q.hira_A.weight",
+            "q.lora_embedding_A.weight",
+            "q.hira_magnitude_vector",
+            "q.lora_C.weight",
+        ],
     )
     def test_adapters_of_other_kinds_are_refused(self, name):
-        with pytest.raises(AdapterError, match=f"parameter '{name}' is not a factor of a linear layer"):
+        with pytest.raises(AdapterError, match=f"parameter '{name}' is not understood; expected factors"):
             parse_name(name)
 
 
@@ -60,6 +71,99 @@ class TestShapes:
     def test_product_by_hand(self):
         pair = Factors(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0, 5.0]]))
         assert pair.product().tolist() == [[3, 4, 5], [6, 8, 10]]
+
+    @pytest.mark.parametrize("rank", [1, 2, 3, 5])
+    def test_another_rank_keeps_the_first_indices_and_is_filled_with_zeros(self, uploads, rank):
+        pair = uploads.adapter(0).factors["narrow"]
+        other = pair.at_rank(rank)
+        kept = min(rank, 3)
+        assert (other.rank, other.shape) == (rank, pair.shape)
+        assert torch.equal(other.B[:, :kept], pair.B[:, :kept])
+        assert torch.equal(other.A[:kept], pair.A[:kept])
+        assert not other.B[:, kept:].any()
+        assert not other.A[kept:].any()
+
+    def test_cut_never_fills_up(self, uploads):
+        adapter = uploads.adapter(0)
+        mixed = adapter.with_factors({**adapter.factors, "narrow": adapter.factors["narrow"].at_rank(1)})
+        assert [pair.rank for pair in mixed.cut(2).factors.values()] == [2, 2, 1]
+        assert [pair.rank for pair in adapter.cut_like(mixed).factors.values()] == [3, 3, 1]
+        assert [pair.rank for pair in mixed.cut_like(adapter).factors.values()] == [3, 3, 1]
+        assert mixed.cut(1).head.keys() == adapter.head.keys()
+
+
+@pytest.fixture(scope="module")
+def mixed(uploads):
+    """An adapter with factors of every kind, magnitudes and a head."""
+    kinds = {"emb": "embedding", "gated": "hira", "gated_emb": "hira_embedding"}
+    shapes = {"plain": (5, 7), "emb": (4, 30), "gated": (6, 3), "gated_emb": (4, 20)}
+    g = uploads.generator(0)
+    return Adapter(
+        {module: uploads.factors(shape, 2, g) for module, shape in shapes.items()},
+        {"classifier.bias": torch.randn(3, generator=g)},
+        {"plain": torch.rand(5, generator=g), "emb": torch.rand(4, generator=g)},
+        kinds,
+    )
+
+
+class TestKinds:
+    def test_and_back(self, mixed):
+        back = Adapter.from_tensors(mixed.tensors())
+        assert back.kinds == mixed.kinds
+        assert back.magnitudes.keys() == mixed.magnitudes.keys()
+        assert list(back.tensors()) == list(mixed.tensors())
+        assert all(torch.equal(t, back.tensors()[name]) for name, t in mixed.tensors().items())
+
+    def test_survive_a_cut(self, mixed):
+        assert list(mixed.cut(1).tensors()) == list(mixed.tensors())
+        assert {pair.rank for pair in mixed.cut(1).factors.values()} == {1}
+
+    @pytest.mark.parametrize(
+        ("parts", "count"), [({"A"}, 4), ({"magnitude"}, 2), ({"B", "magnitude"}, 6), ({"magnitude", "head"}, 3)]
+    )
+    def test_parts(self, mixed, parts, count):
+        chosen = mixed.tensors(frozenset(parts))
+        assert len(chosen) == count
+        assert {parse_name(name).part for name in chosen} == parts
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t: t.update({"plain.hira_A": t.pop("plain.lora_A.weight")}), "'plain' has factors of two kinds"),
+            (lambda t: t.pop("emb.lora_embedding_B"), "module 'emb' has no lora_embedding_B"),
+            (lambda t: t.pop("gated.hira_A"), "module 'gated' has no hira_A"),
+            (
+                lambda t: t.update({"x.lora_magnitude_vector": torch.ones(2)}),
+                "'x' has a magnitude vector or a core, but no",
+            ),
+        ],
+    )
+    def test_what_does_not_belong_together(self, mixed, change, message):
+        tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in mixed.tensors().items()}
+        change(tensors)
+        with pytest.raises(AdapterError, match=message):
+            Adapter.from_tensors(tensors)
+
+    @pytest.mark.parametrize("shape", [(2, 2), (2, 1, 1)])
+    def test_a_core_is_a_part_of_its_own_and_can_be_folded_in(self, mixed, shape):
+        """r × r, or the diagonal blocks of a block-diagonal one."""
+        core = torch.arange(1.0, 1 + math.prod(shape)).reshape(shape)
+        plain = mixed.factors["plain"]
+        alone = Adapter({"plain": plain}, mixed.head)
+        with_core = replace(alone, cores={"plain": core})
+        assert list(with_core.tensors(frozenset({"core"}))) == ["base_model.model.plain.lora_core"]
+        back = Adapter.from_tensors(with_core.tensors())
+        assert torch.equal(back.cores["plain"], core)
+        between = core if core.ndim == 2 else torch.diag(core.ravel())
+        folded = back.folded()
+        torch.testing.assert_close(folded.factors["plain"].product(), plain.B @ between @ plain.A)
+        assert list(folded.tensors()) == list(alone.tensors())
+
+    def test_magnitudes_are_sent_with_the_factors_and_not_with_the_head(self, mixed):
+        with_them, head = wire_size(mixed, frozenset({"A", "B", "magnitude", "head"}))
+        without, same = wire_size(mixed, frozenset({"A", "B", "head"}))
+        assert 4 * 9 < with_them - without < 4 * 9 + 400
+        assert head == same > 0
 
 
 class TestTensors:
@@ -121,6 +225,15 @@ class TestCheckLike:
         message = "client 7, round 3: tensor 'base_model.model.odd' is not expected"
         self.refused(uploads, lambda t: t.update({"base_model.model.odd": torch.zeros(1)}), message)
 
+    @pytest.mark.parametrize(("rank", "refused"), [(1, False), (3, False), (4, True)])
+    def test_a_lower_rank_where_it_is_allowed(self, uploads, rank, refused):
+        full = uploads.adapter(0)
+        given = full.with_factors({m: pair.at_rank(rank) for m, pair in full.factors.items()})
+        with pytest.raises(AdapterError, match="has shape") if refused else contextlib.nullcontext():
+            given.check_like(full, "client 7, round 3", lower_rank=True)
+        with pytest.raises(AdapterError, match="has shape") if rank != 3 else contextlib.nullcontext():
+            given.check_like(full, "client 7, round 3")
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_not_finite(self, uploads, value):
         message = f"client 7, round 3: tensor '{self.A}' has values that are not finite"
@@ -144,96 +257,3 @@ class TestBytes:
         factors, head = wire_size(uploads.adapter(0), frozenset({"A", "B", "head"}))
         assert 0 < factors - 4 * parameters < 150 * 6
         assert 0 < head - 4 * (4 * 6 + 4) < 150 * 2
-
-    def test_views_are_written_whole(self, tmp_path):
-        """Transposes and slices share memory with more than themselves."""
-        whole = torch.arange(24.0).reshape(4, 6)
-        adapter = Adapter({"m": Factors(whole.T[:, :2], whole[:2, ::2])})
-        (tmp_path / "a.safetensors").write_bytes(serialise(adapter.tensors()))
-        back = Adapter.from_tensors(read_tensors(tmp_path / "a.safetensors")).factors["m"]
-        assert torch.equal(back.B, whole.T[:, :2])
-        assert torch.equal(back.A, whole[:2, ::2])
-
-
-class TestUnreadableFiles:
-    @pytest.fixture
-    def path(self, tmp_path):
-        return tmp_path / "adapter_model.safetensors"
-
-    def refused(self, path):
-        with pytest.raises(AdapterError, match=r"adapter_model\.safetensors cannot be read as safetensors"):
-            read_tensors(path)
-
-    @pytest.mark.parametrize("keep", [0, 4, 100, -1])
-    def test_truncated(self, uploads, path, keep):
-        path.write_bytes(serialise(uploads.adapter(0).tensors())[:keep])
-        self.refused(path)
-
-    def test_not_safetensors(self, path):
-        path.write_bytes(b"PK\x03\x04 this is a zip file, or says so" * 50)
-        self.refused(path)
-
-    def test_pickle_is_not_run(self, path, tmp_path):
-        class Bomb:
-            def __reduce__(self):
-                return (tmp_path.joinpath("executed").touch, ())
-
-        path.write_bytes(pickle.dumps(Bomb()))
-        self.refused(path)
-        torch.save({"q.lora_A.weight": torch.zeros(2, 2)}, path)
-        self.refused(path)
-        assert not (tmp_path / "executed").exists()
-
-    def test_missing(self, path):
-        self.refused(path)
-
-
-class Tiny(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.head = torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.first(x)))
-
-
-class TestPeftFolder:
-    @pytest.fixture
-    def config(self):
-        return {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["first"], "modules_to_save": ["head"]}
-
-    @pytest.fixture
-    def adapter(self, uploads):
-        g = uploads.generator(0)
-        head = {"head.weight": torch.randn(3, 7, generator=g), "head.bias": torch.randn(3, generator=g)}
-        return Adapter({"first": uploads.factors((7, 5), 2, g)}, head)
-
-    def test_and_back(self, adapter, config, tmp_path):
-        write_peft_folder(adapter, tmp_path / "new" / "adapter", config, "# A card\n")
-        back = read_peft_folder(tmp_path / "new" / "adapter").tensors()
-        assert back.keys() == adapter.tensors().keys()
-        assert all(torch.equal(tensor, back[name]) for name, tensor in adapter.tensors().items())
-        assert json.loads((tmp_path / "new/adapter/adapter_config.json").read_text()) == config
-        assert (tmp_path / "new/adapter/README.md").read_text() == "# A card\n"
-
-    def test_peft_computes_what_the_factors_say(self, adapter, config, tmp_path):
-        """(W0 + α/r·BA)x + b in the adapted layer, and the head replaced."""
-        write_peft_folder(adapter, tmp_path, config, "")
-        base = Tiny()
-        x, pair = torch.randn(4, 5), adapter.factors["first"]
-        hidden = x @ (base.first.weight + 3 * pair.B @ pair.A).T + base.first.bias
-        wanted = torch.relu(hidden) @ adapter.head["head.weight"].T + adapter.head["head.bias"]
-        torch.testing.assert_close(
-            peft.PeftModel.from_pretrained(base, tmp_path)(x), wanted.detach(), rtol=1e-5, atol=1e-5
-        )
-
-    def test_what_peft_writes_is_read(self, adapter, config, tmp_path):
-        write_peft_folder(adapter, tmp_path / "ours", config, "")
-        peft.PeftModel.from_pretrained(Tiny(), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-        back = read_peft_folder(tmp_path / "theirs").tensors()
-        assert back.keys() == adapter.tensors().keys()
-        assert all(torch.equal(tensor, back[name]) for name, tensor in adapter.tensors().items())
-
-    def test_an_empty_folder(self, tmp_path):
-        with pytest.raises(AdapterError, match=r"adapter_model\.safetensors cannot be read"):
-            read_peft_folder(tmp_path)

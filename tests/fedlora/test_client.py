@@ -5,13 +5,12 @@ import pytest
 import torch
 
 from fedlora import client
-from fedlora.adapter import Adapter, parse_name
+from fedlora.adapter import EVERY_PART, Adapter, parse_name
 from fedlora.client import Turn
 from fedlora.config import LoraConfig, ModelConfig, TrainingConfig
 from fedlora.data.tokens import Examples
 from fedlora.errors import RunAborted
-from fedlora.model import ResidentModel
-from fedlora.strategies.base import ALL_PARTS
+from fedlora.resident import ResidentModel
 
 TURN = Turn(seed=3, round=2, client=5)
 B_ONLY = frozenset({"B", "head"})
@@ -53,7 +52,7 @@ def start(model) -> Adapter:
     return Adapter.from_tensors({n: 0.3 * torch.randn(t.shape, generator=g) for n, t in model.read().tensors().items()})
 
 
-def train(model, start, examples=None, turn=TURN, parts=ALL_PARTS, **training) -> client.Trained:
+def train(model, start, examples=None, turn=TURN, parts=EVERY_PART, **training) -> client.Trained:
     config = TrainingConfig(**{"local_steps": 3, "batch_size": 8, **training})
     return client.train(model, start, made(20) if examples is None else examples, config, turn, parts, 0)
 
@@ -67,7 +66,7 @@ def gradients(model: ResidentModel, at: Adapter, examples: Examples) -> dict[str
     """The gradient of the mean cross-entropy over all examples, one example at a time and so without padding."""
     model.load(at)
     model.peft.train()
-    model.trainable(ALL_PARTS)
+    model.trainable(EVERY_PART)
     model.peft.zero_grad(set_to_none=True)
     for ids, label in zip(examples.input_ids, examples.labels, strict=True):
         row = torch.from_numpy(ids.astype(np.int64))[None]
@@ -148,7 +147,7 @@ def test_adamw_starts_with_a_step_of_the_learning_rate_and_decays_apart_from_it(
 
 @pytest.mark.parametrize("parts", [B_ONLY, frozenset({"A"}), frozenset({"A", "B"})])
 def test_only_the_planned_parts_change(model, start, parts):
-    model.trainable(ALL_PARTS)
+    model.trainable(EVERY_PART)
     trained = train(model, start, parts=parts, weight_decay=0.1).adapter.tensors()
     for name, tensor in start.tensors().items():
         assert torch.equal(trained[name], tensor) == (parse_name(name).part not in parts), name
@@ -226,3 +225,86 @@ def test_a_last_step_that_diverges_is_noticed_too(model, start):
     huge = {**PLAIN, "learning_rate": 3e38, "weight_decay": 100.0}
     with pytest.raises(RunAborted, match=r"client 5, round 2: tensor .* not finite .*lower training.learning_rate"):
         train(model, Adapter.from_tensors({n: 1e3 * t for n, t in start.tensors().items()}), **huge)
+
+
+OPTIMISERS = {
+    "adamw with decay": {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.3, "max_grad_norm": None},
+    "sgd with momentum and clipping": {
+        **{"optimizer": "sgd", "learning_rate": 0.3, "momentum": 0.9, "weight_decay": 0.1, "max_grad_norm": 0.2}
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def low_and_high(small_bert):
+    """`low_and_high("dora")`: models without dropout at rank 2 and, scaled alike, at rank 5; a start of rank 2."""
+    folder = small_bert(0.0)
+
+    def make(variant):
+        targets = ["query", "intermediate.dense", "word_embeddings"]  # 16 × 16, 24 × 16 and 16 × 99
+        models = [
+            resident(folder, alpha=7, variant=variant, target_modules=targets, ranks=ranks) for ranks in (None, [2, 5])
+        ]
+        g = torch.Generator().manual_seed(1)
+        drawn = {
+            name: tensor * 1.2 if parse_name(name).part == "magnitude" else 0.3 * torch.randn(tensor.shape, generator=g)
+            for name, tensor in models[0].read().tensors().items()
+        }
+        return *models, Adapter.from_tensors(drawn)
+
+    return make
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "hira"])
+def test_a_lower_rank_trains_as_in_a_model_of_that_rank(low_and_high, variant, optimiser):
+    low, high, start = low_and_high(variant)
+    options = {**OPTIMISERS[optimiser], "local_steps": 6}
+    alone = train(low, start, **options)
+    within = train(high, start, **options)
+    assert within.adapter.rank == 2
+    np.testing.assert_allclose(within.losses, alone.losses, rtol=1e-4)
+    expected, before = alone.adapter.tensors(), start.tensors()
+    for name, tensor in within.adapter.tensors().items():
+        moved = (expected[name] - before[name]).norm()
+        assert moved > 0
+        assert (tensor - expected[name]).norm() < 2e-3 * moved, name
+    for pair in high.read().factors.values():  # nothing has leaked behind the client's rank
+        assert pair.rank == 5
+        assert not pair.B[:, 2:].any()
+        assert not pair.A[2:].any()
+
+
+def test_ranks_may_differ_by_module(low_and_high):
+    _, high, start = low_and_high("lora")
+    first, *others = start.modules
+    mixed = start.with_factors({**start.factors, first: start.factors[first].at_rank(1)})
+    trained = train(high, mixed).adapter
+    assert {module: pair.rank for module, pair in trained.factors.items()} == {first: 1} | dict.fromkeys(others, 2)
+
+
+def test_magnitudes_train_with_what_is_planned(low_and_high):
+    low, _, start = low_and_high("dora")
+    with_them = train(low, start, parts=frozenset({"B", "magnitude"})).adapter
+    without = train(low, start, parts=frozenset({"A", "B"})).adapter
+    for module, vector in start.magnitudes.items():
+        assert not torch.equal(with_them.magnitudes[module], vector)
+        assert torch.equal(without.magnitudes[module], vector)
+
+
+def test_a_penalty_is_trained_but_not_reported(still, start):
+    """A penalty of ½‖B‖² pulls B down; the losses are those of the data alone."""
+
+    def squares(factors, begun):
+        assert same_bits(begun, start)
+        return sum(pair.B.square().sum() for pair in factors.values()) / 2
+
+    plain = train(still, start, **PLAIN)
+    pulled = client.train(
+        still, start, made(20), TrainingConfig(**{**PLAIN, "batch_size": 8}), TURN, EVERY_PART, 0, penalty=squares
+    )
+    assert pulled.losses == plain.losses
+    for module, pair in pulled.adapter.factors.items():
+        expected = plain.adapter.factors[module].B - 0.5 * start.factors[module].B
+        torch.testing.assert_close(pair.B, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(pair.A, plain.adapter.factors[module].A)

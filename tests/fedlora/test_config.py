@@ -48,6 +48,8 @@ OTHER = {
     "lora.variant": "rslora",
     "lora.rank": 4,
     "lora.alpha": 9.0,
+    "lora.ranks": [1, 2],
+    "lora.truncation": "svd",
     "lora.dropout": 0.1,
     "lora.target_modules": ["query"],
     "training.local_steps": 5,
@@ -78,6 +80,7 @@ NEEDS = {
     "strategy_options": {"strategy": "flora-na"},
     "training.local_epochs": {"training.local_steps": None, "training.local_epochs": 1.0},
     "training.momentum": {"training.optimizer": "sgd"},
+    "lora.ranks": {"strategy": "svd", "clients": 2},
 }
 """What must be set with it."""
 
@@ -153,8 +156,8 @@ class TestUnknownKeys:
     ("key", "value", "message"),
     [
         ("partition.name", "dirichlett", r"partition\.name='dirichlett' .*: iid, .*y\. Did you mean 'dirichlet'\?"),
-        ("lora.variant", "dora", r"lora\.variant='dora' is not allowed: allowed: lora, rslora\. Did you mean"),
-        ("strategy", "flora", r"strategy='flora' is not allowed: .*known: fedit, .*Did you mean 'flora-na'\?"),
+        ("lora.variant", "lorra", r"lora\.variant='lorra' .*: allowed: lora, rslora, dora, hira\. Did you mean 'lora'"),
+        ("strategy", "florra", r"strategy='florra' is not allowed: .*known: fedit, .*Did you mean 'flora'\?"),
         ("lora.rank", 0, r"lora\.rank=0 is not allowed: .*greater than or equal to 1"),
         ("lora.rank", 2.5, r"lora\.rank=2\.5 is not allowed: .*integer"),
         ("lora.rank", "four", r"lora\.rank='four' is not allowed: .*integer"),
@@ -226,10 +229,12 @@ class TestMeanings:
         assert config.partition.name == meant
         assert config.digest() == configfile.build({"partition.name": meant, "data.client": "author"}).digest()
 
-    def test_scaling(self):
-        assert LoraConfig(rank=4, alpha=12).scaling() == 3
-        assert LoraConfig(rank=4, alpha=12).scaling(2) == 6
-        assert LoraConfig(rank=4, alpha=12, variant="rslora").scaling() == 6
+    @pytest.mark.parametrize(("variant", "scaling"), [("lora", 3), ("rslora", 6), ("dora", 3), ("hira", 1)])
+    def test_scaling(self, variant, scaling):
+        lora = LoraConfig(rank=4, alpha=12, variant=variant, ranks=[4, 16])
+        assert lora.scaling == scaling
+        if variant != "hira":
+            assert [lora.alpha_at(rank) for rank in (4, 16)] == [12, 24 if variant == "rslora" else 48]
 
     @pytest.mark.parametrize(
         ("fraction", "clients", "count"), [(1, 10, 10), (0.1, 100, 10), (0.01, 10, 1), (0.3, 5, 2), (0.29, 100, 29)]

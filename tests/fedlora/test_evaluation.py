@@ -11,7 +11,7 @@ from fedlora import metrics
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.data.tokens import Examples
 from fedlora.evaluation import Scores, evaluate
-from fedlora.model import ResidentModel
+from fedlora.resident import ResidentModel
 
 LABELS = 4
 

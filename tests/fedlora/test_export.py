@@ -1,16 +1,29 @@
 """What a finished run leaves behind: tables, cards and pictures."""
 
+import contextlib
+import csv
 import json
 import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from peft import PeftModel
 
-from fedlora import export, plots, rounds
-from fedlora.adapter import read_peft_folder
-from fedlora.evaluation import Scores
+import fedlora
+from fedlora import configfile, export, model, plots, rounds
+from fedlora.adapter import Adapter
+from fedlora.config import ModelConfig
+from fedlora.data import tokens
+from fedlora.errors import AdapterError
+from fedlora.evaluation import Scores, evaluate
+from fedlora.loop import train
+from fedlora.peftfolder import read_peft_folder
 from fedlora.runfolder import RunFolder
 
 CLIENTS = {"round", "client", "examples", "rank", "loss", "accuracy", "seconds", "bytes", "status"}
@@ -20,6 +33,19 @@ DIVERGENCE = {"round", "module", "rho", "floor"}
 
 def table(folder, name) -> list[dict]:
     return json.loads((folder / "tables" / f"{name}.json").read_text())
+
+
+def scored(network, tokenizer, folder, batch_size=64):
+    """A model's scores on the test rows of a run, with the padding of its own tokenizer."""
+    setup = json.loads((folder / "setup.json").read_text())
+    data = tokens.open_tokens(Path(setup["tokens"]))
+    examples = tokens.examples(data.test, np.arange(len(data.test)))
+    stand_in = SimpleNamespace(peft=network, device=torch.device("cpu"), autocast=contextlib.nullcontext)
+    return evaluate(stand_in, examples, len(data.labels), batch_size, tokenizer.pad_token_id, tokenizer.padding_side)
+
+
+def measured(folder) -> list[dict]:
+    return [dict(record.metrics) for record in rounds.records(RunFolder(folder))]
 
 
 def has_colour(path, colour) -> int:
@@ -114,3 +140,95 @@ def test_a_run_without_a_metric_leaves_its_line_out(finished, tmp_path):
     plots.rounds_figure({"a": records}, tmp_path / "deep" / "a.png", {"a": "#ff0000"}, "A title")
     plots.rounds_figure({"a": records[:1]}, tmp_path / "b.png", {"a": "#ff0000"})
     assert has_colour(tmp_path / "deep/a.png", "#ff0000") > has_colour(tmp_path / "b.png", "#ff0000")
+
+
+# -- the adapter in use
+
+
+def test_the_adapter_folder_gives_the_last_accuracy_in_plain_peft_and_in_fedlora(finished):
+    folder = finished({"training.local_steps": 30})
+    expected = measured(folder)[-1]
+    labels = json.loads((folder / "setup.json").read_text())["labels"]
+    base = fedlora.load_base("bert-tiny", labels=len(labels))
+    tokenizer = model.load_tokenizer(ModelConfig())
+    plain = scored(PeftModel.from_pretrained(base, str(folder / "adapter")).eval(), tokenizer, folder)
+    ours, tokenizer, names = fedlora.load_adapter(folder / "adapter")
+    assert names == labels
+    for scores in (plain, scored(ours, tokenizer, folder)):
+        assert scores.accuracy == expected["global/accuracy"]
+        assert scores.macro_f1 == expected["global/macro_f1"]
+        assert scores.loss == expected["global/loss"]
+    untrained = scored(fedlora.load_base("bert-tiny", labels=labels), tokenizer, folder)
+    assert untrained.accuracy < expected["global/accuracy"]
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "hira"])
+def test_the_folder_of_every_variant_is_the_global_model_in_plain_peft(finished, variant):
+    """With clients of several ranks: the folder is at the highest, with the alpha that keeps the scaling."""
+    folder = finished({"strategy": "zero-padding", "lora.ranks": [2, 4, 7], "lora.variant": variant})
+    labels = json.loads((folder / "setup.json").read_text())["labels"]
+    plain = PeftModel.from_pretrained(fedlora.load_base("bert-tiny", labels), str(folder / "adapter")).eval()
+    scores = scored(plain, model.load_tokenizer(ModelConfig()), folder)
+    assert scores.loss == pytest.approx(measured(folder)[-1]["global/loss"], rel=1e-6)
+    written = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert written["r"] == 7
+    if variant != "hira":
+        assert written["lora_alpha"] == pytest.approx(2 * 7 if variant != "rslora" else 16 / 8**0.5 * 7**0.5)
+
+
+@pytest.mark.parametrize("strategy", ["flora", "oracle", "fed-sb"])
+def test_what_is_not_in_the_factors_comes_along(finished, strategy):
+    """A base update, or a core between the factors."""
+    folder = finished({"strategy": strategy})
+    network, tokenizer, _ = fedlora.load_adapter(folder / "adapter")
+    scores = scored(network, tokenizer, folder)
+    assert scores.loss == pytest.approx(measured(folder)[-1]["global/loss"], rel=1e-5)
+
+
+def test_a_loaded_adapter_names_the_class_of_a_sentence(finished):
+    network, tokenizer, labels = fedlora.load_adapter(finished({"training.local_steps": 30}) / "adapter")
+    inputs = tokenizer(["a small carnivorous mammal", "the act of selling"], padding=True, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        chosen = network(**inputs).logits.argmax(-1)
+    assert all(0 <= index < len(labels) for index in chosen)
+    assert not network.training
+
+
+def test_an_adapter_from_elsewhere_is_refused_with_what_to_do(finished, tmp_path):
+    shutil.copytree(finished() / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter/fedlora.json").unlink()
+    with pytest.raises(AdapterError, match=r"no readable fedlora.json .*PeftModel.from_pretrained"):
+        fedlora.load_adapter(tmp_path / "adapter")
+
+
+def test_local_leaves_a_folder_for_each_client(finished):
+    folder = finished({"strategy": "local"}) / "adapter"
+    assert sorted(path.name for path in folder.iterdir()) == ["client-000", "client-001", "client-002"]
+    run = RunFolder(finished({"strategy": "local"}))
+    for number in range(3):
+        own = read_peft_folder(folder / f"client-{number:03d}")
+        trained = Adapter.from_tensors(run.read_tensors(run.client_stem(2, number)))
+        assert all(torch.equal(t, trained.tensors()[name]) for name, t in own.tensors().items())
+    network, _, _ = fedlora.load_adapter(folder / "client-001")
+    assert network.peft_config["default"].r == 8
+
+
+def test_a_file_with_natural_clients_end_to_end(tmp_path):
+    words = {"animal": "cat dog hen", "plant": "oak fern rose"}
+    with (tmp_path / "farm.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["note", "kind", "farm"])
+        for i in range(160):
+            kind = "animal" if i % 2 else "plant"
+            writer.writerow([f"{words[kind].split()[i % 3]} number {i}", kind, f"farm {i % 8 // 2}"])
+    overrides = {"data.name": str(tmp_path / "farm.csv"), "data.text": "note", "data.label": "kind"}
+    overrides |= {"data.client": "farm", "data.max_length": 16, "partition.name": "natural-id", "clients": 4}
+    overrides |= {"rounds": 1, "training.local_steps": 12, "training.batch_size": 8, "runner.kind": "threads"}
+    config = configfile.build({**overrides, "runner.device": "cpu"})
+    train(config, tmp_path / "run")
+    summary = json.loads((tmp_path / "run/partition.json").read_text())
+    assert sum(summary["sizes"]) == 128
+    assert summary["clients"] == 4
+    assert measured(tmp_path / "run")[-1]["global/accuracy"] > 0.9
+    assert fedlora.load_adapter(tmp_path / "run/adapter")[2] == ["animal", "plant"]

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from fedlora.adapter import EVERY_PART
 from fedlora.client import Turn, train
 from fedlora.config import LoraConfig, ModelConfig, RunnerConfig, TrainingConfig
 from fedlora.data import tokens
 from fedlora.errors import ConfigError
-from fedlora.model import ResidentModel
+from fedlora.resident import ResidentModel
 from fedlora.runfolder import RunFolder
-from fedlora.strategies.base import ALL_PARTS
 from fedlora.workers import slot_devices
 
 
@@ -56,6 +56,6 @@ def test_a_client_trained_on_a_gpu_is_the_client_trained_on_the_cpu(finished):
                 module.p = 0.0
         model.peft.config.attention_probs_dropout_prob = 0.0
         training = TrainingConfig(local_steps=3, batch_size=8, optimizer="sgd", learning_rate=0.1)
-        results.append(train(model, start, examples, training, Turn(0, 1, 0), ALL_PARTS, data.pad_token_id))
+        results.append(train(model, start, examples, training, Turn(0, 1, 0), EVERY_PART, data.pad_token_id))
     cpu, gpu = (result.adapter.tensors() for result in results)
     assert all(torch.allclose(cpu[name], gpu[name], atol=1e-4) for name in cpu)

@@ -1,37 +1,41 @@
 """Whole federated runs, tiny but real: what they measure, and what comes out of them."""
 
 import contextlib
-import csv
 import json
-import shutil
+import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModel, GPT2Config, LlamaConfig
 
 import fedlora
-from fedlora import client, configfile, model, rounds
-from fedlora.adapter import Adapter, read_peft_folder
+from fedlora import client, model, rounds
+from fedlora.adapter import Adapter, Factors
 from fedlora.config import ModelConfig
 from fedlora.data import tokens
 from fedlora.data.partition import Partition
-from fedlora.errors import AdapterError, ModelError
+from fedlora.errors import ModelError
 from fedlora.evaluation import evaluate
 from fedlora.loop import train
+from fedlora.resident import ResidentModel
 from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
+from fedlora.workers import open_pool
 
-STRATEGIES = ("fedit", "ffa-lora", "flora-na", "svd", "local")
+STRATEGIES = tuple(registry._BUILTIN)
+BOTH = ("fedit", "flora-na", "svd", "local", "flora", "fedex-lora", "oracle", "fedsa-lora", "replication", "lora-fair")
+"""Those whose clients train both factors, on the data and nothing else."""
 ALWAYS = {"bytes/up_adapter", "bytes/up_head", "bytes/down_adapter", "bytes/down_head", "bytes/down_base"} | {
     *("bytes/total", "time/train_s", "time/aggregate_s", "time/evaluate_s", "time/round_s")
 }
 TRAINED = {"rho/model", "rho/floor", "rho/excess", "rho/effective_clients", "abo/R", "abo/P", "abo/Q"} | {
     *("abo/dispersion", "clients/selected", "clients/completed")
 }
+KEPT = ("fedsa-lora", "lora_B.weight")
 GLOBAL = {"global/accuracy", "global/loss", "global/macro_f1"}
 LOCAL = {"local/accuracy", "local/accuracy_p10", "local/accuracy_worst"}
 
@@ -90,26 +94,26 @@ def test_the_report_sees_every_round_once(configure, tmp_path):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_runs_with_a_sensible_divergence(finished, strategy):
-    rho = [values["rho/model"] for values in measured(finished({"strategy": strategy}))[1:]]
-    floor = [values["rho/floor"] for values in measured(finished({"strategy": strategy}))[1:]]
+    values = measured(finished({"strategy": strategy}))[1:]
+    rho, floor = ([v[name] for v in values] for name in ("rho/model", "rho/floor"))
     assert len(rho) == 2
-    if strategy == "ffa-lora":
-        assert max(rho) < 1e-6
-    if strategy == "svd":
+    if registry.find(strategy).exact:
+        assert max(rho) < 1e-5
+    elif strategy in ("svd", "flexlora"):
         assert rho == pytest.approx(floor, abs=1e-6)
-    if strategy in ("fedit", "flora-na"):
-        assert all(r > f > 0 for r, f in zip(rho, floor, strict=True))
+    elif not registry.find(strategy).changes_base:  # what is added to the base is not bound by the rank
+        assert all(r > f - 1e-6 > 0 for r, f in zip(rho, floor, strict=True))
+    if strategy in ("fedit", "flora-na", "lora-fair"):
+        assert all(r > 1.01 * f for r, f in zip(rho, floor, strict=True))
     if strategy == "local":
-        fedit = [values["rho/model"] for values in measured(finished())[1:]]
+        fedit = [v["rho/model"] for v in measured(finished())[1:]]
         assert all(own > shared for own, shared in zip(rho, fedit, strict=True))
 
 
 def test_only_the_operator_varies_between_strategies(finished):
     """The same start and the same first training, whatever the strategy that trains both factors."""
     for name in ("partition.json", "rounds/000/state.safetensors", "rounds/001/client-002.safetensors"):
-        assert (
-            len({(finished({"strategy": s}) / name).read_bytes() for s in ("fedit", "flora-na", "svd", "local")}) == 1
-        )
+        assert len({(finished({"strategy": strategy}) / name).read_bytes() for strategy in BOTH}) == 1
 
 
 def test_ffa_lora_sends_less_and_local_nothing(finished):
@@ -161,34 +165,152 @@ def by_hand(finished):
         setup = run.need_json("setup.json")
         data, parts = tokens.open_tokens(Path(setup["tokens"])), Partition.load(run.path / "partition.npz")
         config = run.config
-        network = model.ResidentModel.build(config.model, config.lora, data.labels, 0, 99, torch.device("cpu"))
+        network = ResidentModel.build(config.model, config.lora, data.labels, 0, 99, torch.device("cpu"))
         return run, data, parts, network
 
     return pieces
 
 
-@pytest.mark.parametrize("strategy", ["fedit", "ffa-lora", "local"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["fedit", "ffa-lora", "local", "fedsa-lora", "rolora", "flora", "oracle", "centralised", "fed-sb", "ravan"],
+)
 def test_a_client_goes_on_from_what_it_was_given(by_hand, strategy):
-    """From the global adapter; under `local` from its own, not from anybody else's."""
+    """From the global adapter, on the base as it then is; under `local` from its own and nobody else's, under
+    `fedsa-lora` with its own B; under `centralised` with everybody's rows."""
     run, data, parts, network = by_hand(strategy)
-    given = run.read_tensors(run.client_stem(1, 1)) if strategy == "local" else run.read_state(1).adapter.tensors()
-    trains = registry.make(strategy).plan(2).trains
-    examples = tokens.examples(data.train, parts.train[1])
-    turn = client.Turn(run.config.seed, 2, 1)
-    trained = client.train(network, Adapter.from_tensors(given), examples, run.config.training, turn, trains, 0)
-    uploaded = run.read_tensors(run.client_stem(2, 1))
+    who = 0 if strategy == "centralised" else 1
+    before, given = run.read_state(1), run.read_state(1).adapter.tensors()
+    own = run.read_tensors(run.client_stem(1, who))
+    given = {n: own[n] if strategy == "local" or (strategy, n[-13:]) == KEPT else t for n, t in given.items()}
+    rows = np.unique(np.concatenate(parts.train)) if strategy == "centralised" else parts.train[who]
+    network.set_base(before.base, "round 1")
+    turn, trains = client.Turn(run.config.seed, 2, who), registry.make(strategy).plan(2).trains
+    start, examples = Adapter.from_tensors(given), tokens.examples(data.train, rows)
+    trained = client.train(network, start, examples, run.config.training, turn, trains, 0)
+    uploaded = run.read_tensors(run.client_stem(2, who))
+    assert bool(before.base) == registry.find(strategy).changes_base
     assert all(torch.equal(tensor, uploaded[name]) for name, tensor in trained.adapter.tensors().items())
 
 
-def test_a_personal_strategy_is_scored_by_each_clients_own_model(by_hand):
-    run, data, _, network = by_hand("local")
-    total = None
+@pytest.mark.parametrize("strategy", ["local", "fedsa-lora"])
+def test_a_personal_strategy_is_scored_by_each_clients_own_model(by_hand, strategy):
+    """Its own B with the shared A and head under `fedsa-lora`."""
+    run, data, _, network = by_hand(strategy)
+    shared, total = run.read_state(2).adapter.tensors(), None
     for own in range(3):
-        network.load(Adapter.from_tensors(run.read_tensors(run.client_stem(2, own))))
+        mine = run.read_tensors(run.client_stem(2, own))
+        kept = {n: t if strategy == "local" or (strategy, n[-13:]) == KEPT else shared[n] for n, t in mine.items()}
+        network.load(Adapter.from_tensors(kept))
         scores = evaluate(network, tokens.examples(data.test, np.arange(120)[own::3]), len(data.labels), 64, 0)
         total = scores if total is None else total + scores
     expected = measured(run.path)[-1]
     assert (total.accuracy, total.loss) == (expected["global/accuracy"], expected["global/loss"])
+
+
+@pytest.mark.parametrize("epochs", [None, 0.5])
+def test_centralised_is_one_client_with_all_rows_and_the_steps_of_one(finished, epochs):
+    length = {} if epochs is None else {"training.local_steps": None, "training.local_epochs": epochs}
+    folder = finished({"strategy": "centralised", **length})
+    each = [record.clients for record in rounds.records(RunFolder(folder))]
+    assert each == [(), (0,), (0,)]
+    record = json.loads((folder / "rounds/001/client-000.json").read_text())
+    sizes = json.loads((folder / "partition.json").read_text())["sizes"]
+    assert record["examples"] == sum(sizes) == 400
+    steps = 2 if epochs is None else round(sum(math.ceil(math.ceil(n / 8) * epochs) for n in sizes) / 3)
+    assert len(record["losses"]) == pytest.approx(steps, abs=0 if epochs is None else 1)
+    assert sum(np.array(record["local"]["confusion"]).ravel()) == 120
+    assert measured(folder)[-1]["bytes/total"] == 0
+
+
+# -- strategies that change the base
+
+
+def dense(pair: Factors) -> torch.Tensor:
+    return pair.B.double() @ pair.A.double()
+
+
+def mean_update(run: RunFolder, number: int) -> dict[str, torch.Tensor]:
+    """`W* = s·Σ w_u B_uA_u` by module, from the uploads of a round."""
+    stems = [run.client_stem(number, u) for u in range(3)]
+    examples = np.array([run.need_json(f"{stem}.json")["examples"] for stem in stems])
+    adapters = [Adapter.from_tensors(run.read_tensors(stem)) for stem in stems]
+    return {
+        module: run.config.lora.scaling
+        * sum(w * dense(a.factors[module]) for w, a in zip(examples / examples.sum(), adapters, strict=True))
+        for module in adapters[0].modules
+    }
+
+
+CHANGES = {
+    "flora": {"strategy": "flora"},
+    "flora, mixed ranks": {"strategy": "flora", "lora.ranks": [2, 4, 7]},
+    "fedex-lora": {"strategy": "fedex-lora"},
+    "oracle": {"strategy": "oracle"},
+    "oracle, a decoder": {"strategy": "oracle", "lora.rank": 2, "lora.alpha": 5, "decoder": True},
+    "fedex-lora, rslora": {"strategy": "fedex-lora", "lora.variant": "rslora", "lora.alpha": 5},
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_the_global_model_is_w0_plus_the_mean_update_round_after_round(finished, decoders, case, logits, tokens):
+    """After each round; in round two the clients' products came on top of the base that round one left."""
+    changes = dict(CHANGES[case])
+    if changes.pop("decoder", False):
+        changes["model.name"] = str(decoders["gpt2"])
+    run = RunFolder(finished(changes))
+    labels, scaling = run.need_json("setup.json")["labels"], run.config.lora.scaling
+    resident = ResidentModel.build(run.config.model, run.config.lora, labels, 0, 99, torch.device("cpu"))
+    below: dict[str, torch.Tensor] = {}
+    for number in (1, 2):
+        state, mean = run.read_state(number), mean_update(run, number)
+        by_hand = model.load_base(run.config.model, labels, 0)
+        by_hand.load_state_dict({**by_hand.state_dict(), **state.adapter.head})
+        for module, update in mean.items():
+            layer = by_hand.get_submodule(module)
+            total = (update + below.get(module, 0)).float()
+            layer.weight.data += total.T if model.stores_transposed(layer) else total
+            below[module] = update + below.get(module, 0) - scaling * dense(state.adapter.factors[module])
+        resident.set_base(state.base, number)
+        resident.load(state.adapter)
+        expected, found = logits(by_hand, tokens(5, 12)), logits(resident.peft, tokens(5, 12))
+        untrained = logits(model.load_base(run.config.model, labels, 0), tokens(5, 12))
+        assert (found - expected).norm() < 1e-4 * (expected - untrained).norm()
+        scores = scored(by_hand, SimpleNamespace(pad_token_id=0, padding_side="right"), run.path)
+        assert scores.loss == pytest.approx(measured(run.path)[number]["global/loss"], rel=1e-5)
+
+
+def test_two_runs_that_share_a_worker_do_not_disturb_each_other(configure, finished, tmp_path):
+    changes = [{"strategy": "flora"}, {"strategy": "fedit"}, {"strategy": "oracle"}, {"strategy": "flora", "seed": 1}]
+    configs = [configure(each) for each in changes]
+    with open_pool(configs[0].runner) as pool, ThreadPoolExecutor(4) as threads:
+        assert len(pool.slots) == 1
+        list(threads.map(train, configs, [tmp_path / str(index) for index in range(4)]))
+    for index, each in enumerate(changes):
+        for name in ("rounds/002/state.safetensors", "rounds/002/client-001.safetensors", "tables/divergence.json"):
+            assert (tmp_path / str(index) / name).read_bytes() == (finished(each) / name).read_bytes()
+        alone = [{k: v for k, v in m.items() if k[:5] != "time/"} for m in measured(finished(each))]
+        assert [{k: v for k, v in m.items() if k[:5] != "time/"} for m in measured(tmp_path / str(index))] == alone
+
+
+def test_a_client_downloads_what_it_missed_of_the_base(finished):
+    changes = {"strategy": "flora", "clients": 5, "fraction": 0.4, "rounds": 5, "training.local_steps": 1}
+    run = RunFolder(finished({**changes, "lora.rank": 2}))
+    steps = {number: run.read_state(number).base_step.wire_bytes() for number in range(6)}
+    took_part: dict[int, int] = {}
+    waited = set()
+    for record in rounds.records(run)[1:]:
+        each = []
+        for who in record.clients:
+            missed = sum(steps[number] for number in range(took_part.get(who, 0), record.round))
+            each.append(min(missed, run.read_state(record.round - 1).base.wire_bytes()))
+            assert run.need_json(f"{run.client_stem(record.round, who)}.json")["bytes"]["down_base"] == each[-1]
+            waited.add(record.round - took_part.get(who, 0))
+            took_part[who] = record.round
+        assert record.metrics["bytes/down_base"] == sum(each)
+        assert (sum(each) > 0) == (record.round > 1)
+    assert steps[0] == 0
+    assert len(waited) > 2
 
 
 # -- selection
@@ -210,87 +332,26 @@ def test_at_least_one_client_takes_part(configure, tmp_path):
     assert len(rounds.select(run, 1)) == 1
 
 
-# -- what comes out
+# -- other models
 
 
-def test_the_adapter_folder_gives_the_last_accuracy_in_plain_peft_and_in_fedlora(finished):
-    folder = finished({"training.local_steps": 30})
-    expected = measured(folder)[-1]
-    labels = json.loads((folder / "setup.json").read_text())["labels"]
-    base = fedlora.load_base("bert-tiny", labels=len(labels))
-    tokenizer = model.load_tokenizer(ModelConfig())
-    plain = scored(PeftModel.from_pretrained(base, str(folder / "adapter")).eval(), tokenizer, folder)
-    ours, tokenizer, names = fedlora.load_adapter(folder / "adapter")
-    assert names == labels
-    for scores in (plain, scored(ours, tokenizer, folder)):
-        assert scores.accuracy == expected["global/accuracy"]
-        assert scores.macro_f1 == expected["global/macro_f1"]
-        assert scores.loss == expected["global/loss"]
-    untrained = scored(fedlora.load_base("bert-tiny", labels=labels), tokenizer, folder)
-    assert untrained.accuracy < expected["global/accuracy"]
+@pytest.fixture(scope="session")
+def decoders(tmp_path_factory):
+    """Random decoders with the packaged tokenizer, which has a padding token that the models do not know of."""
+    return {name: _decoder(name, tmp_path_factory.mktemp(name)) for name in ("gpt2", "llama")}
 
 
-def test_a_loaded_adapter_names_the_class_of_a_sentence(finished):
-    network, tokenizer, labels = fedlora.load_adapter(finished({"training.local_steps": 30}) / "adapter")
-    inputs = tokenizer(["a small carnivorous mammal", "the act of selling"], padding=True, return_tensors="pt")
-    inputs.pop("token_type_ids", None)
-    with torch.no_grad():
-        chosen = network(**inputs).logits.argmax(-1)
-    assert all(0 <= index < len(labels) for index in chosen)
-    assert not network.training
+@pytest.fixture(params=["gpt2", "llama"])
+def decoder(request, decoders):
+    return decoders[request.param]
 
 
-def test_an_adapter_from_elsewhere_is_refused_with_what_to_do(finished, tmp_path):
-    shutil.copytree(finished() / "adapter", tmp_path / "adapter")
-    (tmp_path / "adapter/fedlora.json").unlink()
-    with pytest.raises(AdapterError, match=r"no readable fedlora.json .*PeftModel.from_pretrained"):
-        fedlora.load_adapter(tmp_path / "adapter")
-
-
-def test_local_leaves_a_folder_for_each_client(finished):
-    folder = finished({"strategy": "local"}) / "adapter"
-    assert sorted(path.name for path in folder.iterdir()) == ["client-000", "client-001", "client-002"]
-    run = RunFolder(finished({"strategy": "local"}))
-    for number in range(3):
-        own = read_peft_folder(folder / f"client-{number:03d}")
-        trained = Adapter.from_tensors(run.read_tensors(run.client_stem(2, number)))
-        assert all(torch.equal(t, trained.tensors()[name]) for name, t in own.tensors().items())
-    network, _, _ = fedlora.load_adapter(folder / "client-001")
-    assert network.peft_config["default"].r == 8
-
-
-# -- other data, other models
-
-
-def test_a_file_with_natural_clients_end_to_end(tmp_path):
-    words = {"animal": "cat dog hen", "plant": "oak fern rose"}
-    with (tmp_path / "farm.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["note", "kind", "farm"])
-        for i in range(160):
-            kind = "animal" if i % 2 else "plant"
-            writer.writerow([f"{words[kind].split()[i % 3]} number {i}", kind, f"farm {i % 8 // 2}"])
-    overrides = {"data.name": str(tmp_path / "farm.csv"), "data.text": "note", "data.label": "kind"}
-    overrides |= {"data.client": "farm", "data.max_length": 16, "partition.name": "natural-id", "clients": 4}
-    overrides |= {"rounds": 1, "training.local_steps": 12, "training.batch_size": 8, "runner.kind": "threads"}
-    config = configfile.build({**overrides, "runner.device": "cpu"})
-    train(config, tmp_path / "run")
-    summary = json.loads((tmp_path / "run/partition.json").read_text())
-    assert sum(summary["sizes"]) == 128
-    assert summary["clients"] == 4
-    assert measured(tmp_path / "run")[-1]["global/accuracy"] > 0.9
-    assert fedlora.load_adapter(tmp_path / "run/adapter")[2] == ["animal", "plant"]
-
-
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
-def decoder(request, tmp_path_factory):
-    """A random decoder with the packaged tokenizer, which has a padding token that the model does not know of."""
-    folder = tmp_path_factory.mktemp(request.param)
+def _decoder(name, folder):
     tokenizer = model.load_tokenizer(ModelConfig())
     size = {"vocab_size": len(tokenizer), "bos_token_id": 101, "eos_token_id": 102}
     config = (
         GPT2Config(**size, n_embd=16, n_layer=1, n_head=2, n_positions=32)
-        if request.param == "gpt2"
+        if name == "gpt2"
         else LlamaConfig(
             **size,
             hidden_size=16,
@@ -325,5 +386,8 @@ def test_a_text_too_long_for_the_model_is_refused_at_once(configure, tmp_path, d
         train(configure({"model.name": str(decoder), "data.max_length": 33}), tmp_path / "run")
 
 
-def test_every_strategy_that_comes_with_fedlora_is_tried_here():
-    assert set(STRATEGIES) == set(registry._BUILTIN)
+def test_a_strategy_that_does_not_fit_the_layers_is_refused_before_anyone_trains(configure, tmp_path):
+    changes = {"strategy": "fed-sb", "lora.target_modules": "word_embeddings", "lora.rank": 2}
+    with pytest.raises(ModelError, match="is no linear layer, and only these can have a core between A and B"):
+        train(configure(changes), tmp_path / "run")
+    assert not (tmp_path / "run/rounds").exists()

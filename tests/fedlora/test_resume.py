@@ -75,12 +75,36 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(configure, finished, 
     assert files == {path.relative_to(finished()) for path in finished().rglob("*")}
 
 
-def test_a_personal_run_continues_with_each_clients_own(configure, finished, copied):
-    folder = copied({"strategy": "local"})
-    shutil.rmtree(folder / "rounds/002")
-    train(configure({"strategy": "local"}), folder)
-    for name in ("rounds/002/state.safetensors", "adapter/client-001/adapter_model.safetensors"):
-        assert (folder / name).read_bytes() == (finished({"strategy": "local"}) / name).read_bytes()
+CONTINUED = {
+    "local": {"strategy": "local"},
+    "fedsa-lora": {"strategy": "fedsa-lora"},
+    "flora": {"strategy": "flora", "rounds": 3},
+    "fedex-lora": {"strategy": "fedex-lora"},
+    "oracle, mixed ranks": {"strategy": "oracle", "lora.ranks": [2, 4, 7]},
+    "a rule, with its probe": {"strategy": "replication", "lora.ranks": {"low": 2, "high": 4, "share": 0.3}},
+    "hetlora": {"strategy": "hetlora", "lora.ranks": [2, 4, 7], "strategy_options": {"keep": 0.6, "penalty": 5.0}},
+    "dora": {"strategy": "flora-na", "lora.variant": "dora"},
+    "rolora": {"strategy": "rolora"},
+    "fed-sb": {"strategy": "fed-sb"},
+}
+
+
+@pytest.mark.parametrize("case", CONTINUED)
+def test_what_a_strategy_remembers_outlives_an_interruption(configure, finished, copied, case):
+    """Each client's own, the base and what was added last, ranks that fell or rose, magnitudes, cores."""
+    changes = CONTINUED[case]
+    folder, last = copied(changes), changes.get("rounds", 2)
+    for name in ("record.json", "state.json", "state.safetensors", "client-001.json"):
+        (folder / f"rounds/{last:03d}/{name}").unlink()
+    train(configure(changes), folder)
+    whole = finished(changes)
+    assert without_times(folder) == without_times(whole)
+    tensors = [path.relative_to(whole) for path in whole.rglob("*.safetensors")]
+    assert len(tensors) > 8
+    for name in [*tensors, "tables/divergence.json"]:
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    files = {path.relative_to(folder) for path in folder.rglob("*")}
+    assert files == {path.relative_to(whole) for path in whole.rglob("*")}
 
 
 def test_a_finished_run_is_not_run_again(configure, copied):

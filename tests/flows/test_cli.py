@@ -180,7 +180,7 @@ def test_a_wrong_sweep_file_is_one_clear_line(fedlora, tmp_path, content, words)
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("strategies", ["fedit", "ffa-lora", "flora-na", "svd", "local", "2509.26399"]),
+        ("strategies", ["fedit", "ffa-lora", "flora-na", "svd", "local", "replication", "ravan"]),
         ("datasets", ["wordnet-nouns", "newsgroups-20", "fancyzhx/ag_news"]),
         ("models", ["bert-tiny", "minilm", "sentence-transformers/all-MiniLM-L6-v2"]),
     ],
@@ -189,6 +189,16 @@ def test_lists(fedlora, command, words):
     code, out, _ = fedlora(command)
     assert code == 0
     assert all(word in out for word in words)
+
+
+def test_all_about_one_strategy(fedlora):
+    code, out, _ = fedlora("strategies", "flora-na")
+    assert code == 0
+    for words in ("arXiv 2509.26399", "strategy_options.solver=als", "alternating least squares", "r*(d_out + d_in)"):
+        assert words in out
+    code, _, err = fedlora("strategies", "flora_na")
+    assert code == 2
+    assert "Did you mean 'flora-na'" in err
 
 
 def test_help_imports_nothing_heavy():

@@ -65,6 +65,25 @@ def test_the_flow_gives_the_same_numbers_as_the_plain_loop(finished_flow, tiny, 
         assert untimed.items() <= theirs.metrics.items()
 
 
+def test_clients_of_several_ranks_on_a_base_that_changes(run_flow, tiny, tmp_path):
+    """The flow as the plain loop; what padding does is logged once, in the first round whose clients differ in rank."""
+    changes = {"strategy": "flora", "lora.ranks": {"low": 2, "high": 4, "share": 0.3}, "rounds": 3}
+    folder = run_flow(changes)
+    loop.train(configfile.load("demo", {**tiny, **changes}, PRESETS), tmp_path / "loop")
+    name = "rounds/003/state.safetensors"
+    assert (folder.path / name).read_bytes() == (tmp_path / "loop" / name).read_bytes()
+    for mine, theirs in zip(rounds.records(folder), rounds.records(RunFolder(tmp_path / "loop")), strict=True):
+        untimed = {name: value for name, value in mine.metrics.items() if not name.startswith("time/")}
+        assert untimed.items() <= theirs.metrics.items()
+    tracked, second = tracker.load(folder), rounds.records(folder)[2].metrics
+    client = MlflowClient(tracked.uri)
+    for name in ("ranks/before", "ranks/zero_padding", "ranks/replication"):
+        points = [(point.step, point.value) for point in client.get_metric_history(tracked.run, name)]
+        assert points == [(2, second[name])]
+    base = [point.value for point in client.get_metric_history(tracked.run, "bytes/down_base")]
+    assert [value > 0 for value in base] == [False, False, True, True]
+
+
 def test_task_runs_say_strategy_round_and_client(finished_flow):
     names = task_names(flow_run_of(finished_flow))
     for number in (1, 2):

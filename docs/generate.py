@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from fedlora.config import RunConfig, Section
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, Factors, Part
+from fedlora.config import LoraConfig, RunConfig, Section
+from fedlora.divergence import Divergence
+from fedlora.rounds import measure_round
+from fedlora.seeds import torch_generator
 from fedlora.strategies import registry
+from fedlora.strategies.base import ServerState, Strategy, advance
+from fedlora.updates import Update, Updates
 
 DOCS = Path(__file__).parent
+PAGES = DOCS / "strategies"
+
+MODULE, D_OUT, D_IN, RANK = "m", 64, 48, 4
+EXAMPLES = (10, 20, 30, 40, 50)
+"""The example: so many clients with so many examples each, one module of D_OUT × D_IN."""
+MIXED = (2, 4, 2, 4, 2)
+"""Ranks of its clients, where they differ."""
+ROUND = 2
+_VARIANTS: tuple[str, ...] = get_args(LoraConfig.model_fields["variant"].annotation)
+_WORDS = {"SP": "sum-product (SP)", "PS": "product-sum (PS)", "control": "control"}
 
 
 def configuration() -> str:
@@ -56,24 +79,285 @@ def _values(kind: Any, limits: list[Any]) -> str:
     return " ".join([named, ", ".join(bounds)]).strip()
 
 
-def strategies() -> str:
-    """The table of strategies that `docs/strategies.md` holds between its marks."""
-    rows = ["| name | family | exact | clients receive | what it does | source |", "|---|---|---|---|---|---|"]
-    for name in registry.names():
+def own_names() -> list[str]:
+    """The strategies that come with fedlora; those of plug-ins have their own documentation."""
+    return [name for name in registry.names() if registry.find(name).__module__.startswith("fedlora.")]
+
+
+def described() -> list[str]:
+    """The strategies that have a page."""
+    return [name for name in own_names() if (PAGES / f"{name}.md").exists()]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One round of the example: numbers that each client sends and receives (mean over clients), what the formulas of
+    the class say, and the divergence."""
+
+    up: float
+    down: float
+    formula_up: float
+    formula_down: float
+    divergence: Divergence
+
+
+def example(strategy: Strategy, ranks: Sequence[int] | None, examples: Sequence[int]) -> tuple[ServerState, Updates]:
+    """The state before round ROUND, and what clients that start from it upload: every part that they train moves by
+    noise of the size that it has, drawn by client and part, the same for every strategy."""
+    clients = range(1 if strategy.pools_data else len(examples))
+    given = ranks or [RANK] * len(examples)
+    fresh = Adapter({MODULE: Factors(torch.zeros(D_OUT, max(given)), _draw("A", 0, (max(given), D_IN)))})
+    state = ServerState(fresh, scaling=2.0, ranks={u: given[u] for u in clients if given[u] < max(given)})
+    state = strategy.begin(state, lambda module: _draw("base", 0, (D_OUT, D_IN)))
+    before = replace(state, adapter=_learned(state.adapter), round=ROUND - 1)
+    uploads = [_trained(strategy, before, client) for client in clients]
+    return before, Updates.collect(Update(u, examples[u], adapter) for u, adapter in zip(clients, uploads, strict=True))
+
+
+def _draw(part: str, client: int, shape: Sequence[int]) -> Tensor:
+    """Normal numbers at which a row of A, or a column of B, has a length of about one."""
+    generator = torch_generator(0, f"docs {part}", 0, client)
+    return torch.randn(*shape, generator=generator) / max(shape) ** 0.5
+
+
+def _learned(adapter: Adapter) -> Adapter:
+    """What the round starts from: B, or the core between the factors, is not zero any more."""
+    if adapter.cores:
+        return replace(adapter, cores={m: _draw("core", 0, core.shape) for m, core in adapter.cores.items()})
+    return adapter.with_factors({m: Factors(0.3 * _draw("B", 0, f.B.shape), f.A) for m, f in adapter.factors.items()})
+
+
+def _trained(strategy: Strategy, state: ServerState, client: int) -> Adapter:
+    start, parts = strategy.broadcast(state, client), strategy.plan(ROUND).trains
+
+    def moved(tensor: Tensor, part: Part) -> Tensor:
+        return tensor + _draw(part, client + 1, tensor.shape) if part in parts else tensor
+
+    factors = {m: Factors(moved(f.B, "B"), moved(f.A, "A")) for m, f in start.factors.items()}
+    cores = {m: moved(core, "core") for m, core in start.cores.items()}
+    return strategy.after_training(start, replace(start, factors=factors, cores=cores))
+
+
+def measure(strategy: Strategy, ranks: Sequence[int] | None = None, examples: Sequence[int] = EXAMPLES) -> Measured:
+    """Play one round of the example and count what travels: the upload, the broadcast that follows, the base update."""
+    before, updates = example(strategy, ranks, examples)
+    after = advance(strategy, before, updates)
+    up, down = strategy.plan(ROUND).up, strategy.plan(ROUND + 1).down
+    base = after.base_step.wire_bytes() / 4
+    uploaded = [adapter.rank for adapter in updates.adapters]
+    every = {
+        "R": sum(uploaded),
+        "m": min(uploaded),
+        "d_out": D_OUT,
+        "d_in": D_IN,
+        "h": getattr(strategy.options, "heads", 1),
+    }
+    return Measured(
+        _mean([_numbers(adapter, up) for adapter in updates.adapters]),
+        _mean([_numbers(strategy.broadcast(after, client), down) + base for client in updates.clients]),
+        _mean([value(strategy.cost_up, odd=ROUND % 2, r=r, **every) for r in uploaded]),
+        _mean([value(strategy.cost_down, odd=(ROUND + 1) % 2, r=r, **every) for r in uploaded]),
+        measure_round(strategy, after, updates),
+    )
+
+
+def _numbers(adapter: Adapter, parts: frozenset[Part]) -> int:
+    return sum(tensor.numel() for tensor in adapter.tensors(parts).values())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def value(formula: str, **names: float) -> float:
+    """What a cost formula of a strategy comes to."""
+    return float(eval(formula, {"__builtins__": {}, "min": min, "max": max}, names))  # noqa: S307  our own classes'
+
+
+def latex(formula: str) -> str:
+    """A cost formula of a strategy for people."""
+    if " if odd else " in formula:
+        odd, even = formula.split(" if odd else ")
+        return f"{latex(odd)} in odd rounds, {latex(even)} in even ones"
+    for pattern, shown in ((r"d_(out|in)", r"d_{\1}"), (r"\b(min|max)\b", r"\\\1"), (r"\br\*r\b", "r^2")):
+        formula = re.sub(pattern, shown, formula)
+    return f"${re.sub(r'[ ]?[*][ ]?', ' ', formula)}$"
+
+
+@cache
+def gauge(name: str) -> str:
+    """Whether the same products in other factors, (B M, M⁻¹ A), come to the same; `–` where clients share a factor."""
+    strategy = registry.make(name)
+    before, updates = example(strategy, None, EXAMPLES)
+    if not {"A", "B"} <= strategy.plan(ROUND).trains or before.adapter.cores:
+        return "–"
+    turned = []
+    for client, adapter in enumerate(updates.adapters):
+        pair = adapter.factors[MODULE]
+        M = _draw("gauge", client, (pair.rank, pair.rank)).double() + torch.eye(pair.rank)
+        turned.append(
+            adapter.with_factors({MODULE: Factors(pair.B.double() @ M, torch.linalg.solve(M, pair.A.double()))})
+        )
+    given = (updates, replace(updates, adapters=tuple(turned)))
+    one, other = (_held(strategy, advance(strategy, before, each), each.clients) for each in given)
+    return "yes" if torch.allclose(one, other, rtol=1e-4, atol=1e-5) else "no"
+
+
+def _held(strategy: Strategy, state: ServerState, clients: Sequence[int]) -> Tensor:
+    """The update that each client holds (U × d_out × d_in)."""
+    step = state.base_step.modules.get(MODULE)
+    base = step.product() if step else torch.zeros(D_OUT, D_IN)
+    pairs = [strategy.broadcast(state, client).factors[MODULE].to(torch.float32) for client in clients]
+    return torch.stack([state.scaling * pair.product() + base for pair in pairs])
+
+
+def overview() -> str:
+    """What there is, in a line each."""
+    rows = [
+        f"| [`{name}`](strategies/{name}.md) | {registry.find(name).summary} | {registry.find(name).source} |"
+        for name in described()
+    ]
+    return "\n".join(["| name | what it does | source |", "|---|---|---|", *rows])
+
+
+def properties() -> str:
+    """The properties of every strategy, from its class."""
+    heads = ("name", "family", "exact", "ranks", "base", "models", "not with", "gauge", "up", "down")
+    rows = []
+    for name in described():
         found = registry.find(name)
-        exact, receive = ("yes" if found.exact else "no"), ("their own" if found.personal else "the same")
-        rows.append(f"| `{name}` | {found.family.value} | {exact} | {receive} | {found.summary} | {found.source} |")
-    return "\n".join(rows)
+        cells = (
+            f"[`{name}`](strategies/{name}.md)",
+            found.family.value,
+            _yes(found.exact),
+            "one" if found.one_rank else "free",
+            "changes" if found.changes_base else "stays",
+            "own" if found.personal else "one",
+            ", ".join(f"`{variant}`" for variant in _VARIANTS if found.refusal(variant, False, False)) or "–",
+            gauge(name),
+            latex(found.cost_up),
+            latex(found.cost_down),
+        )
+        rows.append(_row(cells))
+    return "\n".join([_row(heads), "|---" * len(heads) + "|", *rows])
+
+
+def measurements() -> str:
+    """The example, played with every strategy."""
+    heads = ("name", "up", "formula", "down", "formula", "ρ", "floor", "ρ, mixed ranks", "floor")
+    rows = []
+    for name in described():
+        equal = measure(registry.make(name))
+        one_rank = registry.find(name).one_rank
+        mixed = None if one_rank else measure(registry.make(name), MIXED).divergence
+        bound = "≤ " if equal.down < equal.formula_down else ""
+        cells = (
+            f"[`{name}`](strategies/{name}.md)",
+            f"{equal.up:g}",
+            f"{equal.formula_up:g}",
+            f"{equal.down:g}",
+            f"{bound}{equal.formula_down:g}",
+            *_shown(equal.divergence),
+            *_shown(mixed),
+        )
+        rows.append(_row(cells))
+    return "\n".join([_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|", *rows])
+
+
+def _shown(found: Divergence | None) -> tuple[str, str]:
+    if found is None:
+        return "–", "–"
+    return tuple(f"{0.0 if each < 1e-6 else each:.3f}" for each in (found.rho, found.floor))  # type: ignore[return-value]
+
+
+def facts(name: str) -> str:
+    """What a strategy's class says of it, for its page."""
+    found = registry.find(name)
+    rows = [
+        ("family", _WORDS[found.family.value]),
+        ("exact (ρ = 0)", _yes(found.exact)),
+        ("clients train", _by_round(name, "trains")),
+        ("sent up", _by_round(name, "up")),
+        ("sent down", _by_round(name, "down") + (", base update" if found.changes_base else "")),
+        ("numbers up", latex(found.cost_up)),
+        ("numbers down", latex(found.cost_down)),
+        ("clients of several ranks", f"refused: {found.one_rank}" if found.one_rank else "yes"),
+        ("changes the base", _yes(found.changes_base)),
+        ("clients keep adapters of their own", _yes(found.personal)),
+        ("blind to the gauge", {"–": "clients share a factor"}.get(gauge(name), gauge(name))),
+        *((f"`lora.variant={variant}`", _or_refused(found.refusal(variant, False, False))) for variant in _VARIANTS),
+        ("`lora.truncation=svd`", _or_refused(found.refusal("lora", False, True))),
+        ("`fedlora aggregate`", _aggregates(found)),
+        ("source", found.source),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(_row(row) for row in rows), "", *_options(found)])
+
+
+def _options(found: type[Strategy]) -> list[str]:
+    if not found.Options.model_fields:
+        return ["No options."]
+    rows = []
+    for key, field in found.Options.model_fields.items():
+        meaning = " ".join((field.description or "").split())
+        cells = (f"`strategy_options.{key}`", _values(field.annotation, field.metadata), f"`{field.default}`", meaning)
+        rows.append(_row(cells))
+    return ["| option | values | default | meaning |", "|---|---|---|---|", *rows]
+
+
+def _by_round(name: str, what: Literal["trains", "up", "down"]) -> str:
+    """The factors that are trained or sent, in round one and later where that differs."""
+    strategy = registry.make(name)
+    seen = [_parts(getattr(strategy.plan(number), what), strategy) for number in (1, 2, 3)]
+    if seen[0] == seen[1] == seen[2]:
+        return seen[0]
+    later = seen[1] if seen[1] == seen[2] else f"{seen[1]} in even rounds, {seen[2]} in odd ones"
+    return f"{later}; {seen[0]} in round 1" if seen[0] != seen[2] else later
+
+
+def _parts(parts: frozenset[Part], strategy: Strategy) -> str:
+    wanted = ("A", "B", "core") if strategy.trains_core else ("A", "B")
+    return ", ".join(part for part in wanted if part in parts) or "no factor"
+
+
+def _aggregates(found: type[Strategy]) -> str:
+    if found.pools_data:
+        return "refused: there is nothing to aggregate"
+    return "refused: PEFT folders hold no core" if found.trains_core else "yes"
+
+
+def _or_refused(reason: str | None) -> str:
+    return f"refused: {reason}" if reason else "yes"
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def between(text: str, mark: str, content: str) -> str:
+    """The text with new content between `<!-- mark -->` and `<!-- end of mark -->`."""
+    begin, end = f"<!-- {mark} -->\n", f"\n<!-- end of {mark} -->"
+    head, rest = text.split(begin)
+    return f"{head}{begin}{content}{end}{rest.split(end)[1]}"
 
 
 def pages() -> dict[Path, str]:
     """What each generated page should hold."""
     path = DOCS / "strategies.md"
-    begin, end = "<!-- table -->\n", "\n<!-- end of table -->"
-    head, rest = path.read_text().split(begin)
+    text = path.read_text()
+    for mark, content in (("overview", overview), ("properties", properties), ("measurements", measurements)):
+        text = between(text, mark, content())
     return {
         DOCS / "configuration.md": configuration(),
-        path: f"{head}{begin}{strategies()}{end}{rest.split(end)[1]}",
+        path: text,
+        **{
+            page: between(page.read_text(), "facts", facts(name))
+            for name in described()
+            for page in [PAGES / f"{name}.md"]
+        },
     }
 
 

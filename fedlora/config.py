@@ -151,7 +151,7 @@ def _ranks(value: Any) -> Any:
         value = _words(value)
     if value is None or isinstance(value, RankRule):
         return value
-    if not value:
+    if value == {}:
         raise ValueError(_EXPECTED_RANKS)
     if isinstance(value, Mapping) and set(map(str, value)) & set(RankRule.model_fields):
         if unknown := [key for key in value if key not in RankRule.model_fields]:

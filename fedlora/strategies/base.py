@@ -125,7 +125,8 @@ class Strategy(ABC):
     summary: ClassVar[str]
     source: ClassVar[str]
     cost_up: ClassVar[str] = "r*(d_out + d_in)"
-    """Numbers per module and client, in r (the client's rank), R (the sum of all clients' ranks), d_out, d_in."""
+    """Numbers per module and client, in r (the client's rank), R (the sum of all clients' ranks), m (the lowest of
+    them), d_out, d_in, and h (the option `heads`); an upper bound where the strategy drops what is small."""
     cost_down: ClassVar[str] = "r*(d_out + d_in)"
     personal: ClassVar[bool] = False
     """Whether clients keep adapters of their own, so that there is no global model."""

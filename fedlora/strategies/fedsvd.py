@@ -9,14 +9,15 @@ from fedlora.updates import Updates
 
 
 class FedSVD(Strategy):
-    """`B̄Â = U S Vᵀ`, then `B̂ = U S`, `Â = Vᵀ`: the product is unchanged, A follows what was learned. arXiv 2505.12805.
+    """`B̄Â = U S Vᵀ`, then `B̂ = U S`, `Â = Vᵀ`: the product is unchanged, A's rows orthonormal.
 
-    A is frozen within a round, so the mean of B is exact. The SVD needs no d_out × d_in matrix. Our reading for clients
-    of lower rank: they hold the first rows of Â (the largest directions), and their B counts as zero beyond.
+    arXiv 2505.12805. A is frozen within a round, so the mean of B is exact. Its rows are ordered by what was learned,
+    within the span of the random start, which they never leave. The SVD needs no d_out × d_in matrix. Our reading for
+    clients of lower rank: they hold the first rows of Â (the largest directions), and their B counts as zero beyond.
     """
 
     name, family, exact = "fedsvd", Family.PRODUCT_SUM, True
-    summary = "as ffa-lora, but A is renewed each round from the SVD of the product: exact, A follows the data"
+    summary = "as ffa-lora, with A made orthonormal each round by the SVD of the product: exact"
     source = "arXiv 2505.12805"
     cost_up = "r*d_out"
     shares = "A"

@@ -23,7 +23,7 @@ class FLoRANA(Strategy):
 
     Solved per module by alternating least squares on r × r Gram blocks (ALGORITHMS §4.1, our reading of the paper's
     minimisation). It starts at p = q = w and never rises, so ρ is at most FedIT's by construction, under every option.
-    Our reading for clients of several ranks: their factors are padded with zeros, so ρ is at most zero-padding's.
+    Our reading for clients of several ranks: their factors are padded with zeros, and p, q fit the padded product.
     """
 
     name, family, exact = "flora-na", Family.PRODUCT_SUM, False

@@ -21,17 +21,16 @@ class Oracle(Strategy):
     changes_base = True
     summary = "control: the rank-r optimum as adapter, the rest of the mean product in the base; nothing is lost"
     source = "control"
-    cost_down = "r*(d_out + d_in) + min(R*(d_out + d_in), d_out*d_in)"
+    cost_down = "r*(d_out + d_in) + min((R - m)*(d_out + d_in), d_out*d_in)"
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         lowest = min([*state.ranks.values(), state.adapter.rank])
         kept, step = {}, {}
         for module in updates.modules:
-            total = updates.mean_product(module)
-            found = total.truncated(state.rank(module))
-            adapter = _cut_off(found.balanced(), lowest, found.Vh).to(torch.float32)
-            rest = total.add(-1.0, adapter).factors()
-            kept[module], step[module] = adapter, Factors(rest.B, state.scaling * rest.A)
+            found = updates.mean_product(module).truncated(min(state.adapter.factors[module].shape))
+            leading = found.first(state.rank(module))
+            kept[module] = _cut_off(leading.balanced(), lowest, leading.Vh)
+            step[module] = Factors(found.U[:, lowest:] * (state.scaling * found.S[lowest:]), found.Vh[lowest:])
         return state.with_factors(kept).with_base(step)
 
 

@@ -27,7 +27,7 @@ class RoLoRA(Strategy):
 
     def plan(self, round_number: int) -> Plan:
         now, before = (ONLY_B, ONLY_A) if _trains_b(round_number) else (ONLY_A, ONLY_B)
-        return Plan(trains=now, up=now, down=ONLY_B if round_number == 1 else before)
+        return Plan(trains=now, up=now, down=before)
 
     def resume(self, state: ServerState, uploads: Sequence[tuple[str, Adapter]]) -> ServerState:
         """A round in which B was trained where all share A, otherwise one in which A was."""

@@ -1,9 +1,8 @@
 """How far a broadcast is from the mean of what the clients uploaded: ρ, its floor, and the conditions R, P, Q.
 
-Measured around every strategy each round, from the uploads and the broadcasts alone (ALGORITHMS §2–3;
-arXiv 2508.01348 for R, P, Q). All norms are Frobenius, all arithmetic is float64 in the coordinates of
-`fedlora.factors.Frame`. Factors are compared without the scaling s, which cancels in ρ; R, P, Q and the dispersion are
-in units of the products `B·A`.
+Measured around every strategy each round, from the uploads and the broadcasts alone (R, P, Q: arXiv 2508.01348). All
+norms are Frobenius, all arithmetic is float64 in the coordinates of `fedlora.factors.Frame`. Factors are compared
+without the scaling s, which cancels in ρ; R, P, Q and the dispersion are in units of the products `B·A`.
 """
 
 from __future__ import annotations

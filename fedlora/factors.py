@@ -1,7 +1,7 @@
 """Algebra of weighted sums of products `Σ c_k B_k A_k` without forming d_out × d_in matrices where that is dearer.
 
 Everything exact rests on this: float64 throughout, and differences are taken in coordinates, never as differences
-of squares (ALGORITHMS §3: those gave 7e-4 for a true 3e-5).
+of squares: those gave 7e-4 for a true 3e-5 in float32.
 """
 
 from __future__ import annotations

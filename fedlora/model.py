@@ -1,7 +1,7 @@
 """The frozen base model: names, loading, heads, and which layers an adapter is put on.
 
 Base models are sequence classifiers: the architecture's own head, or, for sentence encoders, the pooling that they were
-trained with and a fresh linear classifier (DATA.md: with the wrong pooling federated runs hardly learn).
+trained with and a fresh linear classifier (with the wrong pooling federated runs hardly learn).
 """
 
 from __future__ import annotations

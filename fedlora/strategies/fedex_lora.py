@@ -12,7 +12,7 @@ class FedExLoRA(Strategy):
     """`B̄, Ā` as in FedIT, and the residual `s·(Σ w_u B_uA_u − B̄Ā)` added to the base: exact. arXiv 2410.09432.
 
     The residual travels as factors of width (U−1)r, by the centred identity
-    `Σ_{u<U} w_u (B_u − B̄)(A_u − A_U)` (ALGORITHMS §3), or dense where that is smaller.
+    `Σ_{u<U} w_u (B_u − B̄)(A_u − A_U)`, or dense where that is smaller.
     """
 
     name, family, exact = "fedex-lora", Family.PRODUCT_SUM, True

@@ -21,8 +21,8 @@ from fedlora.updates import Updates
 class FLoRANA(Strategy):
     """`B̂ = Σ p_u B_u`, `Â = Σ q_u A_u` with p, q that bring `B̂Â` nearest to `Σ w_u B_uA_u`. arXiv 2509.26399.
 
-    Solved per module by alternating least squares on r × r Gram blocks (ALGORITHMS §4.1, our reading of the paper's
-    minimisation). It starts at p = q = w and never rises, so ρ is at most FedIT's by construction, under every option.
+    Solved per module by alternating least squares on r × r Gram blocks (our reading of the paper's minimisation). It
+    starts at p = q = w and never rises, so ρ is at most FedIT's by construction, under every option.
     Our reading for clients of several ranks: their factors are padded with zeros, and p, q fit the padded product.
     """
 

@@ -17,7 +17,7 @@ from fedlora.updates import Updates
 class LoRAFAIR(Strategy):
     """`Ā`, and `B' = B̄ + ΔB` with `ΔB = (W*/s − B̄Ā)Āᵀ(ĀĀᵀ + λI)⁻¹`, `λ = λ0·tr(ĀĀᵀ)/r`. arXiv 2411.14961.
 
-    Our reading (ALGORITHMS §4): the closed form of the paper's regularised fit in the Frobenius norm. ΔB = 0 is always
+    Our reading: the closed form of the paper's regularised fit in the Frobenius norm. ΔB = 0 is always
     possible, so ρ is at most FedIT's. Our reading for mixed ranks: the means are those of zero-padded factors.
     """
 

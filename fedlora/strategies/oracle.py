@@ -30,7 +30,8 @@ class Oracle(Strategy):
             found = updates.mean_product(module).truncated(min(state.adapter.factors[module].shape))
             leading = found.first(state.rank(module))
             kept[module] = _cut_off(leading.balanced(), lowest, leading.Vh)
-            step[module] = Factors(found.U[:, lowest:] * (state.scaling * found.S[lowest:]), found.Vh[lowest:])
+            rest = slice(min(lowest, state.rank(module)), None)  # a module may have fewer indices than any client
+            step[module] = Factors(found.U[:, rest] * (state.scaling * found.S[rest]), found.Vh[rest])
         return state.with_factors(kept).with_base(step)
 
 

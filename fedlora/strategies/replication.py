@@ -15,7 +15,7 @@ class Replication(Strategy):
     """Rows of A and columns of B at index j are the weighted mean over their owners, the clients with r_u > j.
 
     arXiv 2406.17477: the same as filling low-rank clients up with the high-rank clients' mean before averaging. If no
-    owner took part, the previous global value of j stays (our reading, ALGORITHMS §4.2). With equal ranks it is FedIT.
+    owner took part, the previous global value of j stays (our reading). With equal ranks it is FedIT.
     """
 
     name, family, exact = "replication", Family.PRODUCT_SUM, False

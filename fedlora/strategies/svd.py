@@ -10,7 +10,7 @@ class SVD(Strategy):
     """`Σ w_u B_uA_u` cut to rank r, split evenly: `B = U√S`, `A = √S Vᵀ` (sum-product).
 
     No rank-r broadcast is nearer to the mean product (Eckart–Young), so ρ equals its floor. Ranks are free: the indices
-    are in the order of the singular values, so a client's first r_u are its optimum. Our reading, ALGORITHMS §4;
+    are in the order of the singular values, so a client's first r_u are its optimum. Our reading;
     FlexLoRA (arXiv 2402.11505) is the same truncation with an uneven split.
     """
 

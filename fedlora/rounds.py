@@ -135,8 +135,15 @@ def aggregate(run: RunFolder, number: int, clients: Sequence[int]) -> dict[str, 
 def measure_round(strategy: Strategy, new: ServerState, updates: Updates) -> Divergence:
     """The divergence of what the clients of a round will hold, from the state after it."""
     mixing = {module: values["p"] for module, values in new.diagnostics.items() if "p" in values}
-    broadcasts = [strategy.broadcast(new, client).folded() for client in updates.clients]
+    broadcasts = _folded([strategy.broadcast(new, client) for client in updates.clients])
     return measure(updates.folded(), broadcasts, mixing, new.base_step, new.scaling)
+
+
+def _folded(broadcasts: Sequence[Adapter]) -> list[Adapter]:
+    """The same as plain factors; what is sent to all is folded once, so that it is seen to be one broadcast."""
+    distinct = {id(sent.cores): sent for sent in broadcasts if sent.cores}
+    folded = {key: sent.folded() for key, sent in distinct.items()}
+    return [folded.get(id(sent.cores), sent) for sent in broadcasts]
 
 
 def client_record(run: RunFolder, number: int, client: int) -> dict[str, Any]:

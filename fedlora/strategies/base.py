@@ -136,6 +136,8 @@ class Strategy(ABC):
     """The factor that is the same for all clients when they upload; `fedlora aggregate` checks it."""
     keeps_gauge: ClassVar[bool] = False
     """Whether clients hold a factor that the server must not rotate."""
+    in_svd_order: ClassVar[bool] = False
+    """Whether the global factors come in the order of the singular values of their product."""
     pools_data: ClassVar[bool] = False
     """Whether one client trains on everybody's data: a control."""
     trains_core: ClassVar[bool] = False
@@ -256,7 +258,7 @@ def advance(strategy: Strategy, state: ServerState, updates: Updates, svd_order:
     """
     sent = strategy.plan(state.round + 1).up
     new = strategy.aggregate(replace(state, base_step=BaseUpdate()), updates)
-    if svd_order:
+    if svd_order and not strategy.in_svd_order:
         new = new.with_factors({m: _ordered(pair) for m, pair in new.adapter.factors.items()}, new.diagnostics)
     if "head" in sent:
         new = new.with_head(updates.mean_head())
@@ -268,4 +270,5 @@ def advance(strategy: Strategy, state: ServerState, updates: Updates, svd_order:
 
 
 def _ordered(pair: Factors) -> Factors:
-    return truncated_svd([pair], [1.0], pair.rank).balanced()
+    """The same product with its largest directions first; a start from B = 0 has no order and stays as it is."""
+    return truncated_svd([pair], [1.0], pair.rank).balanced() if pair.B.any() else pair

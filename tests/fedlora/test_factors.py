@@ -1,4 +1,4 @@
-"""Sums of products in factor space against dense numpy, on every route (either side reduced, both, neither)."""
+"""Sums of products in factor space against dense numpy, on every route (stacked, dense, at the border of the two)."""
 
 import numpy as np
 import pytest
@@ -7,16 +7,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapter import Factors
-from fedlora.factors import Frame, mean, mean_factors, truncated_svd
+from fedlora.factors import (
+    Frame,
+    ProductSum,
+    inner,
+    keep_trainable,
+    mean,
+    mean_factors,
+    product_norm,
+    truncated_svd,
+)
 
 ROUTES = {
-    "both reduced": ((40, 23), [3, 3]),
-    "right dense": ((40, 23), [3] * 8),
-    "left dense": ((17, 53), [3] * 8),
-    "both dense": ((9, 14), [3] * 8),
+    "stacked": ((40, 23), [3, 3]),
+    "dense past the narrow side": ((40, 23), [3] * 8),
+    "dense past the low side": ((17, 53), [3] * 8),
+    "dense past both": ((9, 14), [3] * 8),
+    "one column below": ((13, 15), [3] * 4),
     "exactly as wide": ((12, 15), [3] * 4),
     "different ranks": ((19, 31), [1, 4, 2]),
     "one client": ((8, 5), [3]),
+    "one client as wide": ((3, 5), [3]),
 }
 
 
@@ -29,48 +40,104 @@ def make(uploads, shape, ranks, seed=0, dtype=torch.float64):
 def case(request, uploads):
     """(factors, coefficients of mixed sign)."""
     shape, ranks = request.param
-    factors = make(uploads, shape, ranks)
-    return factors, torch.linspace(-0.7, 1.3, len(factors), dtype=torch.float64)
+    return make(uploads, shape, ranks), torch.linspace(-0.7, 1.3, len(ranks), dtype=torch.float64)
+
+
+class TestProductSum:
+    def test_is_the_sum(self, dense, case):
+        factors, c = case
+        wanted, total = dense.mean_product(dense.pairs(factors), c.numpy()), ProductSum.of(factors, c)
+        pair = total.factors()
+        np.testing.assert_allclose(pair.product(), wanted, atol=1e-11)
+        assert pair.rank <= min(wanted.shape)
+        assert pair.B.dtype == torch.float64
+        matrix = torch.randn(wanted.shape[1], 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        np.testing.assert_allclose(total.times(matrix), wanted @ matrix.numpy(), atol=1e-11)
+
+    def test_does_not_grow_with_the_pairs(self, dense, uploads):
+        """Memory is bounded by the dense matrix and a stack of a few hundred columns, however many are added."""
+        factors, total, widest = make(uploads, (12, 9), [2] * 400), ProductSum((12, 9)), 0
+        for pair in factors:
+            widest = max(widest, total.add(1.0, pair).width)
+        assert widest < 300
+        assert total.dense.shape == (12, 9)
+        np.testing.assert_allclose(total.dense, dense.mean_product(dense.pairs(factors), [1.0] * 400), atol=1e-10)
+
+    def test_adding_goes_on_after_looking(self, dense, case):
+        """`truncated` and `factors` leave the sum as it is."""
+        factors, c = case
+        total = ProductSum.of(factors, c)
+        total.truncated(2), total.factors()
+        total.add(-2.0, factors[0])
+        wanted = dense.mean_product(dense.pairs([*factors, factors[0]]), [*c.tolist(), -2.0])
+        np.testing.assert_allclose(total.factors().product(), wanted, atol=1e-11)
+
+    def test_does_not_change_what_it_is_given(self, uploads):
+        (pair,) = make(uploads, (4, 3), [3])
+        before = pair.B.clone(), pair.A.clone()
+        ProductSum.of([pair, pair], [0.5, -2.0]).add(3.0, pair)
+        assert torch.equal(pair.B, before[0])
+        assert torch.equal(pair.A, before[1])
+
+    def test_of_fp32_is_summed_in_float64(self, dense, uploads):
+        factors = make(uploads, (8, 9), [2, 2], dtype=torch.float32)
+        wanted = dense.mean_product(dense.pairs(factors), [0.25, 0.75])
+        np.testing.assert_allclose(
+            ProductSum.of(factors, [0.25, 0.75]).factors().product(), wanted, rtol=1e-12, atol=1e-13
+        )
+
+    def test_of_nothing(self):
+        with pytest.raises(ValueError, match="at least one pair"):
+            ProductSum.of([], [])
+
+    def test_one_coefficient_each(self, uploads):
+        with pytest.raises(ValueError, match=r"shorter|longer"):
+            ProductSum.of(make(uploads, (4, 5), [1, 1]), [1.0])
 
 
 class TestFrame:
-    def test_keeps_norms_inner_products_and_singular_values(self, dense, case):
+    @pytest.fixture
+    def framed(self, case, uploads):
         factors, c = case
-        frame, wanted = Frame(factors), dense.mean_product(dense.pairs(factors), c.numpy())
-        inside = frame.combine(c)
-        np.testing.assert_allclose(inside.norm(), np.linalg.norm(wanted), rtol=1e-12)
-        k = min(inside.shape)
+        others = make(uploads, factors[0].shape, [2, 1], seed=7)
+        return Frame(ProductSum.of(factors, c), others), factors, c, others
+
+    def test_keeps_norms_inner_products_and_singular_values(self, dense, framed):
+        frame, factors, c, others = framed
+        wanted = dense.mean_product(dense.pairs(factors), c.numpy())
+        k = min(frame.total.shape)
         np.testing.assert_allclose(
-            torch.linalg.svdvals(inside), np.linalg.svd(wanted, compute_uv=False)[:k], atol=1e-11
+            torch.linalg.svdvals(frame.total), np.linalg.svd(wanted, compute_uv=False)[:k], atol=1e-11
         )
-        for index, (B, A) in enumerate(dense.pairs(factors)):
-            assert float((frame.product(index) * inside).sum()) == pytest.approx(
-                float((B @ A * wanted).sum()), rel=1e-9
-            )
+        for index, (B, A) in enumerate(dense.pairs(others)):
+            found = frame.other(index)
+            np.testing.assert_allclose(found.norm(), np.linalg.norm(B @ A), rtol=1e-12)
+            np.testing.assert_allclose((found - frame.total).norm(), np.linalg.norm(B @ A - wanted), rtol=1e-12)
+            assert float((found * frame.total).sum()) == pytest.approx(float((B @ A * wanted).sum()), rel=1e-9)
 
-    def test_lift_gives_the_matrix_back(self, dense, case):
-        factors, c = case
-        frame = Frame(factors)
-        inside = frame.combine(c)
-        left, right = frame.lift(inside, torch.eye(inside.shape[1], dtype=torch.float64))
-        np.testing.assert_allclose(left @ right.T, dense.mean_product(dense.pairs(factors), c.numpy()), atol=1e-11)
+    def test_lift_gives_the_matrix_back(self, dense, framed):
+        frame, factors, c, others = framed
+        for inside, wanted in (
+            (frame.total, dense.mean_product(dense.pairs(factors), c.numpy())),
+            (frame.other(1), others[1].product().numpy()),
+        ):
+            left, right = frame.lift(inside, torch.eye(inside.shape[1], dtype=torch.float64))
+            np.testing.assert_allclose(left @ right.T, wanted, atol=1e-11)
 
-    def test_combines_the_first_ones_only(self, dense, uploads):
-        factors = make(uploads, (40, 23), [2, 3, 4])
-        frame = Frame(factors)
-        wanted = dense.mean_product(dense.pairs(factors[:2]), [0.3, 0.7])
-        assert float(frame.combine([0.3, 0.7]).norm()) == pytest.approx(np.linalg.norm(wanted), rel=1e-12)
-        difference = frame.combine([0.3, 0.7]) - frame.product(2)
-        B, A = dense.pairs(factors)[2]
-        assert float(difference.norm()) == pytest.approx(np.linalg.norm(wanted - B @ A), rel=1e-12)
+    def test_lift_of_dependent_columns(self, dense, uploads):
+        """Where the triangle cannot be inverted, the basis itself is used: clients that coincide, and B of zeros."""
+        one, zero = make(uploads, (30, 20), [2, 3])
+        zero = Factors(torch.zeros_like(zero.B), zero.A)
+        total = ProductSum.of([one, one, zero], [0.5, 0.25, 0.25])
+        cut = total.truncated(4)
+        np.testing.assert_allclose((cut.U * cut.S) @ cut.Vh, 0.75 * one.product(), atol=1e-12)
+        np.testing.assert_allclose(cut.U.T @ cut.U, np.eye(4), atol=1e-12)
+        np.testing.assert_allclose(cut.Vh @ cut.Vh.T, np.eye(4), atol=1e-12)
 
     def test_is_no_larger_than_the_joint_rank(self, uploads):
         """Nothing of d_out × d_in is formed while Σr is below both."""
-        frame = Frame(make(uploads, (400, 300), [2, 3]))
-        assert frame.combine([1.0, 1.0]).shape == (5, 5)
-
-    def test_works_in_float64_whatever_it_is_given(self, uploads):
-        assert Frame(make(uploads, (8, 9), [2], dtype=torch.float32)).product(0).dtype == torch.float64
+        factors = make(uploads, (400, 300), [2, 3, 4])
+        assert Frame(ProductSum.of(factors[:2], [1.0, 1.0]), factors[2:]).total.shape == (9, 9)
 
 
 class TestTruncatedSVD:
@@ -85,26 +152,46 @@ class TestTruncatedSVD:
         np.testing.assert_allclose(cut.tail, left_out[: len(cut.tail)], atol=1e-10)
         np.testing.assert_allclose(cut.U.T @ cut.U, np.eye(rank), atol=1e-12)
         np.testing.assert_allclose(cut.Vh @ cut.Vh.T, np.eye(rank), atol=1e-12)
+        for pair in (cut.balanced(), cut.on_b()):
+            np.testing.assert_allclose(pair.product(), dense.truncated(ideal, rank), atol=1e-10)
+
+    def test_of_a_joint_rank_below_what_is_asked(self, uploads):
+        """As many directions as there are; whoever stores them fills up the rest."""
+        (pair,) = make(uploads, (30, 20), [2])
+        cut = truncated_svd([pair], [1.0], 5)
+        assert cut.S.shape == (2,)
+        assert not cut.tail.numel()
+
+    def test_the_leading_directions_of_the_leading_directions(self, dense, uploads):
+        factors = make(uploads, (30, 20), [3, 3])
+        few, many = truncated_svd(factors, [1.0, 1.0], 2), truncated_svd(factors, [1.0, 1.0], 5).first(2)
+        for name in ("U", "S", "Vh", "tail"):
+            torch.testing.assert_close(getattr(many, name), getattr(few, name))
 
     def test_balanced_by_hand(self):
         """B = (0, 3)ᵀ, A = (0, 0, 12): one singular value, 36, so that each side has norm 6."""
         factors = Factors(torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0, 0.0, 12.0]]))
-        split = truncated_svd([factors], [1.0], 1).balanced()
+        split, uneven = (getattr(truncated_svd([factors], [1.0], 1), kind)() for kind in ("balanced", "on_b"))
         assert split.B.abs().flatten().tolist() == pytest.approx([0, 6])
         assert split.A.abs().flatten().tolist() == pytest.approx([0, 0, 6])
-        torch.testing.assert_close(split.product().float(), factors.product())
+        assert uneven.B.abs().flatten().tolist() == pytest.approx([0, 36])
+        assert uneven.A.abs().flatten().tolist() == pytest.approx([0, 0, 1])
+        for pair in (split, uneven):
+            torch.testing.assert_close(pair.product().float(), factors.product())
 
-    def test_directions_without_learning_stay_trainable(self, uploads):
+    @pytest.mark.parametrize("kind", ["balanced", "on_b"])
+    def test_directions_without_learning_stay_trainable(self, uploads, kind):
         """B of rank one in three columns: two directions are idle, and rounding must not make them look learned."""
         (pair,) = make(uploads, (11, 7), [3])
         flat = Factors(pair.B[:, :1] @ torch.ones(1, 3, dtype=torch.float64), pair.A)
-        split = truncated_svd([flat, flat], [0.5, 0.5], 3).balanced()
+        split = getattr(truncated_svd([flat, flat], [0.5, 0.5], 3), kind)()
         assert (split.B != 0).any(dim=0).tolist() == [True, False, False]
         torch.testing.assert_close(split.A[1:] @ split.A[1:].T, torch.eye(2, dtype=torch.float64))
         torch.testing.assert_close(split.product(), flat.product())
 
-    def test_of_nothing(self):
-        zero = Factors(torch.zeros(5, 2), torch.ones(2, 4))
+    @pytest.mark.parametrize("shape", [(5, 4), (30, 20)])
+    def test_of_nothing(self, shape):
+        zero = Factors(torch.zeros(shape[0], 2), torch.ones(2, shape[1]) + torch.eye(2, shape[1]))
         split = truncated_svd([zero, zero], [0.5, 0.5], 2).balanced()
         assert not split.B.any()
         torch.testing.assert_close(split.A @ split.A.T, torch.eye(2, dtype=torch.float64))
@@ -133,18 +220,54 @@ class TestMeans:
         wanted = dense.product_of_means(dense.pairs(factors), w.numpy())
         np.testing.assert_allclose(mean_factors(factors, w).product(), wanted, atol=1e-12)
 
+    def test_of_nothing(self):
+        for of in (mean, mean_factors):
+            with pytest.raises(ValueError, match="at least one"):
+                of([], torch.ones(0))
 
-@settings(max_examples=60, deadline=None)
+
+class TestSmallOnes:
+    def test_inner_product_and_norm(self, dense, uploads):
+        one, other = make(uploads, (7, 5), [2, 4])
+        assert inner(one, other) == pytest.approx(float((one.product() * other.product()).sum()), rel=1e-12)
+        assert product_norm(other) == pytest.approx(float(other.product().norm()), rel=1e-12)
+
+    def test_the_norm_of_what_nearly_cancels(self):
+        """B's columns are opposite up to 1e-9: a sum of squares of Gram blocks would be off by all of it."""
+        B = torch.tensor([[1.0, -1.0], [1.0, -1.0 - 1e-9]], dtype=torch.float64)
+        found = product_norm(Factors(B, torch.ones(2, 3, dtype=torch.float64)))
+        assert found == pytest.approx(1e-9 * 3**0.5, rel=1e-5)
+
+    def test_idle_rows_come_from_before(self):
+        """Only where B's column is zero too, and to the rank of before."""
+        pair = Factors(torch.tensor([[1.0, 0, 0]]), torch.tensor([[0.0, 0], [0, 0], [0, 3]]))
+        before = Factors(torch.ones(1, 4), torch.arange(8.0).reshape(4, 2) + 10)
+        found = keep_trainable(pair, before)
+        assert found.A.tolist() == [[0, 0], [12, 13], [0, 3], [16, 17]]
+        assert found.B.tolist() == [[1, 0, 0, 0]]
+
+    def test_nothing_idle_is_nothing_changed(self, uploads):
+        pair, before = make(uploads, (4, 5), [2, 2])
+        assert torch.equal(keep_trainable(pair, before).A, pair.A)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(st.integers(1, 24), st.integers(1, 24)),
     ranks=st.lists(st.integers(1, 5), min_size=1, max_size=7),
+    dull=st.sampled_from(["none", "zero", "copies", "thin"]),
     seed=st.integers(0, 10_000),
 )
-def test_any_shape_and_ranks(dense, uploads, shape, ranks, seed):
+def test_any_shape_and_ranks(dense, uploads, shape, ranks, dull, seed):
+    ranks = ranks[:1] * len(ranks) if dull == "copies" else ranks
     factors = make(uploads, shape, ranks, seed)
+    factors = factors[:1] * len(factors) if dull == "copies" else factors
+    if dull in ("zero", "thin"):
+        factors = [Factors(f.B * (torch.arange(f.rank) < (dull == "thin")), f.A) for f in factors]
     c = torch.rand(len(ranks), generator=uploads.generator(seed + 1), dtype=torch.float64) - 0.3
-    wanted = dense.mean_product(dense.pairs(factors), c.numpy())
-    np.testing.assert_allclose(float(Frame(factors).combine(c).norm()), np.linalg.norm(wanted), rtol=1e-9, atol=1e-12)
-    rank = min(2, *shape, sum(ranks))
-    cut = truncated_svd(factors, c, rank)
-    np.testing.assert_allclose((cut.U * cut.S) @ cut.Vh, dense.truncated(wanted, rank), rtol=1e-6, atol=1e-8)
+    wanted, total = dense.mean_product(dense.pairs(factors), c.numpy()), ProductSum.of(factors, c)
+    np.testing.assert_allclose(float(Frame(total).total.norm()), np.linalg.norm(wanted), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(total.factors().product(), wanted, atol=1e-11)
+    cut = total.truncated(min(2, *shape, sum(ranks)))
+    np.testing.assert_allclose((cut.U * cut.S) @ cut.Vh, dense.truncated(wanted, len(cut.S)), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(cut.Vh @ cut.Vh.T, np.eye(len(cut.S)), atol=1e-10)

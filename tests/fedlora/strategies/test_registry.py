@@ -116,7 +116,8 @@ def test_wrong_options(name, options, message):
 
 
 def test_options_are_given_and_documented():
-    assert registry.make("flora-na", {"max_sweeps": 7}).options.model_dump() == {"max_sweeps": 7, "tolerance": 1e-10}
+    given = registry.make("flora-na", {"max_sweeps": 7}).options.model_dump()
+    assert (given["max_sweeps"], given["tolerance"], given["solver"]) == (7, 1e-10, "als")
     for name in registry.names():
         strategy = registry.find(name)
         assert issubclass(strategy, Strategy)

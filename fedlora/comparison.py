@@ -15,6 +15,15 @@ from fedlora.runfolder import RunFolder
 COLUMNS = ("accuracy", "macro-F1", "gap", "ρ first", "ρ last", "ρ floor", "MB", "seconds")
 
 
+DETAILS = {
+    "mean R": metrics.ABO_R,
+    "mean P": metrics.ABO_P,
+    "mean Q": metrics.ABO_Q,
+    "mean dispersion": metrics.ABO_DISPERSION,
+}
+"""Further columns of the CSV file: means over rounds, and the metric of which they are."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One finished run of a comparison: what distinguishes it (dotted key to value) and its folder."""
@@ -29,7 +38,8 @@ class Cell:
 
 def row(folder: Path) -> dict[str, float | None]:
     """A run's results: final scores, ρ in the first and last round and its last floor, megabytes (10⁶ bytes) sent both
-    ways, seconds of wall time in rounds. What was not measured is None."""
+    ways, seconds of wall time in rounds; and the means over rounds of R, P, Q and the dispersion, the observable sides
+    of the conditions of arXiv 2508.01348. What was not measured is None."""
     found = rounds.records(RunFolder(folder))
     trained = [record.metrics for record in found[1:]]
     first, last = trained[0], trained[-1]
@@ -42,6 +52,7 @@ def row(folder: Path) -> dict[str, float | None]:
         "ρ floor": last[metrics.RHO_FLOOR],
         "MB": last[metrics.BYTES_TOTAL] / 1e6,
         "seconds": sum(record.metrics[metrics.TIME_ROUND] for record in found),
+        **{name: sum(values[key] for values in trained) / len(trained) for name, key in DETAILS.items()},
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from fedlora import comparison, rounds
-from fedlora.comparison import COLUMNS, Cell
+from fedlora.comparison import COLUMNS, DETAILS, Cell
 from fedlora.runfolder import RunFolder
 
 
@@ -22,7 +22,10 @@ def cells(finished) -> list[Cell]:
 def test_a_row_is_the_end_of_a_run(finished):
     found = comparison.row(finished())
     first, last = (rounds.records(RunFolder(finished()))[number].metrics for number in (1, 2))
-    assert tuple(found) == COLUMNS
+    assert tuple(found) == (*COLUMNS, *DETAILS)
+    both = first["abo/R"], last["abo/R"]
+    assert found["mean R"] == pytest.approx(sum(both) / 2)
+    assert both[0] != both[1]
     assert (found["accuracy"], found["macro-F1"]) == (last["global/accuracy"], last["global/macro_f1"])
     assert found["gap"] == last["gap/accuracy"]
     assert (found["ρ first"], found["ρ last"]) == (first["rho/model"], last["rho/model"])
@@ -40,7 +43,7 @@ def test_what_was_not_measured_is_none(finished):
 
 def test_a_frame_has_settings_results_partition_and_folder(cells):
     table = comparison.frame(cells)
-    assert list(table.columns) == ["strategy", "seed", *COLUMNS, "partition", "folder"]
+    assert list(table.columns) == ["strategy", "seed", *COLUMNS, *DETAILS, "partition", "folder"]
     assert list(table["strategy"]) == ["svd", "svd", "fedit", "fedit"]
     assert table["folder"][2] == str(cells[2].folder)
     assert table["partition"][0] == table["partition"][2] != table["partition"][1]

@@ -1,6 +1,6 @@
 """Seconds and peak memory of the aggregation alone, one thread, against the usual dense way.
 
-    .venv/bin/python benchmarks/aggregation.py --out docs/data/aggregation.json            (an hour)
+    .venv/bin/python benchmarks/aggregation.py --out docs/data/aggregation.json            (half an hour)
     .venv/bin/python benchmarks/aggregation.py --only ratio                                (five minutes)
 
 ratio     svd in factor space against a dense sum with a full SVD and against PEFT's add_weighted_adapter("svd")
@@ -36,16 +36,18 @@ from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState, Strategy, advance
 from fedlora.updates import Update, Updates
 
-SHAPES = {
-    "BERT-base q, v": ((768, 768), 24),
-    "LLaMA-7B q, v": ((4096, 4096), 64),
-    "LLaMA-7B up, gate (of all linear)": ((11008, 4096), 64),
+SHAPES = {"BERT-base q, v": ((768, 768), 24), "LLaMA-7B q, v": ((4096, 4096), 64), "LLaMA-7B up": ((11008, 4096), 32)}
+"""Shape of one module, and how many of it the model has. LLaMA's all-linear adapters are 128 of 4096² (q, k, v, o) and
+96 of 11008 × 4096 (up, gate) or its transpose (down)."""
+SOME = [(rank, clients) for rank in (8, 16, 64) for clients in (10, 100)]
+CELLS = {
+    "BERT-base q, v": [*SOME, (8, 1000), (8, 10000)],
+    "LLaMA-7B q, v": [*SOME, (8, 1000), (8, 10000)],
+    "LLaMA-7B up": [(16, 10), (16, 100)],
 }
-"""Shape of one module, and how many of it the model has; LLaMA's all-linear adapters are q, k, v, o (4096²), up, gate
-(11008 × 4096) and down (its transpose) in 32 layers."""
-CELLS = [(rank, clients) for rank in (8, 16, 64) for clients in (10, 100)] + [(8, 1000), (8, 10000)]
+"""Ranks and numbers of clients for each."""
 STRATEGIES = ["fedit", "replication", "lora-fair", "fedex-lora", "flora", "flora-na", "svd", "fedrot-lora"]
-LIMIT_S = 150
+LIMIT_S = 60
 DISTINCT = 20
 """Different adapters among the clients of a cell; more clients share them, which changes no operation."""
 
@@ -175,7 +177,7 @@ def _peft_svd(updates: Updates, shape: tuple[int, int], rank: int) -> None:
 def cells() -> Iterator[dict[str, Any]]:
     """Every strategy on one module of each shape, and ρ of the result."""
     for name, (shape, modules) in SHAPES.items():
-        for rank, clients in CELLS:
+        for rank, clients in CELLS[name]:
             adapters = pool(shape, rank, clients)
             updates = updates_of(adapters, clients)
             row: dict[str, Any] = {"shape": name, "modules": modules, "rank": rank, "clients": clients}

@@ -1,25 +1,44 @@
-"""Draws the explaining picture of docs/convergence.md: `python docs/figures.py`."""
+"""Draws the pictures of docs/convergence.md.
+
+python docs/figures.py                      sp-ps.png, on two tiny clients
+python docs/figures.py SWEEP_FOLDER         conditions.png, from a `fedlora sweep strategies`
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from fedlora import plots, rounds
 from fedlora.adapter import Adapter, Factors
 from fedlora.plots import colour
 from fedlora.rounds import measure_round
+from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState, advance
 from fedlora.updates import Update, Updates
 
+IMAGES = Path(__file__).parent / "images"
 SLOPES = (-0.7, 1.3)
 """Two clients of rank one on a 2 × 2 layer: B = (1, x)ᵀ, A = (1, x), so B·A = [[1, x], [x, x²]]."""
 
 
-def main() -> None:
+SHOWN = ["fedit", "flora-na", "svd", "ffa-lora", "flora", "oracle"]
+
+
+def conditions(sweep: Path) -> None:
+    """R, and P + Q, against rounds for a few strategies of a finished sweep."""
+    table = pd.read_csv(sweep / "comparison.csv").set_index("strategy")
+    runs = {name: rounds.records(RunFolder(Path(table.loc[name, "folder"]))) for name in SHOWN}
+    plots.conditions_figure(runs, IMAGES / "conditions.png")
+
+
+def two_families() -> None:
     """One picture: clients, the mean of their products, and what rank-one broadcasts come to, on real factors."""
     uploads = [Factors(torch.tensor([[1.0], [x]]), torch.tensor([[1.0, x]])) for x in SLOPES]
     updates = Updates.collect(Update(u, 1, Adapter({"m": pair})) for u, pair in enumerate(uploads))
@@ -50,8 +69,8 @@ def main() -> None:
     axes.set(xlabel="entry (1, 2) of the product", ylabel="entry (2, 2) of the product")
     axes.legend(frameon=False, fontsize="small")
     axes.grid(alpha=0.3)
-    figure.savefig(Path(__file__).parent / "images" / "sp-ps.png", dpi=130)
+    figure.savefig(IMAGES / "sp-ps.png", dpi=130)
 
 
 if __name__ == "__main__":
-    main()
+    conditions(Path(sys.argv[1])) if len(sys.argv) > 1 else two_families()

@@ -9,6 +9,7 @@ strategies that allow it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -57,18 +58,25 @@ class Aggregated:
         return self.strategy.broadcast(self.state, index)
 
     def report(self) -> dict[str, Any]:
-        """`strategy`, `clients`, `rho` (model and by module), `abo`, `bytes` and `seconds`."""
+        """`strategy`, `clients`, `rho` (model and by module), `abo`, `bytes` and `seconds`.
+
+        A ratio to a mean update of zero is None (null in JSON) where it is not 0/0.
+        """
         found = self.divergence
         clients = zip(self.clients, self.weights, strict=True)
         return {
             "strategy": self.strategy.name,
             "clients": [{"path": str(c.path), "rank": c.rank, "weight": weight} for c, weight in clients],
             "rho": {
-                "model": found.rho,
-                "floor": found.floor,
-                "excess": found.excess,
+                "model": _number(found.rho),
+                "floor": _number(found.floor),
+                "excess": _number(found.excess),
                 "modules": {
-                    name: {"rho": m.rho, "floor": m.floor, "effective_clients": m.effective_clients}
+                    name: {
+                        "rho": _number(m.rho),
+                        "floor": _number(m.floor),
+                        "effective_clients": m.effective_clients,
+                    }
                     for name, m in found.modules.items()
                 },
             },
@@ -117,7 +125,7 @@ def aggregate(
     if chosen.pools_data:
         raise ConfigError(f"strategy {strategy} trains one client on everybody's data; there is nothing to aggregate")
     clients = tuple(open_peft_folder(Path(path)) for path in paths)
-    given = _weights(weights, len(clients))
+    given = _weights(weights, clients)
     _check_alike(clients)
     _check_possible(chosen, clients, ranks)
     state = _start(chosen, clients, ranks, seed)
@@ -128,24 +136,31 @@ def aggregate(
     new = advance(chosen, state, updates)
     seconds = time.perf_counter() - begun
     new = replace(new, ranks=state.ranks)
+    _check_result(chosen, new)
     divergence = measure_round(chosen, new, updates)
     return Aggregated(
         chosen, clients, tuple(updates.weights.tolist()), new, divergence, _sent(chosen, state, new, clients), seconds
     )
 
 
-def _weights(weights: Sequence[float] | None, count: int) -> Sequence[float]:
-    if not count:
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _weights(weights: Sequence[float] | None, clients: Sequence[PeftFolder]) -> Sequence[float]:
+    if not clients:
         raise AdapterError("there is no client folder to aggregate; name at least one")
     if weights is None:
-        return [1.0] * count
-    if len(weights) != count:
-        raise AdapterError(f"{len(weights)} weights for {count} clients; give one each, in the same order")
-    for index, weight in enumerate(weights):
+        return [1.0] * len(clients)
+    if len(weights) != len(clients):
+        raise AdapterError(f"{len(weights)} weights for {len(clients)} clients; give one each, in the same order")
+    for client, weight in zip(clients, weights, strict=True):
         if not 0 <= weight < float("inf"):
-            raise AdapterError(f"weight {weight:g} of client {index} is not allowed; expected a finite number from 0")
+            raise AdapterError(f"{client.path}: its weight {weight:g} is not allowed; expected a finite number from 0")
     if not any(weights):
         raise AdapterError("all weights are zero; at least one client needs a positive weight")
+    if math.isinf(sum(weights)):
+        raise AdapterError("the weights are too large to be added up; only their proportions matter")
     return weights
 
 
@@ -157,13 +172,14 @@ def _check_alike(clients: Sequence[PeftFolder]) -> None:
             raise AdapterError(f"{client.path} is a {client.variant} adapter, but {first.path} is {first.variant}")
         _same_names(client.path, client.shapes, first.path, first.shapes, "module")
         _same_names(client.path, client.head_shapes, first.path, first.head_shapes, "tensor")
-        _same_names(client.path, client.adapter.magnitudes, first.path, first.adapter.magnitudes, "magnitude of")
         if abs(client.scaling - first.scaling) > 1e-9 * first.scaling:
             raise AdapterError(
                 f"{client.path} has alpha/r {client.scaling:g}, but {first.path} has {first.scaling:g}; "
                 "products B·A of different scaling have no mean"
             )
         for module, (d_out, _, d_in) in client.shapes.items():
+            if client.adapter.kinds.get(module) != first.adapter.kinds.get(module):
+                raise AdapterError(f"{client.path}: module '{module}' is of another kind of layer than in {first.path}")
             wanted = first.shapes[module]
             if (d_out, d_in) != (wanted[0], wanted[2]):
                 raise AdapterError(
@@ -171,14 +187,14 @@ def _check_alike(clients: Sequence[PeftFolder]) -> None:
                     f"{first.path}"
                 )
         for name, shape in client.head_shapes.items():
-            if shape != first.head_shapes[name]:
-                raise AdapterError(
-                    f"{client.path}: tensor '{name}' has shape {shape}, but {first.head_shapes[name]} in {first.path}"
-                )
+            _same_shape(client.path, f"tensor '{name}'", shape, first.path, first.head_shapes[name])
+        for module, shape in client.magnitude_shapes.items():
+            what = f"the magnitude vector of module '{module}'"
+            _same_shape(client.path, what, shape, first.path, first.magnitude_shapes[module])
         for name, tensor in client.stored.items():
-            if not torch.isfinite(tensor).all():
+            if not torch.isfinite(tensor.to(torch.float32)).all():
                 raise AdapterError(
-                    f"{client.path}: tensor '{name}' has values that are not finite; leave the client out"
+                    f"{client.path}: tensor '{name}' has values that are not finite in fp32; leave the client out"
                 )
 
 
@@ -188,14 +204,35 @@ def _same_names(path: Path, mine: Mapping[str, Any], first: Path, theirs: Mappin
         raise AdapterError(f"{path}: {what} '{name}' {state} (compared with {first})")
 
 
+def _same_shape(path: Path, what: str, shape: tuple[int, ...], first: Path, wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
+        raise AdapterError(f"{path}: {what} has shape {shape}, but {wanted} in {first}")
+
+
 def _check_possible(strategy: Strategy, clients: Sequence[PeftFolder], ranks: Sequence[int] | None) -> None:
     if ranks is not None and (len(ranks) != len(clients) or min(ranks) < 1):
         raise AdapterError(f"ranks {list(ranks)} for {len(clients)} clients; give one each, from 1")
-    mixed = len({client.rank for client in clients} | set(ranks or ())) > 1
+    kinds = {tuple(rank for _, rank, _ in client.shapes.values()) for client in clients}
+    mixed = len(kinds) > 1 or any(rank != clients[0].rank for rank in ranks or ())
     reason = strategy.refusal(clients[0].variant, mixed, False)
     if reason:
         found = f"clients of rank {sorted({client.rank for client in clients})}" if mixed else clients[0].variant
         raise ConfigError(f"strategy {strategy.name} cannot aggregate these adapters ({found}): {reason}")
+    for module in clients[0].shapes if strategy.changes_base else ():
+        if f"{module}.base_layer.weight" in clients[0].head_shapes:
+            raise ConfigError(
+                f"strategy {strategy.name} changes the base, but {clients[0].path} holds the base weight of '{module}' "
+                "itself, which would undo that; save the adapters with save_embedding_layers=False"
+            )
+
+
+def _check_result(strategy: Strategy, new: ServerState) -> None:
+    for name, tensor in (new.adapter.tensors() | new.base_step.tensors()).items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"the result of {strategy.name} for tensor '{name}' is too large for fp32; do the clients' values make "
+                "sense?"
+            )
 
 
 def _start(strategy: Strategy, clients: Sequence[PeftFolder], ranks: Sequence[int] | None, seed: int) -> ServerState:
@@ -207,9 +244,12 @@ def _start(strategy: Strategy, clients: Sequence[PeftFolder], ranks: Sequence[in
     factors = {}
     for position, module in enumerate(highest.shapes):
         d_out, _, d_in = highest.shapes[module]
-        rank = max(extra, *(client.shapes[module][1] for client in clients))
-        if rank > min(d_out, d_in):
-            raise AdapterError(f"rank {rank} is above the smaller side of module '{module}' ({d_out} × {d_in})")
+        uploaded = max(client.shapes[module][1] for client in clients)
+        rank = max(extra, uploaded)
+        if rank > max(uploaded, min(d_out, d_in)):
+            raise AdapterError(
+                f"ranks: {rank} is above the smaller side of module '{module}' ({d_out} × {d_in}); choose at most that"
+            )
         draw = torch.rand(rank, d_in, generator=torch_generator(seed, "start", 0, position))
         factors[module] = Factors(torch.zeros(d_out, rank), (2 * draw - 1) / d_in**0.5)
     first = clients[0].adapter

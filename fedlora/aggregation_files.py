@@ -8,6 +8,7 @@ OUT/  adapter_config.json  adapter_model.safetensors  README.md   the global ada
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,30 +21,69 @@ if TYPE_CHECKING:
     from fedlora.aggregation import Aggregated
 
 
-def check_target(out: Path, personal: bool, per_client: bool) -> None:
-    """Refuse a target that would overwrite something, or that there is nothing to write to.
+def check_target(out: Path, personal: bool, per_client: bool, report: Path | None = None) -> None:
+    """Refuse a target that would overwrite something, cannot be written, or that there is nothing to write to.
 
     Raises:
         AdapterError: says what to do.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise AdapterError(f"{out} is there already; choose another output folder")
+    check_free(out)
+    if report is not None and (report.is_dir() or report.absolute() == out.absolute() or not _has_room(report)):
+        raise AdapterError(f"the report cannot be written to {report}; choose a file in a folder that can be written")
     if personal and not per_client:
         raise AdapterError("this strategy keeps one adapter per client and has no global one; add --per-client")
 
 
+def check_free(out: Path) -> None:
+    """Refuse an output folder that is there (unless empty), or that cannot be made.
+
+    Raises:
+        AdapterError: choose another.
+    """
+    empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    if os.path.lexists(out) and not empty:
+        raise AdapterError(f"{out} is there already; choose another output folder")
+    if not _has_room(out):
+        raise AdapterError(f"{out} cannot be made: {_nearest(out)} is no folder that can be written; choose another")
+
+
+def _has_room(path: Path) -> bool:
+    """Whether the nearest folder above that is there can be written to."""
+    above = _nearest(path)
+    return above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+
+
+def _nearest(path: Path) -> Path:
+    return next(above for above in path.absolute().parents if os.path.lexists(above))
+
+
 def write(result: Aggregated, out: Path, per_client: bool, report: Path | None) -> None:
-    """Write everything beside `out` first, then move it there; the report after it.
+    """Write everything beside `out` first, then the report, then move the folder there (with a report within it).
 
     Raises:
         AdapterError: `out` is there already, or there is no global adapter and `per_client` is not set.
         RunFolderError: it cannot be written.
     """
-    check_target(out, result.strategy.personal, per_client)
+    check_target(out, result.strategy.personal, per_client, report)
     with new_folder(out) as draft:
         _fill(result, draft, per_client)
         if report:
-            write_atomic(report, (json.dumps(result.report(), indent=1) + "\n").encode())
+            _write_report(result, _within(report, out, draft))
+
+
+def _within(report: Path, out: Path, draft: Path) -> Path:
+    """Where the report goes while what will be `out` is still a draft."""
+    here, folder = Path(os.path.abspath(report)), Path(os.path.abspath(out))
+    if not here.is_relative_to(folder):
+        return report
+    place = draft / here.relative_to(folder)
+    if place.exists():
+        raise AdapterError(f"the report cannot be written to {report}, which is part of the result")
+    return place
+
+
+def _write_report(result: Aggregated, place: Path) -> None:
+    write_atomic(place, (json.dumps(result.report(), indent=1, allow_nan=False) + "\n").encode())
 
 
 def _fill(result: Aggregated, folder: Path, per_client: bool) -> None:
@@ -72,7 +112,7 @@ def _card(result: Aggregated, like: PeftFolder) -> str:
         )
     return f"""---
 library_name: peft
-base_model: {like.config.get("base_model_name_or_path") or "unknown"}
+base_model: {json.dumps(str(like.config.get("base_model_name_or_path") or "unknown"))}
 tags: [lora, federated, {result.strategy.name}]
 ---
 # {len(result.clients)} adapters combined by `{result.strategy.name}`

@@ -7,6 +7,7 @@ fedlora.apply_base_update(model, "run/adapter")  before PeftModel.from_pretraine
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from transformers.utils import logging as transformers_logging
 
 from fedlora import inference
 from fedlora import model as models
+from fedlora.aggregation_files import check_free
 from fedlora.atomic import new_folder, write_atomic
 from fedlora.base_update import BaseUpdate
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError
-from fedlora.peftfolder import CONFIGURATION
+from fedlora.peftfolder import CONFIGURATION, weights_file
 from fedlora.resident import add_to_weight
-from fedlora.tensorfile import serialise
+from fedlora.tensorfile import StoredTensors, serialise
 
 _CLASSIFIER = "classifier.safetensors"
 _DESCRIPTION = "fedlora.json"
@@ -37,7 +39,8 @@ def apply_base_update(model: Any, folder: str | Path) -> Any:
         folder: of an adapter.
 
     Raises:
-        AdapterError: the file is damaged, or names a module that the model does not have or that has another shape.
+        AdapterError: the file is damaged or has values that are not finite, or names a module that the model does not
+            have, that has another shape, or whose weight another module shares.
     """
     add_base_update(model, BaseUpdate.read(Path(folder)))
     return model
@@ -57,10 +60,22 @@ def add_base_update(model: Any, update: BaseUpdate) -> None:
         expected = pair.shape[::-1] if models.stores_transposed(layer) else pair.shape
         if shape != expected:
             raise AdapterError(f"base update: module '{module}' is {pair.shape}, but the model's weight is {shape}")
+        if not (torch.isfinite(pair.A).all() and torch.isfinite(pair.B).all()):
+            raise AdapterError(f"base update: module '{module}' has values that are not finite")
+        others = (name for name, other in layers.items() if other is not layer and _weight(other) is layer.weight)
+        if (tied := next(others, None)) is not None:
+            raise AdapterError(
+                f"base update: module '{module}' shares its weight with '{tied}', which would change too; untie them"
+            )
         found[module] = layer
     with torch.no_grad():
         for module, layer in found.items():
             add_to_weight(layer, update.modules[module])
+
+
+def _weight(layer: nn.Module) -> Any:
+    """A layer's own weight; none where it only hands on that of a layer within it."""
+    return layer._parameters.get("weight")
 
 
 def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
@@ -73,21 +88,18 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
     Args:
         folder: the adapter.
         out: a folder that is not there yet.
-        base: a model in memory, a model folder or a hub id.
+        base: a model in memory (which is changed), a model folder or a hub id.
 
     Raises:
         AdapterError: `out` is there already, or the adapter does not fit the base.
         ModelError: the base cannot be loaded.
     """
     source, target = Path(folder), Path(out)
-    if target.exists():
-        raise AdapterError(f"{target} is there already; choose another output folder")
-    from peft import PeftModel
-
+    check_free(target)
     transformers_logging.disable_progress_bar()
     model, tokenizer, description = _base_of(source, base)
     apply_base_update(model, source)
-    merged: Any = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
+    merged: Any = _attached(model, source).merge_and_unload()
     pooled = isinstance(merged, models.PooledClassifier)
     with new_folder(target) as draft:
         (merged.encoder if pooled else merged).save_pretrained(draft)
@@ -97,6 +109,26 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
             _write_classifier(merged, draft)
         if description:
             write_atomic(draft / _DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
+
+
+def _attached(model: Any, folder: Path) -> Any:
+    """The model with the adapter on it; PEFT itself only warns of what it does not find."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    stored = StoredTensors(weights_file(folder))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            attached = PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:
+        reason = " ".join((str(error).strip() or type(error).__name__).split())
+        raise AdapterError(f"{folder} does not fit the base model: {reason[:300]}") from error
+    wanted = {name.removesuffix(".weight") for name in get_peft_model_state_dict(attached, save_embedding_layers=False)}
+    given = {name.removesuffix(".weight") for name in stored if not name.endswith(".base_layer.weight")}
+    for name in sorted(given ^ wanted):
+        state = "is not in the base model" if name in given else "is missing"
+        raise AdapterError(f"{folder} does not fit the base model: tensor '{name}' {state}")
+    return attached
 
 
 def _write_classifier(model: models.PooledClassifier, folder: Path) -> None:

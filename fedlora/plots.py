@@ -11,6 +11,7 @@ from fedlora.metrics import RoundRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _COLOURS = {
     "fedit": "#4c78a8",
@@ -38,6 +39,10 @@ _COLOURS = {
     "centralised": "#bab0ac",
 }
 _SPARE = ("#f58518", "#72b7b2", "#eeca3b", "#9d755d", "#ff9da6", "#1f77b4", "#17becf", "#bcbd22")
+
+
+_NOTHING = 1e-12
+"""Share of the largest value below which a sum of squares is rounding: clients that keep what they have do not jump."""
 
 
 def colour(strategy: str) -> str:
@@ -78,7 +83,7 @@ def rounds_figure(
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    left.legend(frameon=False)
+    _legend(figure, left)
     if title:
         figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,33 +99,48 @@ def conditions_figure(
     """The observable sides of the two convergence conditions of arXiv 2508.01348 against rounds, one line per run.
 
     Left R (weak: local models), right P + Q (strong: the global model); dashed their means over the rounds so far, the
-    quantities through which they enter the paper's bounds. Logarithmic, in squared units of B·A and of the factors. A
-    sum that is zero (clients keep their factors) is not drawn.
+    quantities through which they enter the paper's bounds. Logarithmic, in squared units of B·A and of the factors.
+    Where nothing jumps (clients keep what they have) nothing is drawn.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
-    for label, records in runs.items():
-        shade = (colours or {}).get(label) or colour(label)
-        for axes, names in zip(panels, ((metrics.ABO_R,), (metrics.ABO_P, metrics.ABO_Q)), strict=True):
-            _condition(axes, records[1:], names, (legend or {}).get(label, label), shade)
+    for axes, names in zip(panels, ((metrics.ABO_R,), (metrics.ABO_P, metrics.ABO_Q)), strict=True):
+        curves = {
+            label: [sum(record.metrics[name] for name in names) for record in records[1:]]
+            for label, records in runs.items()
+        }
+        visible = _NOTHING * max((value for curve in curves.values() for value in curve), default=0.0)
+        for label, curve in curves.items():
+            if max(curve, default=0.0) > visible:
+                shade = (colours or {}).get(label) or colour(label)
+                _condition(axes, curve, (legend or {}).get(label, label), shade)
     panels[0].set(ylabel="R  (squared, products B·A)", title="Weak condition: how far products jump")
     panels[1].set(ylabel="P + Q  (squared, factors)", title="Strong condition: how far factors jump")
     for axes in panels:
         axes.set(xlabel="round", yscale="log")
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    panels[0].legend(frameon=False, title="solid: round; dashed: mean so far", fontsize="small")
+    _legend(figure, panels[0], "solid: round\ndashed: mean so far", most_inside=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
-def _condition(axes: Axes, records: Sequence[RoundRecord], names: Sequence[str], label: str, shade: str) -> None:
-    numbers = [record.round for record in records]
-    values = [sum(record.metrics[name] for name in names) for record in records]
-    if not any(value > 0 for value in values):
+def _legend(figure: Figure, axes: Axes, title: str | None = None, most_inside: int = 8) -> None:
+    """Within the panel up to so many entries, else beside both."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) <= most_inside:
+        axes.legend(frameon=False, title=title, fontsize="small", title_fontsize="small")
         return
+    figure.set_size_inches(12, 4.5)
+    figure.legend(
+        handles, labels, loc="outside right upper", frameon=False, title=title, fontsize="small", title_fontsize="small"
+    )
+
+
+def _condition(axes: Axes, values: Sequence[float], label: str, shade: str) -> None:
+    numbers = range(1, len(values) + 1)
     means = [sum(values[: count + 1]) / (count + 1) for count in range(len(values))]
     shown = axes.get_legend_handles_labels()[1]
     axes.plot(numbers, values, color=shade, label=None if label in shown else label, marker="o", markersize=3)

@@ -35,8 +35,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"{path} cannot be read as safetensors: {error}") from None
+        raise AdapterError(f"{path} cannot be read as safetensors: {_reason(error)}") from None
     return tensors
+
+
+def _reason(error: Exception) -> str:
+    """One line, whatever a file's header made the message quote."""
+    line = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return line if len(line) <= 300 else f"{line[:300]} …"
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -54,8 +60,10 @@ class StoredTensors(Mapping[str, Tensor]):
                 self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
                 self.dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
         except (OSError, safetensors.SafetensorError) as error:
-            raise AdapterError(f"{path} cannot be read as safetensors: {error}") from None
+            raise AdapterError(f"{path} cannot be read as safetensors: {_reason(error)}") from None
         for name, dtype in self.dtypes.items():
+            if not name.isprintable():
+                raise AdapterError(f"{path}: tensor {name!a} has a name that cannot be printed")
             if dtype not in ("F64", "F32", "F16", "BF16"):
                 raise AdapterError(f"{path}: tensor '{name}' is of type {dtype}; expected F32, F16, BF16 or F64")
 
@@ -73,7 +81,7 @@ class StoredTensors(Mapping[str, Tensor]):
             with safe_open(self.path, framework="pt") as file:
                 return [file.get_tensor(name) for name in names]
         except (OSError, safetensors.SafetensorError) as error:
-            raise AdapterError(f"{self.path} cannot be read as safetensors: {error}") from None
+            raise AdapterError(f"{self.path} cannot be read as safetensors: {_reason(error)}") from None
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:

@@ -132,7 +132,7 @@ def aggregate(
     from fedlora import aggregation, aggregation_files, configfile
     from fedlora.strategies import registry
 
-    aggregation_files.check_target(out, registry.find(strategy).personal, per_client)
+    aggregation_files.check_target(out, registry.find(strategy).personal, per_client, report)
     result = aggregation.aggregate(
         clients,
         strategy,

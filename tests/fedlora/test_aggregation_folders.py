@@ -4,8 +4,8 @@ import json
 import math
 import re
 import resource
-import time
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +142,7 @@ class TestRanksByModule:
                 "dec.q": 3,
             }
             assert open_peft_folder(folder).scaling == 2
-        """A name that ends another's stands for itself alone."""
+        # anchored: a name that ends another's stands for itself alone
         assert config_of(tmp_path / "out")["rank_pattern"] == {r"^enc\.q": 2, "^q": 1}
 
     def test_of_two_clients_in_opposite_modules(self, client, tmp_path):
@@ -198,9 +198,7 @@ class TestPatterns:
 
     def test_many_wild_cards_do_not(self):
         """With `re`, time would grow with a power of the name's length: this would outlive us all."""
-        begun = time.perf_counter()
         assert Pattern({".*a" * 150: 1}).of("a" * 2000 + "b", 8) == 8
-        assert time.perf_counter() - begun < 20
 
     def test_nothing_that_peft_would_give_to_re_is_handed_on(self, client, tmp_path):
         """A regular expression for the target modules becomes their names."""
@@ -262,7 +260,7 @@ class TestFolders:
         assert (open_peft_folder(folder).scaling, open_peft_folder(folder).rank) == (1, 8)
 
     def test_embeddings_saved_with_the_adapter(self, client, tmp_path):
-        """PEFT keeps the base weight of an embedding it adapts: a base update of it would be lost when that is loaded."""
+        """PEFT keeps the base weight of an embedding that it adapts: loading that would undo a base update."""
         folders = [client(name, target_modules=["embed_tokens", "enc.q"]) for name in "ab"]
         assert "base_model.model.embed_tokens.base_layer.weight" in StoredTensors(
             folders[0] / "adapter_model.safetensors"
@@ -319,8 +317,6 @@ class TestManyClients:
             most[0] = max(most[0], sum(r() is not None for r in alive))
             return found
 
-        import weakref
-
         monkeypatch.setattr(StoredTensors, "read", counted)
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         used = len(list(Path("/proc/self/fd").iterdir()))
@@ -330,5 +326,5 @@ class TestManyClients:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert len(result.weights) == 300
-        assert most[0] <= 40
+        assert most[0] <= 12
         assert registry.find(name).exact == (result.divergence.rho < 1e-6) or name == "svd"

@@ -46,7 +46,7 @@ CELLS = {
     "LLaMA-7B up": [(16, 10), (16, 100)],
 }
 """Ranks and numbers of clients for each."""
-STRATEGIES = ["fedit", "replication", "lora-fair", "fedex-lora", "flora", "flora-na", "svd", "fedrot-lora"]
+STRATEGIES = ["fedit", "replication", "lora-fair", "fedex-lora", "flora", "flora-na", "svd"]
 LIMIT_S = 60
 DISTINCT = 20
 """Different adapters among the clients of a cell; more clients share them, which changes no operation."""

@@ -212,6 +212,8 @@ def _same_shape(path: Path, what: str, shape: tuple[int, ...], first: Path, want
 def _check_possible(strategy: Strategy, clients: Sequence[PeftFolder], ranks: Sequence[int] | None) -> None:
     if ranks is not None and (len(ranks) != len(clients) or min(ranks) < 1):
         raise AdapterError(f"ranks {list(ranks)} for {len(clients)} clients; give one each, from 1")
+    if ranks is not None and strategy.personal:
+        raise ConfigError(f"strategy {strategy.name} gives every client its own adapter back; leave the ranks out")
     kinds = {tuple(rank for _, rank, _ in client.shapes.values()) for client in clients}
     mixed = len(kinds) > 1 or any(rank != clients[0].rank for rank in ranks or ())
     reason = strategy.refusal(clients[0].variant, mixed, False)

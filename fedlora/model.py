@@ -273,6 +273,16 @@ def _adaptable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding) or stores_transposed(module)
 
 
+def only_conv1d(model: Any, targets: Sequence[str]) -> bool:
+    """Whether all modules that `targets` name are GPT-2's Conv1D."""
+    named = (
+        module
+        for name, module in model.named_modules()
+        if _adaptable(module) and any(name == target or name.endswith(f".{target}") for target in targets)
+    )
+    return all(type(module).__name__ == "Conv1D" for module in named)
+
+
 def stores_transposed(module: nn.Module) -> bool:
     """Whether a layer's weight is d_in × d_out: GPT-2's Conv1D, and embeddings (vocabulary × width)."""
     return type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)

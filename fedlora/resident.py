@@ -19,7 +19,7 @@ from fedlora.adapter import EVERY_PART, PEFT_PREFIX, Adapter, Factors, Part, ful
 from fedlora.base_update import BaseUpdate
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.errors import ModelError
-from fedlora.model import PooledClassifier, head_modules, load_base, stores_transposed, target_modules
+from fedlora.model import PooledClassifier, head_modules, load_base, only_conv1d, stores_transposed, target_modules
 
 
 class ResidentModel:
@@ -201,9 +201,11 @@ def add_to_weight(layer: Any, pair: Factors) -> None:
 def _peft_config(base: Any, lora: LoraConfig) -> Any:
     import peft
 
+    targets = target_modules(base, lora)
     common: dict[str, Any] = {
         "r": lora.highest_rank,
-        "target_modules": target_modules(base, lora),
+        "target_modules": targets,
+        "fan_in_fan_out": only_conv1d(base, targets),  # PEFT would find out, with a warning for every layer
         "modules_to_save": head_modules(base),
         "task_type": None if isinstance(base, PooledClassifier) else "SEQ_CLS",
     }

@@ -294,6 +294,11 @@ OTHERS = {
     "weights in words": (GOOD, ["--weights", "one,two"], "--weights one,two cannot be read"),
     "rank 0 wanted": (GOOD, ["--strategy", "svd", "--ranks", "2,0"], r"ranks \[2, 0\] for 2 clients"),
     "rank too high": (GOOD, ["--strategy", "svd", "--ranks", "2,9"], r"9 is above the smaller side of module 'enc\.q'"),
+    "ranks for adapters of their own": (
+        GOOD,
+        ["--strategy", "local", "--per-client", "--ranks", "2,2"],
+        "strategy local gives every client its own adapter back",
+    ),
     "a rank too few": (GOOD, ["--strategy", "svd", "--ranks", "2"], r"ranks \[2\] for 2 clients"),
     "unknown strategy": (GOOD, ["--strategy", "fedlt"], "unknown strategy 'fedlt'. Did you mean 'fedit'"),
     "unknown option": (GOOD, ["--option", "energy=1"], "strategy_options.energy=1"),

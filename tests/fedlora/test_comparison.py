@@ -99,5 +99,4 @@ def test_the_figure_shows_every_run(cells, tmp_path):
     comparison.figures(cells[:1], tmp_path / "one", "Two strategies")
     for name in ("comparison.png", "conditions.png"):
         both, one = imread(tmp_path / "new" / name), imread(tmp_path / "one" / name)
-        assert both.shape == one.shape
-        assert np.abs(both - one).sum() > 1000
+        assert both.shape != one.shape or np.abs(both - one).sum() > 1000

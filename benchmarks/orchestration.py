@@ -34,7 +34,7 @@ from fedlora.config import RunConfig
 from fedlora.data import tokens
 from fedlora.data.partition import Partition
 from fedlora.divergence import measure
-from fedlora.model import ResidentModel
+from fedlora.resident import ResidentModel
 from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState, advance

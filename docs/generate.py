@@ -284,7 +284,7 @@ def facts(name: str) -> str:
         ("clients of several ranks", f"refused: {found.one_rank}" if found.one_rank else "yes"),
         ("changes the base", _yes(found.changes_base)),
         ("clients keep adapters of their own", _yes(found.personal)),
-        ("blind to the gauge", {"–": "clients share a factor"}.get(gauge(name), gauge(name))),
+        ("blind to the gauge, at equal ranks", {"–": "clients share a factor"}.get(gauge(name), gauge(name))),
         *((f"`lora.variant={variant}`", _or_refused(found.refusal(variant, False, False))) for variant in _VARIANTS),
         ("`lora.truncation=svd`", _or_refused(found.refusal("lora", False, True))),
         ("`fedlora aggregate`", _aggregates(found)),

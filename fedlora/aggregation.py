@@ -13,13 +13,14 @@ import math
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedlora.adapter import Adapter, Factors, wire_size
-from fedlora.base_update import BaseUpdate
+from fedlora.base_update import FILE, BaseUpdate
 from fedlora.divergence import Divergence
 from fedlora.errors import AdapterError, ConfigError
 from fedlora.metrics import Bytes
@@ -37,11 +38,16 @@ class Aggregated:
 
     strategy: Strategy
     clients: tuple[PeftFolder, ...]
-    weights: tuple[float, ...]
+    updates: Updates
     state: ServerState
     divergence: Divergence
     bytes: Bytes
     seconds: float
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The clients' weights, normalised."""
+        return tuple(self.updates.weights.tolist())
 
     @property
     def adapter(self) -> Adapter | None:
@@ -53,6 +59,22 @@ class Aggregated:
         """What is to be added to the base weights; empty for most strategies."""
         return self.state.base_step
 
+    @cached_property
+    def global_rho(self) -> float:
+        """ρ of the global adapter: lower than that of what clients receive where some have a lower rank."""
+        if all(self.state.rank_of(index) == self.state.adapter.rank for index in range(len(self.clients))):
+            return self.divergence.rho
+        whole = replace(self.state, ranks={})
+        return measure_round(self.strategy, whole, self.updates).rho
+
+    @property
+    def notes(self) -> list[str]:
+        """What does not stop an aggregation, but should be known."""
+        bases = sorted({str(client.config.get("base_model_name_or_path")) for client in self.clients})
+        if len(bases) == 1:
+            return []
+        return [f"the adapters name different base models ({', '.join(bases[:3])}); they are taken to be the same"]
+
     def client(self, index: int) -> Adapter:
         """What the client at a position of the list goes on with, at its own rank."""
         return self.strategy.broadcast(self.state, index)
@@ -60,6 +82,7 @@ class Aggregated:
     def report(self) -> dict[str, Any]:
         """`strategy`, `clients`, `rho` (model and by module), `abo`, `bytes` and `seconds`.
 
+        `rho.model` is of what clients receive, each at its own rank; `rho.global` of the global adapter as written.
         A ratio to a mean update of zero is None (null in JSON) where it is not 0/0.
         """
         found = self.divergence
@@ -71,6 +94,7 @@ class Aggregated:
                 "model": _number(found.rho),
                 "floor": _number(found.floor),
                 "excess": _number(found.excess),
+                "global": None if self.adapter is None else _number(self.global_rho),
                 "modules": {
                     name: {
                         "rho": _number(m.rho),
@@ -125,6 +149,12 @@ def aggregate(
     if chosen.pools_data:
         raise ConfigError(f"strategy {strategy} trains one client on everybody's data; there is nothing to aggregate")
     clients = tuple(open_peft_folder(Path(path)) for path in paths)
+    for client in clients:
+        if (client.path / FILE).exists():
+            raise AdapterError(
+                f"{client.path} has a base update ({FILE}), without which its adapter is not what was learned; "
+                "adapters that start from different bases have no mean"
+            )
     given = _weights(weights, clients)
     _check_alike(clients)
     _check_possible(chosen, clients, ranks)
@@ -138,9 +168,7 @@ def aggregate(
     new = replace(new, ranks=state.ranks)
     _check_result(chosen, new)
     divergence = measure_round(chosen, new, updates)
-    return Aggregated(
-        chosen, clients, tuple(updates.weights.tolist()), new, divergence, _sent(chosen, state, new, clients), seconds
-    )
+    return Aggregated(chosen, clients, updates, new, divergence, _sent(chosen, state, new, clients), seconds)
 
 
 def _number(value: float) -> float | None:

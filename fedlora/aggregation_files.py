@@ -93,17 +93,36 @@ def _fill(result: Aggregated, folder: Path, per_client: bool) -> None:
     if result.base:
         result.base.write(folder)
     for index, client in enumerate(result.clients if per_client else ()):
-        _adapter(result, result.client(index), client, folder / f"client-{index:03d}")
+        own = folder / f"client-{index:03d}"
+        _adapter(result, result.client(index), client, own)
+        if result.base:
+            result.base.write(own)
 
 
 def _adapter(result: Aggregated, adapter: Adapter, like: PeftFolder, folder: Path) -> None:
     ranks = {module: adapter.factors[module].rank for module in adapter.modules}
     config = config_at_ranks(like.config, ranks, result.state.scaling)
     write_peft_folder(adapter, folder, config, _card(result, like))
+    described = {_described(client) for client in result.clients}
+    if len(described) == 1 and (content := described.pop()):
+        write_atomic(folder / "fedlora.json", content.encode())
+
+
+def _described(client: PeftFolder) -> str:
+    """What a run of fedlora wrote beside its adapter, without what is of that run alone; empty for other adapters."""
+    try:
+        content = json.loads((client.path / "fedlora.json").read_text())
+        kept = {key: content[key] for key in ("model", "labels", "max_length")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return json.dumps(kept, indent=1) + "\n"
 
 
 def _card(result: Aggregated, like: PeftFolder) -> str:
     found = result.divergence
+    whole = ""
+    if result.adapter is not None and result.global_rho != found.rho:
+        whole = f" That of the global adapter at the highest rank is {result.global_rho:.4g}."
     base = ""
     if result.base:
         base = (
@@ -117,6 +136,6 @@ tags: [lora, federated, {result.strategy.name}]
 ---
 # {len(result.clients)} adapters combined by `{result.strategy.name}`
 
-Divergence ρ {found.rho:.4g} (floor {found.floor:.4g}): the relative error of what clients receive against the weighted
-mean of their updates.
+Divergence ρ {found.rho:.4g} (floor {found.floor:.4g}): the relative error of what clients receive, each at its own
+rank, against the weighted mean of their updates.{whole}
 {base}"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from fedlora import metrics, plots, rounds
 from fedlora.adapter import Adapter
 from fedlora.atomic import write_atomic
+from fedlora.config import RunConfig
 from fedlora.errors import saving
 from fedlora.evaluation import Scores
 from fedlora.peftfolder import config_at_ranks, write_peft_folder
@@ -54,13 +56,13 @@ def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path,
     weights = weights.folded()
     ranks = {module: weights.factors[module].rank for module in weights.modules}
     peft_config = config_at_ranks(run.need_json("adapter_config.json"), ranks, scaling)
-    write_peft_folder(weights, folder, peft_config, _card(run, number))
+    write_peft_folder(weights, folder, peft_config, _card(run, number, peft_config))
     content = {"model": run.config.model.model_dump(mode="json"), "labels": setup["labels"], "round": number}
     content |= {"max_length": run.config.data.max_length, "strategy": run.config.strategy}
     write_atomic(folder / "fedlora.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _card(run: RunFolder, number: int) -> str:
+def _card(run: RunFolder, number: int, peft_config: Mapping[str, Any]) -> str:
     config = run.config
     record = rounds.read_record(run, number)
     scores = "\n".join(
@@ -82,8 +84,8 @@ tags: [lora, federated, {config.strategy}]
 ---
 # {config.strategy} on {config.data.name}, round {number} of {config.rounds}
 
-A LoRA adapter (rank {config.lora.rank}, alpha {config.lora.alpha:g}) trained by {config.clients} clients
-(`{config.partition.name}` partition, seed {config.seed}) and combined by `{config.strategy}`.
+An adapter ({_kind(config, peft_config)}) trained by {config.clients} clients (`{config.partition.name}` partition,
+seed {config.seed}) and combined by `{config.strategy}`.
 
 ```python
 import fedlora
@@ -98,6 +100,13 @@ With PEFT alone: `PeftModel.from_pretrained(base, "this folder")`, where `base` 
 |---|---|
 {scores}
 """
+
+
+def _kind(config: RunConfig, peft_config: Mapping[str, Any]) -> str:
+    """Variant, rank and alpha as they are in the file, and the clients' ranks where they differ."""
+    alpha = f", alpha {peft_config['lora_alpha']:g}" if "lora_alpha" in peft_config else ""
+    ranks = ", clients of several ranks" if config.lora.mixed_ranks else ""
+    return f"{config.lora.variant}, rank {peft_config['r']}{alpha}{ranks}"
 
 
 def divergence_table(run: RunFolder) -> list[dict[str, Any]]:

@@ -56,6 +56,10 @@ def description(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         content = json.loads((path / "fedlora.json").read_text())
         return ModelConfig.model_validate(content["model"]), content
     except (OSError, ValueError, KeyError) as error:
+        if clients := sorted(path.glob("client-*")):
+            raise AdapterError(
+                f"{path} holds an adapter per client and no global one; choose one, such as {clients[0]}"
+            ) from None
         raise AdapterError(
             f"{path} holds no readable fedlora.json ({error}); for adapters from elsewhere use "
             "PeftModel.from_pretrained(base, folder) with your own base"

@@ -15,7 +15,9 @@ from fedlora.runfolder import RunFolder
 from fedlora.workers import Pool, open_pool
 
 
-def train(config: RunConfig, path: Path, report: Callable[[RoundRecord], None] | None = None) -> list[RoundRecord]:
+def train(
+    config: RunConfig, path: str | Path, report: Callable[[RoundRecord], None] | None = None
+) -> list[RoundRecord]:
     """Run (or continue) a federated run in the folder `path`; returns the record of every round.
 
     Args:
@@ -26,7 +28,7 @@ def train(config: RunConfig, path: Path, report: Callable[[RoundRecord], None] |
     Raises:
         FedloraError: whatever the user can mend, in one line.
     """
-    run = RunFolder.create(path, config)
+    run = RunFolder.create(Path(path), config)
     with open_pool(config.runner) as pool, ThreadPoolExecutor(len(pool.slots)) as threads:
         pool.run(jobs.prepare_data, run.path)
         pool.run(jobs.initialise, run.path)

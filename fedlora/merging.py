@@ -6,8 +6,10 @@ fedlora.apply_base_update(model, "run/adapter")  before PeftModel.from_pretraine
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from fedlora import inference
 from fedlora import model as models
 from fedlora.aggregation_files import check_free
 from fedlora.atomic import new_folder, write_atomic
-from fedlora.base_update import BaseUpdate
+from fedlora.base_update import FILE, BaseUpdate
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError
 from fedlora.peftfolder import CONFIGURATION, weights_file
@@ -29,27 +31,44 @@ from fedlora.tensorfile import StoredTensors, serialise
 
 _CLASSIFIER = "classifier.safetensors"
 _DESCRIPTION = "fedlora.json"
+_APPLIED = "_fedlora_base_updates"
 
 
 def apply_base_update(model: Any, folder: str | Path) -> Any:
-    """Add the base update in `folder` (`base_delta.safetensors`; none changes nothing) to a model's weights, in place.
+    """Add the base update in `folder` (`base_delta.safetensors`; none changes nothing) to a model's weights, in place,
+    once: a second time is refused.
 
     Args:
         model: the base model, plain or with PEFT adapters on it.
         folder: of an adapter.
 
     Raises:
-        AdapterError: the file is damaged or has values that are not finite, or names a module that the model does not
-            have, that has another shape, or whose weight another module shares.
+        AdapterError: there is no such folder, the file is damaged or has values that are not finite, or names a module
+            that the model does not have, that has another shape, or whose weight another module shares; or the model
+            has this update already.
     """
-    add_base_update(model, BaseUpdate.read(Path(folder)))
+    path = Path(folder)
+    if not path.is_dir():
+        raise AdapterError(f"{path} is no folder; expected that of an adapter")
+    update = BaseUpdate.read(path)
+    if update:
+        plain, digest = _plain(model), hashlib.sha256((path / FILE).read_bytes()).hexdigest()
+        if digest in getattr(plain, _APPLIED, ()):
+            raise AdapterError(f"the model has the base update of {path} already; load the base anew to start over")
+        add_base_update(model, update)
+        setattr(plain, _APPLIED, (*getattr(plain, _APPLIED, ()), digest))
     return model
+
+
+def _plain(model: Any) -> nn.Module:
+    """The model without PEFT around it."""
+    found: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return found
 
 
 def add_base_update(model: Any, update: BaseUpdate) -> None:
     """As `apply_base_update`, for an update in memory."""
-    plain: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = dict(plain.named_modules())
+    layers = dict(_plain(model).named_modules())
     found = {}
     for module, pair in update.modules.items():
         layer: Any = layers.get(module)
@@ -62,15 +81,20 @@ def add_base_update(model: Any, update: BaseUpdate) -> None:
             raise AdapterError(f"base update: module '{module}' is {pair.shape}, but the model's weight is {shape}")
         if not (torch.isfinite(pair.A).all() and torch.isfinite(pair.B).all()):
             raise AdapterError(f"base update: module '{module}' has values that are not finite")
-        others = (name for name, other in layers.items() if other is not layer and _weight(other) is layer.weight)
-        if (tied := next(others, None)) is not None:
-            raise AdapterError(
-                f"base update: module '{module}' shares its weight with '{tied}', which would change too; untie them"
-            )
+        _check_untied(layers, module, layer)
         found[module] = layer
     with torch.no_grad():
         for module, layer in found.items():
             add_to_weight(layer, update.modules[module])
+
+
+def _check_untied(layers: Mapping[str, nn.Module], module: str, layer: Any) -> None:
+    """Refuse to change a weight that another module uses too."""
+    others = (name for name, other in layers.items() if other is not layer and _weight(other) is layer.weight)
+    if (tied := next(others, None)) is not None:
+        raise AdapterError(
+            f"module '{module}' shares its weight with '{tied}', which would change too; untie them in the base model"
+        )
 
 
 def _weight(layer: nn.Module) -> Any:
@@ -99,7 +123,12 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
     transformers_logging.disable_progress_bar()
     model, tokenizer, description = _base_of(source, base)
     apply_base_update(model, source)
-    merged: Any = _attached(model, source).merge_and_unload()
+    attached = _attached(model, source)
+    layers = dict(_plain(attached).named_modules())
+    for name, layer in layers.items():
+        if hasattr(layer, "get_base_layer") and hasattr(layer, "merge"):
+            _check_untied(layers, name, layer.get_base_layer())
+    merged: Any = attached.merge_and_unload()
     pooled = isinstance(merged, models.PooledClassifier)
     with new_folder(target) as draft:
         (merged.encoder if pooled else merged).save_pretrained(draft)

@@ -120,6 +120,7 @@ def conditions_figure(
     panels[1].set(ylabel="P + Q  (squared, factors)", title="Strong condition: how far factors jump")
     for axes in panels:
         axes.set(xlabel="round", yscale="log")
+        _widen(axes)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure, panels[0], "solid: round\ndashed: mean so far", most_inside=1)
@@ -137,6 +138,19 @@ def _legend(figure: Figure, axes: Axes, title: str | None = None, most_inside: i
     figure.legend(
         handles, labels, loc="outside right upper", frameon=False, title=title, fontsize="small", title_fontsize="small"
     )
+
+
+def _widen(axes: Axes) -> None:
+    """Show at least a factor of ten, with plain numbers: small changes should look small."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    low, high = axes.get_ylim()
+    if high < 10 * low:
+        middle = (low * high) ** 0.5
+        axes.set_ylim(middle / 10**0.5, middle * 10**0.5)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _condition(axes: Axes, values: Sequence[float], label: str, shade: str) -> None:

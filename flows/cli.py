@@ -143,8 +143,17 @@ def aggregate(
     )
     result.save(out, per_client, report)
     found = result.divergence
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
     print(f"{strategy}: {len(result.clients)} clients, rho {found.rho:.4g} (floor {found.floor:.4g})")
+    if result.adapter is not None and result.global_rho != found.rho:
+        print(f"that is of what each receives at its own rank; of the global adapter: rho {result.global_rho:.4g}")
     print(f"written           {out}" + (f"\nreport            {report}" if report else ""))
+    if result.base:
+        print(
+            "base update       base_delta.safetensors: part of the result. fedlora merge makes a plain model of both, "
+            "fedlora.apply_base_update adds it"
+        )
 
 
 @app.command()
@@ -173,13 +182,20 @@ def strategies(
     if name:
         tables.strategy(registry.find(name), sys.stdout)
         return
-    found = [registry.find(each) for each in registry.names()]
-    rows = [
-        (s.name, s.family.value, "yes" if s.exact else "", "one" if s.one_rank else "any", s.summary) for s in found
-    ]
+    rows, broken = [], []
+    for each in registry.names():
+        try:
+            s = registry.find(each)
+        except ConfigError as error:
+            broken.append(f"not usable: {error}")
+            continue
+        ranks = "one" if s.one_rank else "any"
+        rows.append((s.name, s.family.value, "yes" if s.exact else "", ranks, s.summary))
     tables.listing(("name", "family", "exact", "ranks", "what it does"), rows, sys.stdout)
     print("family: SP sum-product, PS product-sum; exact: ρ = 0; ranks: whether clients may have different ones.")
     print("More about one, and its options: fedlora strategies NAME")
+    broken += [f"not used: a plug-in's '{name}', which is a name of ours" for name in registry.shadowed()]
+    print("\n".join(broken), end="\n" if broken else "")
 
 
 @app.command()

@@ -18,7 +18,7 @@ from fedlora.strategies.base import Strategy
 _WIDTH_OF_A_FILE = 140
 _LEGEND = """gap: local minus global accuracy. ρ: relative error of the aggregate, in the
 first and the last round; its floor: the least that the rank allows in the last.
-MB: adapters and heads, up and down."""
+MB: adapters, heads and base updates, up and down."""
 _DIGITS = {"MB": 1, "seconds": 0}
 
 

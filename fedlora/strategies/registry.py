@@ -69,9 +69,30 @@ def find(name: str) -> type[Strategy]:
     module, _, attribute = _locations()[name].partition(":")
     try:
         found: type[Strategy] = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise ConfigError(f"strategy '{name}' comes from a plug-in that cannot be loaded: {error}") from error
+    if name not in _BUILTIN:
+        _check_plugin(name, found)
     return found
+
+
+def _check_plugin(name: str, found: Any) -> None:
+    """Refuse what is no strategy, or does not say of itself what lists and tables show."""
+    from fedlora.strategies.base import Strategy
+
+    where = f"strategy '{name}' comes from a plug-in"
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise ConfigError(f"{where} whose entry point is {found!r}; expected a subclass of fedlora's Strategy")
+    for attribute in ("name", "family", "exact", "summary", "source"):
+        if not hasattr(found, attribute):
+            raise ConfigError(f"{where} whose class {found.__name__} has no '{attribute}'")
+    if found.name != name:
+        raise ConfigError(f"{where} whose class calls itself '{found.name}'; entry point and class need one name")
+
+
+def shadowed() -> list[str]:
+    """Names of ours that a plug-in claims too: ours are used."""
+    return sorted({point.name for point in entry_points(group=GROUP)} & set(_BUILTIN))
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Strategy:

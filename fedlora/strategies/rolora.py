@@ -34,7 +34,10 @@ class RoLoRA(Strategy):
         try:
             return with_shared(state, uploads, "A", self.name)
         except AdapterError:
-            return replace(with_shared(state, uploads, "B", self.name), round=1)
+            try:
+                return replace(with_shared(state, uploads, "B", self.name), round=1)
+            except AdapterError as error:
+                raise AdapterError(f"{error} (or one A: it takes either)") from None
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         by_b = _trains_b(state.round + 1)

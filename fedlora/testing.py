@@ -12,6 +12,7 @@ It plays federated rounds with simulated clients on tiny non-square layers, and 
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -67,7 +68,8 @@ def problems(strategy: str | Strategy, seed: int = 0) -> list[str]:
         try:
             found += [f"{setting.name}: {problem}" for problem in _rounds(chosen, setting, seed)]
         except Exception as error:
-            found.append(f"{setting.name}: {type(error).__name__}: {error}")
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            found.append(f"{setting.name}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})")
     return found
 
 

@@ -328,3 +328,32 @@ class TestManyClients:
         assert len(result.weights) == 300
         assert most[0] <= 12
         assert registry.find(name).exact == (result.divergence.rho < 1e-6) or name == "svd"
+
+
+class TestWhatIsSaid:
+    def test_rho_of_the_global_adapter(self, client):
+        """With mixed ranks clients of a lower rank lose more than the adapter that is written."""
+        folders = [client("alice", r=2, lora_alpha=4), client("bob", r=3, lora_alpha=6)]
+        result = fedlora.aggregate(folders, "svd", weights=[1, 3])
+        ideal = error = 0.0
+        for module, pair in result.adapter.factors.items():
+            uploads = [open_peft_folder(folder).adapter.factors[module].to_double().product() for folder in folders]
+            wanted = 0.25 * uploads[0] + 0.75 * uploads[1]
+            ideal += float(wanted.square().sum())
+            error += float((pair.to_double().product() - wanted).square().sum())
+        assert result.global_rho == pytest.approx(math.sqrt(error / ideal), rel=1e-6)
+        assert result.global_rho < result.divergence.rho
+        assert result.report()["rho"]["global"] == result.global_rho
+
+    def test_at_one_rank_it_is_the_same(self, client):
+        result = fedlora.aggregate([client("alice"), client("bob")], "svd")
+        assert result.global_rho == result.divergence.rho
+        assert result.notes == []
+
+    def test_other_bases_are_noted(self, client):
+        folders = [client("alice"), client("bob")]
+        for folder, name in zip(folders, ("one/model", "another/model"), strict=True):
+            path = folder / "adapter_config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name}))
+        (note,) = fedlora.aggregate(folders, "svd").notes
+        assert "another/model, one/model" in note

@@ -232,3 +232,19 @@ def test_a_file_with_natural_clients_end_to_end(tmp_path):
     assert summary["clients"] == 4
     assert measured(tmp_path / "run")[-1]["global/accuracy"] > 0.9
     assert fedlora.load_adapter(tmp_path / "run/adapter")[2] == ["animal", "plant"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "lora, rank 8, alpha 16"),
+        ({"lora.ranks": [4, 16], "clients": 2}, "lora, rank 16, alpha 32, clients of several ranks"),
+        ({"lora.variant": "hira"}, "hira, rank 8"),
+    ],
+)
+def test_the_card_names_what_is_in_the_file(settings, words):
+    config = configfile.build({"strategy": "svd", **settings})
+    stored = {"r": config.lora.highest_rank}
+    if config.lora.variant != "hira":
+        stored["lora_alpha"] = config.lora.alpha_at(config.lora.highest_rank)
+    assert export._kind(config, stored) == words

@@ -264,3 +264,68 @@ class TestRefusals:
     def test_load_merged_of_something_else(self, combined):
         with pytest.raises(AdapterError, match=r"holds no readable fedlora\.json"):
             fedlora.load_merged(combined("bert")[0])
+
+
+class TestOnce:
+    """A base update is part of what was learned: it is applied once, everywhere it belongs."""
+
+    def test_a_second_time_is_refused(self, combined):
+        place, folder = combined("bert")
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(place)
+        fedlora.apply_base_update(base, folder)
+        with pytest.raises(AdapterError, match=r"has the base update of .* already"):
+            fedlora.apply_base_update(base, folder)
+
+    def test_no_such_folder(self, tmp_path):
+        with pytest.raises(AdapterError, match="nothere is no folder"):
+            fedlora.apply_base_update(classifier("bert"), tmp_path / "nothere")
+
+    @pytest.mark.parametrize("strategy", ["flora", "oracle", "fedex-lora"])
+    def test_every_client_folder_is_whole(self, combined, tmp_path, strategy):
+        place, whole = combined("bert", strategy)
+        clients = [whole.parent / f"c{u}" for u in range(3)]
+        fedlora.aggregate(clients, strategy).save(tmp_path / "out", per_client=True)
+        for folder in (tmp_path / "out", tmp_path / "out" / "client-001"):
+            fedlora.merge(folder, tmp_path / f"merged-{folder.name}", base=place)
+        auto = transformers.AutoModelForSequenceClassification
+        one, other = (auto.from_pretrained(tmp_path / f"merged-{name}") for name in ("out", "client-001"))
+        same(logits(one), logits(other))
+
+    def test_a_client_with_a_base_update_is_refused(self, combined):
+        _, folder = combined("bert", "flora")
+        with pytest.raises(AdapterError, match=r"flora has a base update \(base_delta.safetensors\), without which"):
+            fedlora.aggregate([folder, folder.parent / "c0"], "svd")
+
+    def test_tied_weights_are_not_merged(self, tmp_path):
+        config = transformers.LlamaConfig(
+            vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+            tie_word_embeddings=True,
+        )  # fmt: skip
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        folder = trained(base, tmp_path / "c0", target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+        with pytest.raises(AdapterError, match="shares its weight with"):
+            fedlora.merge(folder, tmp_path / "merged", base=tmp_path / "base")
+        assert not (tmp_path / "merged").exists()
+
+
+def test_adapters_of_runs_stay_loadable_after_an_aggregation(tmp_path):
+    """What a run knows of its base goes along, so that neither labels nor pooling are lost."""
+    config = fedlora.RunConfig.model_validate(
+        {
+            "strategy": "local", "rounds": 1, "clients": 2, "data": {"train_size": 80, "test_size": 40},
+            "training": {"local_steps": 2}, "runner": {"kind": "threads", "device": "cpu"},
+        }
+    )  # fmt: skip
+    fedlora.train(config, str(tmp_path / "run"))
+    clients = [tmp_path / "run" / "adapter" / f"client-{u:03d}" for u in range(2)]
+    with pytest.raises(
+        AdapterError, match=r"an adapter per client and no global one; choose one, such as .*client-000"
+    ):
+        fedlora.load_adapter(tmp_path / "run" / "adapter")
+    fedlora.aggregate(clients, "svd").save(tmp_path / "out")
+    model, _, labels = fedlora.load_adapter(tmp_path / "out")
+    fedlora.merge(tmp_path / "out", tmp_path / "merged")
+    merged, _, again = fedlora.load_merged(tmp_path / "merged")
+    assert labels == again
+    same(logits(model), logits(merged))

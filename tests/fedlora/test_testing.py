@@ -151,7 +151,7 @@ class Fails(Sound):
         (Doubles, "adapters are sent in float32"),
         (WrongRank, "mixed ranks: "),
         (Remembers, "something is not in ServerState"),
-        (Fails, "RuntimeError: no idea"),
+        (Fails, "RuntimeError: no idea ("),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )

@@ -36,6 +36,14 @@ class Damped(Strategy):
 '''
 
 
+PLUGIN += """
+
+class Nameless(Strategy):
+    name, family, exact = "nameless", Family.PRODUCT_SUM, False
+    aggregate = Damped.aggregate
+"""
+
+
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
     """An installed distribution with one strategy that works, one that is missing, and one that takes our name."""
@@ -50,6 +58,9 @@ def plugin(tmp_path, monkeypatch):
             broken = no_such_module_anywhere:Broken
             absent = damped_lora_plugin:Absent
             fedit = damped_lora_plugin:Damped
+            function = damped_lora_plugin:Field
+            nameless = damped_lora_plugin:Nameless
+            other = damped_lora_plugin:Damped
             """
         )
     )
@@ -62,7 +73,7 @@ def plugin(tmp_path, monkeypatch):
 
 
 def test_a_plugin_works_from_name_to_divergence(plugin, dense, uploads):
-    assert registry.names()[-3:] == ["absent", "broken", "damped"]
+    assert registry.names()[-6:] == ["absent", "broken", "damped", "function", "nameless", "other"]
     config = configfile.build({"strategy": "damped", "strategy_options.damping": 0.25})
     strategy = registry.make(config.strategy, config.strategy_options)
     updates = uploads.updates(3)
@@ -79,6 +90,23 @@ def test_a_plugin_works_from_name_to_divergence(plugin, dense, uploads):
 def test_a_plugin_cannot_take_a_builtin_name(plugin):
     assert registry.find("fedit").__module__ == "fedlora.strategies.fedit"
     assert registry.names().count("fedit") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("function", "expected a subclass of fedlora's Strategy"),
+        ("nameless", "whose class Nameless has no 'summary'"),
+        ("other", "whose class calls itself 'damped'"),
+    ],
+)
+def test_a_plugin_that_is_no_strategy(plugin, name, words):
+    with pytest.raises(ConfigError, match=f"strategy '{name}' comes from a plug-in.*{words}"):
+        registry.make(name)
+
+
+def test_names_that_are_ours_already(plugin):
+    assert registry.shadowed() == ["fedit"]
 
 
 @pytest.mark.parametrize("name", ["broken", "absent"])

@@ -37,6 +37,7 @@ lint: setup-dev
 
 types: setup-dev
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks/*.py
 
 test: lint types
 	$(BIN)/pytest

@@ -216,7 +216,7 @@ def _folders(folder: Path, count: int, different: int) -> list[Path]:
     names = [f"encoder.layer.{n}.attention.self.{part}" for n in range(12) for part in ("query", "value")]
     generator = torch.Generator().manual_seed(0)
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
-    paths = []
+    paths: list[Path] = []
     for index in range(count):
         path = folder / f"client-{index:05d}"
         if index < different:

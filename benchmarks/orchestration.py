@@ -18,9 +18,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["FEDLORA_HOME"] = tempfile.mkdtemp(prefix="fedlora-bench-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
 
 from flows import environment
 
@@ -65,15 +68,18 @@ def bare_loop(run: RunFolder, model: ResidentModel) -> Iterator[float]:
         state = advance(strategy, state, updates)
         measure(updates, [state.adapter] * len(updates))
         model.load(state.adapter)
-        yield score(model, data, range(len(data.test)), config).accuracy
+        yield score(model, data, np.arange(len(data.test)), config).accuracy
 
 
-def score(model: ResidentModel, data: tokens.TokenisedData, rows: object, config: RunConfig) -> evaluation.Scores:
+def score(model: ResidentModel, data: tokens.TokenisedData, rows: np.ndarray, config: RunConfig) -> evaluation.Scores:
     examples = tokens.examples(data.test, rows)
     return evaluation.evaluate(model, examples, len(data.labels), config.evaluation.batch_size, data.pad_token_id)
 
 
-@flow(task_runner=ThreadPoolTaskRunner(max_workers=16))
+_TASKS: Any = ThreadPoolTaskRunner(max_workers=16)
+
+
+@flow(task_runner=_TASKS)
 def side_by_side(folder: RunFolder) -> dict[str, list[float]]:
     """A round of the flow, then the same round of the bare loop, and so on; seconds of each."""
     results: dict[str, list[float]] = {"flow_s": [], "bare_s": []}
@@ -85,8 +91,9 @@ def side_by_side(folder: RunFolder) -> dict[str, list[float]]:
         tracked = tracking.result()
         describe.submit(run, tracked).result()
         tracked = federated.play_round(run, 0, tracked, Progress())
-        bench = pool.slots[0]._bench
-        bare = bare_loop(folder, jobs._model(folder, bench))
+        slot = pool.slots[0]
+        assert isinstance(slot, workers.ThreadSlot), "both loops share this process's model"
+        bare = bare_loop(folder, jobs._loaded(folder, slot._bench))
         for number in range(1, config.rounds + 1):
             begun = time.perf_counter()
             tracked = federated.play_round(run, number, tracked, Progress())

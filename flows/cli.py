@@ -145,7 +145,8 @@ def aggregate(
     found = result.divergence
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(f"{strategy}: {len(result.clients)} clients, rho {found.rho:.4g} (floor {found.floor:.4g})")
+    counted = f"{len(result.clients)} client{'s' if len(result.clients) > 1 else ''}"
+    print(f"{strategy}: {counted}, rho {found.rho:.4g} (floor {found.floor:.4g})")
     if result.adapter is not None and result.global_rho != found.rho:
         print(f"that is of what each receives at its own rank; of the global adapter: rho {result.global_rho:.4g}")
     print(f"written           {out}" + (f"\nreport            {report}" if report else ""))

@@ -108,9 +108,10 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
         known = sorted(strategy.Options.model_fields)
-        hint = did_you_mean(key, known) if first["type"] == "extra_forbidden" else ""
+        unknown = first["type"] == "extra_forbidden"
+        reason, hint = ("no such option", did_you_mean(key, known)) if unknown else (first["msg"], "")
         raise ConfigError(
-            f"strategy_options.{key}={first['input']!r} of strategy '{name}': {first['msg']}.{hint} "
+            f"strategy_options.{key}={first['input']!r} of strategy '{name}': {reason}.{hint} "
             f"Options: {', '.join(known) or 'none'}."
         ) from None
 

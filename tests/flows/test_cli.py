@@ -275,3 +275,14 @@ def test_data_that_fails_leaves_no_run_running(fedlora, small, prefect_server, t
     client = MlflowClient(store_uri)
     runs = client.search_runs([client.get_experiment_by_name("failing").experiment_id])
     assert [run.info.status for run in runs] == ["FAILED"]
+
+
+def test_a_broken_plugin_spares_the_list(fedlora, monkeypatch):
+    from fedlora.strategies import registry
+
+    known = registry._locations()
+    monkeypatch.setattr(registry, "_locations", lambda: {**known, "gone": "no_such_module_anywhere:Gone"})
+    code, out, _ = fedlora("strategies")
+    assert code == 0
+    assert "fedit" in out
+    assert "not usable: strategy 'gone' comes from a plug-in that cannot be loaded: No module named" in out

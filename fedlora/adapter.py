@@ -204,14 +204,18 @@ class Adapter:
         )
 
     @classmethod
-    def stored(cls, tensors: StoredTensors) -> Adapter:
+    def stored(cls, tensors: StoredTensors, layout: Layout | None = None) -> Adapter:
         """An adapter that lives in a file: every tensor is read each time it is looked at, so that memory holds one
         module of one client at a time.
+
+        Args:
+            tensors: the file.
+            layout: of its names, where that is known already.
 
         Raises:
             AdapterError: a module with only one of its factors, shapes that do not fit, no module at all.
         """
-        layout = Layout.of(tensors)
+        layout = layout or Layout.of(tensors)
         for module, (b, a) in layout.factors.items():
             sides = tensors.shapes[b], tensors.shapes[a]
             if any(len(side) != 2 for side in sides) or sides[0][1] != sides[1][0]:

@@ -92,7 +92,8 @@ def open_peft_folder(path: Path) -> PeftFolder:
     variant = _variant(path, config)
     stored = StoredTensors(weights_file(path))
     try:
-        adapter, layout = Adapter.stored(stored), Layout.of(stored)
+        layout = Layout.of(stored)
+        adapter = Adapter.stored(stored, layout)
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from None
     _check_layout(path, layout, variant, len(stored))

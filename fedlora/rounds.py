@@ -85,11 +85,13 @@ def missed_base(run: RunFolder, number: int, client: int) -> int:
 
     All that was added since it last took part, or the whole update where that is smaller.
     """
-    before = run.need_json(f"{run.state_stem(number - 1)}.json")
+    total = int(run.need_json(f"{run.state_stem(number - 1)}.json")["base_total_bytes"])
+    if not total:
+        return 0
     took_part = (t for t in range(number - 1, 0, -1) if run.read_json(f"{run.client_stem(t, client)}.json"))
     last = next(took_part, 1)
     steps = (run.need_json(f"{run.state_stem(t)}.json") for t in range(last, number))
-    return min(sum(int(step["base_bytes"]) for step in steps), int(before["base_total_bytes"]))
+    return min(sum(int(step["base_bytes"]) for step in steps), total)
 
 
 def aggregate(run: RunFolder, number: int, clients: Sequence[int]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, overload
@@ -111,21 +111,18 @@ class Updates:
 
     def mean_cores(self) -> Mapping[str, Tensor]:
         """The weighted mean of every core, in float64."""
-        return {
-            module: algebra.mean((adapter.cores[module] for adapter in self.adapters), self.weights)
-            for module in self.adapters[0].cores
-        }
+        return self._means(lambda adapter: adapter.cores)
 
     def mean_head(self) -> Mapping[str, Tensor]:
         """The weighted mean of every head tensor, in float64."""
-        return {
-            name: algebra.mean((adapter.head[name] for adapter in self.adapters), self.weights)
-            for name in self.adapters[0].head
-        }
+        return self._means(lambda adapter: adapter.head)
 
     def mean_magnitudes(self) -> Mapping[str, Tensor]:
         """The weighted mean of every DoRA magnitude vector (d_out), in float64."""
+        return self._means(lambda adapter: adapter.magnitudes)
+
+    def _means(self, named: Callable[[Adapter], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         return {
-            module: algebra.mean((adapter.magnitudes[module] for adapter in self.adapters), self.weights)
-            for module in self.adapters[0].magnitudes
+            name: algebra.mean((named(adapter)[name] for adapter in self.adapters), self.weights)
+            for name in named(self.adapters[0])
         }

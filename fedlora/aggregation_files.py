@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from fedlora.adapter import Adapter
 from fedlora.atomic import new_folder, write_atomic
 from fedlora.errors import AdapterError
-from fedlora.peftfolder import PeftFolder, config_at_ranks, write_peft_folder
+from fedlora.peftfolder import DESCRIPTION, PeftFolder, config_at_ranks, write_peft_folder
 
 if TYPE_CHECKING:
     from fedlora.aggregation import Aggregated
@@ -105,13 +105,13 @@ def _adapter(result: Aggregated, adapter: Adapter, like: PeftFolder, folder: Pat
     write_peft_folder(adapter, folder, config, _card(result, like))
     described = {_described(client) for client in result.clients}
     if len(described) == 1 and (content := described.pop()):
-        write_atomic(folder / "fedlora.json", content.encode())
+        write_atomic(folder / DESCRIPTION, content.encode())
 
 
 def _described(client: PeftFolder) -> str:
     """What a run of fedlora wrote beside its adapter, without what is of that run alone; empty for other adapters."""
     try:
-        content = json.loads((client.path / "fedlora.json").read_text())
+        content = json.loads((client.path / DESCRIPTION).read_text())
         kept = {key: content[key] for key in ("model", "labels", "max_length")}
     except (OSError, ValueError, KeyError, TypeError):
         return ""

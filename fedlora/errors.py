@@ -66,6 +66,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what another library says is wrong, or the error's kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def saving(path: Path, instead: str = "another --run-dir") -> Iterator[None]:
     """Turn the operating system's refusal to write `path` into one line that says what to do (choose `instead`).

@@ -15,7 +15,7 @@ from fedlora.atomic import write_atomic
 from fedlora.config import RunConfig
 from fedlora.errors import saving
 from fedlora.evaluation import Scores
-from fedlora.peftfolder import config_at_ranks, write_peft_folder
+from fedlora.peftfolder import DESCRIPTION, config_at_ranks, write_peft_folder
 from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
 
@@ -59,7 +59,7 @@ def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path,
     write_peft_folder(weights, folder, peft_config, _card(run, number, peft_config))
     content = {"model": run.config.model.model_dump(mode="json"), "labels": setup["labels"], "round": number}
     content |= {"max_length": run.config.data.max_length, "strategy": run.config.strategy}
-    write_atomic(folder / "fedlora.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_atomic(folder / DESCRIPTION, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _card(run: RunFolder, number: int, peft_config: Mapping[str, Any]) -> str:

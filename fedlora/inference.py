@@ -8,7 +8,8 @@ from typing import Any
 
 from fedlora import model as models
 from fedlora.config import ModelConfig
-from fedlora.errors import AdapterError, ModelError
+from fedlora.errors import AdapterError, ModelError, first_line
+from fedlora.peftfolder import DESCRIPTION
 
 
 def load_base(name: str, labels: int | list[str], **options: Any) -> Any:
@@ -53,7 +54,7 @@ def description(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         AdapterError: it is not there or not readable.
     """
     try:
-        content = json.loads((path / "fedlora.json").read_text())
+        content = json.loads((path / DESCRIPTION).read_text())
         return ModelConfig.model_validate(content["model"]), content
     except (OSError, ValueError, KeyError) as error:
         if clients := sorted(path.glob("client-*")):
@@ -61,7 +62,7 @@ def description(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
                 f"{path} holds an adapter per client and no global one; choose one, such as {clients[0]}"
             ) from None
         raise AdapterError(
-            f"{path} holds no readable fedlora.json ({error}); for adapters from elsewhere use "
+            f"{path} holds no readable {DESCRIPTION} ({error}); for adapters from elsewhere use "
             "PeftModel.from_pretrained(base, folder) with your own base"
         ) from None
 
@@ -75,8 +76,7 @@ def from_pretrained(kind: Any, name: str) -> Any:
     try:
         return kind.from_pretrained(name, use_safetensors=True)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"base model '{name}' cannot be loaded: {reason}") from error
+        raise ModelError(f"base model '{name}' cannot be loaded: {first_line(error)}") from error
 
 
 def tokenizer_if_any(name: str) -> Any:

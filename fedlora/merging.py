@@ -25,12 +25,11 @@ from fedlora.atomic import new_folder, write_atomic
 from fedlora.base_update import FILE, BaseUpdate
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError
-from fedlora.peftfolder import CONFIGURATION, weights_file
+from fedlora.peftfolder import CONFIGURATION, DESCRIPTION, weights_file
 from fedlora.resident import add_to_weight
 from fedlora.tensorfile import StoredTensors, serialise
 
 _CLASSIFIER = "classifier.safetensors"
-_DESCRIPTION = "fedlora.json"
 _APPLIED = "_fedlora_base_updates"
 
 
@@ -137,7 +136,7 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
         if pooled:
             _write_classifier(merged, draft)
         if description:
-            write_atomic(draft / _DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
+            write_atomic(draft / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
 
 
 def _attached(model: Any, folder: Path) -> Any:
@@ -186,7 +185,7 @@ def load_merged(folder: str | Path) -> tuple[Any, Any, list[str]]:
 
 def _base_of(folder: Path, base: Any) -> tuple[Any, Any, dict[str, Any] | None]:
     """The base model, its tokenizer if there is one, and what fedlora knows of an adapter of its own."""
-    if (folder / _DESCRIPTION).is_file():
+    if (folder / DESCRIPTION).is_file():
         config, content = inference.description(folder)
         if base is None or isinstance(base, str | Path):
             config = config if base is None else config.model_copy(update={"name": str(base)})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedlora import seeds
 from fedlora.config import LoraConfig, ModelConfig
-from fedlora.errors import ModelError, did_you_mean
+from fedlora.errors import ModelError, did_you_mean, first_line
 
 _ASSETS = Path(__file__).parent / "assets"
 
@@ -230,9 +230,8 @@ def _positions(labels: Sequence[str]) -> dict[str, int]:
 
 
 def _cannot_load(config: ModelConfig, what: str, error: Exception) -> ModelError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ModelError(
-        f"model.name={config.name}: its {what} cannot be loaded: {reason} "
+        f"model.name={config.name}: its {what} cannot be loaded: {first_line(error)} "
         "(expected a packaged name, a folder, or a reachable Hugging Face id, with safetensors weights)"
     )
 

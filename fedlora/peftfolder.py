@@ -18,6 +18,8 @@ from fedlora.tensorfile import StoredTensors, read_tensors, serialise
 
 WEIGHTS, CONFIGURATION = "adapter_model.safetensors", "adapter_config.json"
 PICKLE = "adapter_model.bin"
+DESCRIPTION = "fedlora.json"
+"""What fedlora knows of an adapter of its own, beside PEFT's files: the base model, the labels."""
 _NAME = re.compile(r"\^?(?:[\w.\-]|\\[^\w\s])+\$?")
 """A module's name, or the end of one, also as PEFT's expressions have it."""
 _LARGEST_CONFIGURATION = 10_000_000

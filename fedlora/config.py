@@ -163,6 +163,11 @@ def _ranks(value: Any) -> Any:
         raise ValueError(_EXPECTED_RANKS) from None
 
 
+def divisor(rank: int, root: bool) -> float:
+    """What alpha is divided by: the rank, or its square root for rsLoRA."""
+    return math.sqrt(rank) if root else rank
+
+
 class LoraConfig(Section):
     """The adapter that is trained."""
 
@@ -202,11 +207,11 @@ class LoraConfig(Section):
         """The factor s in `s·B·A`, the same for clients of every rank."""
         if self.variant == "hira":
             return 1.0
-        return self.alpha / (math.sqrt(self.rank) if self.variant == "rslora" else self.rank)
+        return self.alpha / divisor(self.rank, self.variant == "rslora")
 
     def alpha_at(self, rank: int) -> float:
         """The alpha that gives an adapter of another rank the same scaling."""
-        return self.scaling * (math.sqrt(rank) if self.variant == "rslora" else rank)
+        return self.scaling * divisor(rank, self.variant == "rslora")
 
     @property
     def highest_rank(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from fedlora.adapter import Adapter, Layout
 from fedlora.atomic import write_atomic
+from fedlora.config import divisor
 from fedlora.errors import AdapterError
 from fedlora.tensorfile import StoredTensors, read_tensors, serialise
 
@@ -202,7 +203,7 @@ def _scaling(
         if variant != "hira" and not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
             raise AdapterError(f"{path / CONFIGURATION}: lora_alpha is {alpha!r}; expected a positive number")
         root = bool(config.get("use_rslora"))
-        found[module] = 1.0 if variant == "hira" else alpha / (math.sqrt(rank) if root else rank)
+        found[module] = 1.0 if variant == "hira" else alpha / divisor(rank, root)
     lowest, highest = min(found, key=lambda m: found[m]), max(found, key=lambda m: found[m])
     if not math.isclose(found[lowest], found[highest], rel_tol=1e-9):
         raise AdapterError(
@@ -314,5 +315,5 @@ def config_at_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], scaling
 
 
 def _alpha(scaling: float, rank: int, root: bool) -> float:
-    alpha = scaling * (math.sqrt(rank) if root else rank)
+    alpha = scaling * divisor(rank, root)
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha

@@ -10,7 +10,9 @@ from typing import Any
 import pandas as pd
 
 from fedlora import metrics, plots, rounds
+from fedlora.metrics import RoundRecord
 from fedlora.runfolder import RunFolder
+from fedlora.sweeps import label
 
 COLUMNS = ("accuracy", "macro-F1", "gap", "ρ first", "ρ last", "ρ floor", "MB", "seconds")
 
@@ -25,22 +27,34 @@ DETAILS = {
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One finished run of a comparison: what distinguishes it (dotted key to value) and its folder."""
+class Result:
+    """One finished run of a comparison: what distinguishes it (dotted key to value), its rounds, the hash of its
+    partition, and its run in MLflow or its folder."""
 
     settings: dict[str, Any]
-    folder: Path
+    records: list[RoundRecord]
+    partition: str
+    run: str
+
+    @classmethod
+    def of_folder(cls, settings: dict[str, Any], folder: Path) -> Result:
+        """The result in a run folder.
+
+        Raises:
+            RunFolderError: the folder is not whole.
+        """
+        found = RunFolder(folder)
+        return cls(settings, rounds.records(found), found.need_json("partition.json")["hash"], str(folder))
 
     @property
     def label(self) -> str:
-        return " ".join(str(v) if key == "strategy" else f"{key}={v}" for key, v in self.settings.items())
+        return label(self.settings)
 
 
-def row(folder: Path) -> dict[str, float | None]:
+def row(found: Sequence[RoundRecord]) -> dict[str, float | None]:
     """A run's results: final scores, ρ in the first and last round and its last floor, megabytes (10⁶ bytes) sent both
     ways, seconds of wall time in rounds; and the means over rounds of R, P, Q and the dispersion, the observable sides
     of the conditions of arXiv 2508.01348. What was not measured is None."""
-    found = rounds.records(RunFolder(folder))
     trained = [record.metrics for record in found[1:]]
     first, last = trained[0], trained[-1]
     return {
@@ -56,17 +70,12 @@ def row(folder: Path) -> dict[str, float | None]:
     }
 
 
-def frame(cells: Iterable[Cell]) -> pd.DataFrame:
-    """A row per run: its settings, its results, its partition's hash and its folder."""
+def frame(results: Iterable[Result]) -> pd.DataFrame:
+    """A row per run: its settings, its results, its partition's hash, its run in MLflow or its folder."""
     return pd.DataFrame(
         [
-            {
-                **cell.settings,
-                **row(cell.folder),
-                "partition": RunFolder(cell.folder).need_json("partition.json")["hash"],
-                "folder": str(cell.folder),
-            }
-            for cell in cells
+            {**result.settings, **row(result.records), "partition": result.partition, "run": result.run}
+            for result in results
         ]
     )
 
@@ -74,25 +83,46 @@ def frame(cells: Iterable[Cell]) -> pd.DataFrame:
 def over_seeds(table: pd.DataFrame, settings: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Mean and standard deviation of the results over seeds, for each combination of the other settings, in the
     order in which they first appear; settings become the index."""
-    keys = [key for key in settings if key != "seed"]
-    if not keys:
-        table, keys = table.assign(run="all seeds"), ["run"]
-    grouped = table.groupby(keys, sort=False, dropna=False)[list(COLUMNS)]
+    grouped = _by_setting(table, settings)[list(COLUMNS)]
     return grouped.mean(), grouped.std()
 
 
+def runs_of_each(table: pd.DataFrame, settings: Sequence[str]) -> list[int]:
+    """How many runs a combination of settings has: every number that occurs, rising."""
+    return sorted(set(_by_setting(table, settings).size()))
+
+
+def _by_setting(table: pd.DataFrame, settings: Sequence[str]) -> Any:
+    keys = [key for key in settings if key != "seed"]
+    if not keys:
+        table, keys = table.assign(run="all seeds"), ["run"]
+    return table.groupby(keys, sort=False, dropna=False)
+
+
 def same_partition(table: pd.DataFrame) -> bool:
-    """Whether all runs of one seed had the same partition, so that only the other settings varied."""
-    groups = table.groupby("seed")["partition"] if "seed" in table else [(None, table["partition"])]
+    """Whether all runs of one seed had the same partition, so that only the other settings varied; where the dealing
+    itself is varied, within each way of dealing."""
+    keys = [key for key in table if key in ("seed", "clients") or str(key).startswith(("partition.", "data."))]
+    groups = table.groupby(keys, dropna=False)["partition"] if keys else [(None, table["partition"])]
     return all(hashes.nunique() == 1 for _, hashes in groups)
 
 
-def figures(cells: Sequence[Cell], folder: Path, title: str) -> None:
+def shared(table: pd.DataFrame) -> str:
+    """A sentence on what the runs of a table have in common, by the hashes of their partitions."""
+    hashes = sorted(set(table["partition"]))
+    if len(table) == 1:
+        return f"partition hash {hashes[0]}"
+    if same_partition(table):
+        return f"All runs of a seed share one partition (hash {', '.join(hashes)}): only the settings above vary."
+    return "The partitions differ between runs of one seed, so the rows differ in more than their settings."
+
+
+def figures(results: Sequence[Result], folder: Path, title: str) -> None:
     """`comparison.png` (accuracy and ρ against rounds) and `conditions.png` (R, and P + Q), a line per run in its
     strategy's colour where that tells runs apart."""
-    runs = {cell.label: rounds.records(RunFolder(cell.folder)) for cell in cells}
-    colours = {cell.label: plots.colour(str(cell.settings.get("strategy", cell.label))) for cell in cells}
-    legend = {cell.label: Cell(_without_seed(cell.settings), cell.folder).label or "all seeds" for cell in cells}
+    runs = {result.label: result.records for result in results}
+    colours = {result.label: plots.colour(str(result.settings.get("strategy", result.label))) for result in results}
+    legend = {result.label: label(_without_seed(result.settings)) or "all seeds" for result in results}
     plots.rounds_figure(runs, folder / "comparison.png", colours, title, legend)
     plots.conditions_figure(runs, folder / "conditions.png", colours, legend)
 

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fedlora.config import RunConfig, Section
-from fedlora.errors import ConfigError, did_you_mean
+from fedlora.errors import ConfigError, StrategyRefusal, did_you_mean
 
 Overrides = Mapping[str, Any]
 
@@ -36,7 +36,9 @@ def build(values: Overrides) -> RunConfig:
     try:
         return RunConfig.model_validate(nest(values))
     except ValidationError as error:
-        raise ConfigError(_describe(error, values)) from None
+        cause = error.errors()[0].get("ctx", {}).get("error")
+        kind = StrategyRefusal if isinstance(cause, StrategyRefusal) else ConfigError
+        raise kind(_describe(error, values)) from None
 
 
 def read_flat(source: str | Path | None, presets: Path | None = None) -> dict[str, Any]:

@@ -26,6 +26,10 @@ class ConfigError(FedloraError):
     exit_code = 2
 
 
+class StrategyRefusal(ConfigError, ValueError):
+    """A strategy cannot be carried out with a setting; a sweep leaves such a run out. (A ValueError for pydantic.)"""
+
+
 class DataError(FedloraError):
     """A data set cannot be read, or cannot be partitioned as asked."""
 

@@ -6,6 +6,8 @@ that is already done, and whole, is not done again.
 
 from __future__ import annotations
 
+import resource
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,14 @@ def warm_up(bench: Workbench) -> None:
     import datasets  # noqa: F401
     import peft  # noqa: F401
     import transformers  # noqa: F401
+
+
+def peak_memory(bench: Workbench) -> int:
+    """Most bytes that this worker has held so far: of its GPU, or of the process."""
+    if bench.device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(bench.device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:

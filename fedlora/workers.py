@@ -271,6 +271,14 @@ def open_pool(runner: RunnerConfig) -> Iterator[Pool]:
             pool.close(now=failed)
 
 
+def close_all() -> None:
+    """End all open pools at once, jobs under way included: those who wait for them get a RunAborted."""
+    with _lock:
+        pools = [pool for pool, _ in _shared.values()]
+    for pool in pools:
+        pool.close(now=True)
+
+
 def current_pool(runner: RunnerConfig) -> Pool:
     """The pool that is open for this runner.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from fedlora.errors import ConfigError, FedloraError
-from flows import environment
+from flows import checks, cli_sweep, environment
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
@@ -55,7 +55,7 @@ def run(
 
     source, overrides = _split(words, "demo")
     config = configfile.load(source, overrides, PRESETS)
-    _check(config)
+    checks.before_start(config)
     folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()
     print(f"run folder: {folder}", flush=True)
     try:
@@ -67,42 +67,7 @@ def run(
     _print_results(folder, config, tracked)
 
 
-@app.command()
-def sweep(
-    file: Annotated[str, typer.Argument(metavar="NAME|FILE.yaml", help="A sweep of deployments/sweeps, or a file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings for all runs of the sweep.")
-    ] = None,
-) -> None:
-    """A grid of runs over strategies, seeds and anything else, compared in one table.
-
-    For example: fedlora sweep demo rounds=4
-    """
-    environment.prepare(_CONSOLE)  # before anything that imports Prefect: its settings are read once
-    from fedlora import configfile, home
-    from flows import interruption, private_server, tables, where
-    from flows import sweep as sweeps
-    from flows.progress import shown_on
-    from mlflow_tracking import store
-
-    chosen = sweeps.load(file, configfile.absolute_paths(configfile.parse_overrides(overrides or [])))
-    for cell in chosen.cells():
-        _check(sweeps.configuration(chosen, cell))
-    try:
-        with shown_on(sys.stdout), private_server.available(), interruption.marked():
-            outcome = sweeps.run_sweep.with_options(flow_run_name=f"sweep {chosen.name}")(chosen)
-    except KeyboardInterrupt:
-        print(f"stopped; the runs that finished are in MLflow, their folders in {home.runs()}")
-        raise
-    print()
-    tables.compared(outcome.finished, list(chosen.grid), sys.stdout)
-    for label, reason in outcome.failed.items():
-        print(f"failed: {label}: {reason}")
-    print(f"\npicture           {outcome.folder / 'comparison.png'}")
-    print(f"table             {outcome.folder / 'comparison.csv'}")
-    print("\n".join(where.lines(outcome.parent.uri, store.sweep_page(outcome.parent.experiment, outcome.parent.run))))
-    if outcome.failed:
-        raise typer.Exit(1)
+app.command()(cli_sweep.sweep)
 
 
 @app.command()
@@ -269,16 +234,6 @@ def _split(words: list[str] | None, default: str) -> tuple[str, dict[str, Any]]:
     return source, configfile.absolute_paths(configfile.parse_overrides(given))
 
 
-def _check(config: RunConfig) -> None:
-    """Everything that can be known to be wrong before Prefect starts."""
-    from fedlora import preflight
-    from mlflow_tracking import store
-
-    preflight.check(config)
-    store.check(store.resolve_uri(config.tracking.uri))
-    environment.check_prefect()
-
-
 def _new_name(config: RunConfig) -> str:
     return f"{config.strategy}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
@@ -305,12 +260,12 @@ def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path
 
 
 def _print_results(folder: Path, config: RunConfig, tracked: Tracked) -> None:
-    from fedlora.comparison import Cell
+    from fedlora.comparison import Result
     from flows import tables, where
     from mlflow_tracking import store
 
     print()
-    tables.compared([Cell({"strategy": config.strategy}, folder)], ["strategy"], sys.stdout)
+    tables.compared([Result.of_folder({"strategy": config.strategy}, folder)], ["strategy"], sys.stdout)
     print(f"\nadapter           {folder / 'adapter'}\npicture           {folder / 'figures' / 'rounds.png'}")
     print("\n".join(where.lines(tracked.uri, store.run_page(tracked.experiment, tracked.run))))
 

@@ -75,14 +75,15 @@ def federated(
         fraction: Share of the clients that take part in a round. Empty: the preset's.
         seed: Everything random follows from it. Empty: the preset's.
         overrides: Any other setting by its dotted key, for example {"lora.rank": 4, "partition.alpha": 0.1}.
-        run_dir: Folder of the run; one that was interrupted is continued. Empty: a new one under $FEDLORA_HOME/runs.
+        run_dir: Folder of the run, below $FEDLORA_HOME/runs unless it is absolute; one that was interrupted is
+            continued. Empty: a new one.
         mlflow_parent: MLflow run id of the sweep that this run belongs to.
     """
     flat = {"strategy": strategy, "rounds": rounds, "clients": clients, "fraction": fraction, "seed": seed}
     given = {key: value for key, value in flat.items() if value is not None}
     config = configfile.load(preset, {**(overrides or {}), **given}, PRESETS)
     preflight.check(config)
-    folder = RunFolder.create(Path(run_dir) if run_dir else default_folder(config), config)
+    folder = RunFolder.create(home.runs() / run_dir if run_dir else default_folder(config), config)
     names.replace_generated(run_name(config))
     with execution(folder, config) as (run, told):
         tracking = open_tracking.submit(run, run_name(config), mlflow_parent, _prefect_tags())
@@ -137,7 +138,7 @@ def execution(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Run, Progr
         interruption.note(error)
         tracked = tracker.load(folder)
         if tracked:
-            store.close(tracked.uri, tracked.run, "FAILED" if isinstance(error, Exception) else "KILLED")
+            store.close(tracked.uri, tracked.run, "KILLED" if interruption.is_one(error) else "FAILED")
         raise
     finally:
         told.end()

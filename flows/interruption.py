@@ -11,12 +11,28 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectException, TerminationSignal
 from prefect.states import Cancelled
 
+from fedlora import workers
+
 _interrupted: list[str] = []
+_stopping = False
+
+
+def is_one(error: BaseException) -> bool:
+    """Whether `error` is somebody stopping a run rather than something going wrong."""
+    return _stopping or not isinstance(error, Exception)
+
+
+def stop_all() -> None:
+    """Stop the runs of this process that go on in other threads: Ctrl-C reaches the main one only."""
+    global _stopping
+    _stopping = True
+    workers.close_all()
 
 
 def note(error: BaseException) -> None:
     """Remember the flow run under way if `error` is somebody stopping it."""
-    if isinstance(error, KeyboardInterrupt | TerminationSignal) and runtime.flow_run.id:
+    stopped = isinstance(error, KeyboardInterrupt | TerminationSignal) or (_stopping and isinstance(error, Exception))
+    if stopped and runtime.flow_run.id:
         _interrupted.append(str(runtime.flow_run.id))
 
 
@@ -33,9 +49,11 @@ def noted() -> Iterator[None]:
 @contextmanager
 def marked() -> Iterator[None]:
     """Around a flow call: after an interruption, the flow runs that were under way are set to Cancelled."""
+    global _stopping
     try:
         yield
     except KeyboardInterrupt:
+        _stopping = False
         with get_client(sync_client=True) as client:
             while _interrupted:
                 try:

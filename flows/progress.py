@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from types import MappingProxyType
 from typing import TextIO
 
@@ -37,6 +38,10 @@ def scores(record: RoundRecord, more: Mapping[str, str] = MappingProxyType({})) 
 class Progress:
     """Silent on the terminal; the base of the ones that are not."""
 
+    def for_run(self) -> Progress:
+        """The same display, for one of several runs that may go on side by side."""
+        return self
+
     def begin(self, config: RunConfig, label: str) -> None:
         """A run begins."""
 
@@ -58,6 +63,9 @@ class LogProgress(Progress):
 
     def __init__(self, stream: TextIO = sys.stdout) -> None:
         self._stream, self._begun, self._label = stream, time.monotonic(), ""
+
+    def for_run(self) -> Progress:
+        return copy(self)
 
     def begin(self, config: RunConfig, label: str) -> None:
         self._label = label
@@ -88,6 +96,9 @@ class BarProgress(Progress):
         self._last = ""
         self._bars.start()
 
+    def for_run(self) -> Progress:
+        return copy(self)
+
     def begin(self, config: RunConfig, label: str) -> None:
         self._per_round = config.clients_per_round
         self._task = self._bars.add_task("preparing data and model", total=config.rounds * self._per_round, label=label)
@@ -116,7 +127,7 @@ class Tee(Progress):
     """To the terminal's progress, and to the log of the Prefect flow run."""
 
     def __init__(self, shown: Progress) -> None:
-        self._shown, self._log = shown, get_run_logger()
+        self._shown, self._log = shown.for_run(), get_run_logger()
 
     def begin(self, config: RunConfig, label: str) -> None:
         self._log.info("%s: %d clients, %d rounds", label, config.clients, config.rounds)

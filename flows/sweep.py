@@ -1,158 +1,120 @@
-"""A grid of federated runs: one flow run per cell under one parent, and the comparison of what came of them."""
+"""A grid of federated runs: one flow run per cell under one parent, and the comparison of what came of them.
+
+prefect deployment run 'sweep/on-demand' -p sweep=demo -p 'overrides={"rounds": 3}'
+"""
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from pydantic import Field, ValidationError
+from typing import Annotated, Any
 
 from flows import environment
 
 environment.prepare()
 
 from prefect import flow, runtime  # noqa: E402 (the environment must be ready first)
-from prefect.artifacts import create_markdown_artifact  # noqa: E402
+from pydantic import Field  # noqa: E402
 
-from fedlora import comparison, configfile, home, workers  # noqa: E402
-from fedlora.comparison import Cell  # noqa: E402
-from fedlora.config import RunConfig, Section  # noqa: E402
-from fedlora.errors import ConfigError, FedloraError, RunAborted, did_you_mean  # noqa: E402
-from flows import interruption, progress  # noqa: E402
-from flows.federated import federated, run_name  # noqa: E402
+from fedlora import home, lock, sweeps  # noqa: E402
+from fedlora.errors import FedloraError  # noqa: E402
+from fedlora.sweepfolder import SweepFolder  # noqa: E402
+from fedlora.sweeps import Cell, Sweep  # noqa: E402
+from flows import cells, interruption, names, outcome, progress  # noqa: E402
 from flows.presets import PRESETS, SWEEPS  # noqa: E402
+from flows.progress import Progress  # noqa: E402
 from mlflow_tracking import parents  # noqa: E402
+from mlflow_tracking.parents import Parent  # noqa: E402
 
 
-class Sweep(Section):
-    """What a sweep file holds."""
-
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
-    """Names the sweep's folder and its parent run in MLflow."""
-    base: str = "demo"
-    """The preset or YAML file that every run starts from."""
-    set: dict[str, Any] = Field(default_factory=dict)
-    """Settings for all runs, by dotted key."""
-    grid: dict[str, list[Any]] = Field(default_factory=dict)
-    """Values to combine, by dotted key: every combination is a run."""
-
-    def cells(self) -> list[dict[str, Any]]:
-        """Every combination of the grid, the last key varying fastest."""
-        keys = list(self.grid)
-        return [dict(zip(keys, values, strict=True)) for values in itertools.product(*self.grid.values())]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished sweep: its folder (table and picture), the runs that finished, and why others did not."""
-
-    folder: Path
-    finished: list[Cell]
-    failed: dict[str, str]
-    parent: parents.Parent
-
-
-def load(source: str, overrides: dict[str, Any] | None = None) -> Sweep:
-    """A sweep by name or file; overrides apply to all its runs (an overridden grid key is no longer varied).
-
-    Raises:
-        ConfigError: unreadable, an unknown key, an empty or repeated grid value, or a cell that is not valid.
-    """
-    content = configfile.read_yaml(configfile.find(source, SWEEPS, "sweep"))
-    for key in content:
-        if key not in Sweep.model_fields:
-            raise ConfigError(f"{source}: unknown key '{key}'.{did_you_mean(key, Sweep.model_fields)}")
-    try:
-        sweep = Sweep.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ConfigError(f"{source}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    fixed = overrides or {}
-    grid = {key: values for key, values in sweep.grid.items() if key not in fixed}
-    sweep = sweep.model_copy(update={"set": {**configfile.flatten(sweep.set), **fixed}, "grid": grid})
-    _check(sweep)
-    return sweep
-
-
-def _check(sweep: Sweep) -> None:
-    for key, values in sweep.grid.items():
-        if not values:
-            raise ConfigError(f"sweep {sweep.name}: grid.{key} is an empty list, so there is nothing to run")
-        if len({json.dumps(value) for value in values}) != len(values):
-            raise ConfigError(f"sweep {sweep.name}: grid.{key} has a value twice: {values}")
-    for cell in sweep.cells():
-        configuration(sweep, cell)
-
-
-def configuration(sweep: Sweep, cell: dict[str, Any]) -> RunConfig:
-    """The configuration of one cell.
-
-    Raises:
-        ConfigError: it is not valid.
-    """
-    return configfile.load(sweep.base, {**sweep.set, **cell}, PRESETS)
-
-
-@flow(name="sweep")
-def run_sweep(sweep: Sweep) -> Outcome:
-    """Run every cell of a sweep, one after the other, and compare them; a cell that fails does not stop the rest.
+@flow(name="sweep", validate_parameters=True)
+def run_sweep(
+    sweep: str = "demo",
+    overrides: dict[str, Any] | None = None,
+    parallel: Annotated[int | None, Field(ge=1)] = None,
+    pool: str | None = None,
+    fresh: bool = False,
+    retry_failed: bool = False,
+) -> str:
+    """Every run of a sweep, compared; a run that fails does not stop the rest. Returns the sweep's folder.
 
     Args:
-        sweep: Its name, base, settings for all, and grid.
+        sweep: A sweep of deployments/sweeps, or a YAML file on the worker.
+        overrides: Settings for all runs by dotted key, for example {"rounds": 4}.
+        parallel: Runs side by side. Empty: one after the other here, all at once in a work pool.
+        pool: Work pool that executes the runs, so that several machines share them. Empty: this process.
+        fresh: Begin anew, also where the same sweep was run before. Otherwise what has finished is not repeated.
+        retry_failed: Run again what failed before.
     """
-    cells = sweep.cells()
-    first = configuration(sweep, cells[0])
+    plan = sweeps.load(sweep, overrides, PRESETS, SWEEPS)
+    names.replace_generated(f"sweep {plan.name}")
+    flow_run = str(runtime.flow_run.id or "")
+    folder = SweepFolder.choose(home.sweeps(), plan, fresh, flow_run)
+    with lock.held(folder.path, f"sweep {plan.name} in {folder.path}", "wait for it, or begin another with --fresh"):
+        folder.begin(plan, flow_run, retry_failed)
+        parent = open_parent(plan, folder)
+        with interruption.noted(), parents.closing(parent):
+            execute(plan, folder, parent, parallel, pool)
+            outcome.publish(plan, folder, parent)
+    if not folder.having("finished"):
+        failed = folder.having("failed")[0]
+        raise FedloraError(f"sweep {plan.name}: no run finished; the first, {failed.label}: {failed.reason}")
+    return str(folder.path)
+
+
+def open_parent(plan: Sweep, folder: SweepFolder) -> Parent:
+    """The sweep's run in MLflow: a new one, or that of the execution that is continued, and what finished under it."""
+    parent = Parent(**folder.parent) if folder.parent else None
+    if parent is None or not parents.resume(parent):
+        tracking = plan.cells[0].config.tracking
+        parent = parents.start(tracking, plan.name, folder.instance, outcome.description(plan, folder))
+        folder.parent = vars(parent)
+    done = parents.finished(parent)
+    for state in folder.cells:
+        if state.digest in done:
+            folder.mark(state.digest, "finished", run=done[state.digest])
+        elif state.digest and state.status == "finished":  # deleted in MLflow meanwhile
+            folder.mark(state.digest, "waiting")
+    folder.save(plan)
+    return parent
+
+
+def execute(plan: Sweep, folder: SweepFolder, parent: Parent, parallel: int | None, pool: str | None) -> None:
+    """Run the cells that wait, here or in a work pool, noting each as it ends."""
     told = progress.current()
-    folder = home.sweeps() / f"{sweep.name}-{str(runtime.flow_run.id)[:8]}"
-    finished: list[Cell] = []
-    failed: dict[str, str] = {}
-    parent = parents.start(first.tracking, sweep.name, _description(sweep, [], folder))
-    with interruption.noted(), parents.closing(parent), workers.open_pool(first.runner):
-        for cell in cells:
-            config = configuration(sweep, cell)
-            label = Cell(cell, folder).label or run_name(config)
-            try:
-                finished.append(Cell(cell, Path(_run_cell(sweep, cell, config, parent.run))))
-            except RunAborted as error:
-                failed[label] = str(error)
-                told.say(f"{label} failed: {error}")
-        if finished:
-            _compare(sweep, finished, folder)
-            note = _description(sweep, finished, folder)
-            parents.publish(parent, folder, note)
-            create_markdown_artifact(note, key="sweep-summary")
-    if not finished:
-        raise FedloraError(f"sweep {sweep.name}: no run finished; first: {next(iter(failed.values()))}")
-    return Outcome(folder, finished, failed, parent)
+    waiting = {state.digest for state in folder.having("waiting")}
+    todo = [cell for cell in plan.cells if cell.digest in waiting]
+    report_known(told, plan, folder)
+
+    def call(cell: Cell) -> dict[str, Any]:
+        return cells.parameters(cell, plan.base, folder, parent)
+
+    if pool:
+        ended = cells.handed_over(todo, call, pool, parallel, folder.instance, told)
+    else:
+        ended = cells.run_here(todo, call, parallel or 1)
+    for cell, trouble in ended:
+        note(plan, folder, parent, cell, trouble, told)
 
 
-def _run_cell(sweep: Sweep, cell: dict[str, Any], config: RunConfig, parent: str) -> str:
-    named = federated.with_options(flow_run_name=run_name(config))
-    return str(named(preset=sweep.base, overrides={**sweep.set, **cell}, mlflow_parent=parent))
+def report_known(told: Progress, plan: Sweep, folder: SweepFolder) -> None:
+    """Say what will not be run, and why."""
+    done, failed = folder.having("finished"), folder.having("failed")
+    if done:
+        told.say(
+            f"{len(done)} of {len(plan.cells)} runs had finished before and are not repeated (--fresh begins anew)"
+        )
+    for state in failed:
+        told.say(f"{state.label} failed before and is not tried again (--retry-failed): {state.reason}")
+    for state in folder.having("skipped"):
+        told.say(f"{state.label} is left out: {state.reason}")
 
 
-def _compare(sweep: Sweep, finished: Sequence[Cell], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    comparison.frame(finished).to_csv(folder / "comparison.csv", index=False)
-    comparison.figures(finished, folder, sweep.name)
-
-
-def _description(sweep: Sweep, finished: Sequence[Cell], folder: Path) -> str:
-    """The sweep in Markdown: a leaderboard once runs have finished."""
-    head = (
-        f"## Sweep {sweep.name}\n\nbase `{sweep.base}`, grid `{json.dumps(sweep.grid)}`, set `{json.dumps(sweep.set)}`"
-    )
-    if not finished:
-        return head
-    means, _ = comparison.over_seeds(comparison.frame(finished), list(sweep.grid))
-    ranked = means.sort_values("accuracy", ascending=False)
-    titles = [*ranked.index.names, *comparison.COLUMNS]
-    rows = [f"| {' | '.join(map(str, titles))} |", "|---" * len(titles) + "|"]
-    for index, values in zip(ranked.index, ranked.itertuples(index=False), strict=True):
-        names = index if isinstance(index, tuple) else (index,)
-        rows.append(f"| {' | '.join([*map(str, names), *(f'{value:.4g}' for value in values)])} |")
-    return f"{head}\n\n" + "\n".join(rows) + f"\n\nTable and picture: `{folder}`"
+def note(plan: Sweep, folder: SweepFolder, parent: Parent, cell: Cell, trouble: str | None, told: Progress) -> None:
+    """Write down how a cell ended: what MLflow holds of it decides."""
+    run = None if trouble else parents.finished(parent).get(cell.digest)
+    if run:
+        folder.mark(cell.digest, "finished", run=run)
+    else:
+        reason = trouble or f"it ended well, but no finished run of it is in {parent.uri}; does its worker log there?"
+        folder.mark(cell.digest, "failed", reason)
+        told.say(f"{cell.label} failed: {reason}")
+    folder.save(plan)

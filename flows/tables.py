@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
-import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from fedlora import comparison
+from fedlora.estimate import Cost
 from fedlora.strategies.base import Strategy
+from fedlora.sweeps import Sweep
 
 _WIDTH_OF_A_FILE = 140
 _LEGEND = """gap: local minus global accuracy. ρ: relative error of the aggregate, in the
@@ -28,12 +29,13 @@ def console(stream: TextIO) -> Console:
     return found if found.is_terminal else Console(file=stream, width=_WIDTH_OF_A_FILE, highlight=False)
 
 
-def compared(cells: Sequence[comparison.Cell], settings: Sequence[str], stream: TextIO) -> None:
+def compared(results: Sequence[comparison.Result], settings: Sequence[str], stream: TextIO) -> None:
     """Print the comparison of runs: a row per setting, mean ± standard deviation where several seeds were run."""
-    runs = comparison.frame(cells)
+    runs = comparison.frame(results)
     means, spreads = comparison.over_seeds(runs, settings)
-    seeds = runs["seed"].nunique() if "seed" in runs else 1
-    title = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else None
+    counts = comparison.runs_of_each(runs, settings)
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    title = f"mean ± standard deviation over {seeds} seeds" if counts[-1] > 1 else None
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in means.index.names:
         table.add_column(str(name), no_wrap=True)
@@ -44,20 +46,7 @@ def compared(cells: Sequence[comparison.Cell], settings: Sequence[str], stream: 
         table.add_row(*map(str, names), *(_cell(name, row[name], spread[name]) for name in comparison.COLUMNS))
     console(stream).print(table)
     print(_LEGEND, file=stream)
-    _print_partition(runs, stream)
-
-
-def _print_partition(runs: pd.DataFrame, stream: TextIO) -> None:
-    if len(runs) == 1:
-        print(f"partition hash {runs['partition'].iloc[0]}", file=stream)
-    elif comparison.same_partition(runs):
-        hashes = ", ".join(sorted(set(runs["partition"])))
-        print(f"All runs of a seed share one partition (hash {hashes}): only the settings above vary.", file=stream)
-    else:
-        print(
-            "The partitions differ between runs of one seed, so the rows differ in more than their settings.",
-            file=stream,
-        )
+    print(comparison.shared(runs), file=stream)
 
 
 def _cell(name: str, value: float, spread: float) -> str:
@@ -66,6 +55,38 @@ def _cell(name: str, value: float, spread: float) -> str:
         return "–"
     text = f"{value:.{digits}f}"
     return text if math.isnan(spread) else f"{text} ± {spread:.{digits}f}"
+
+
+def planned(plan: Sweep, stands: Mapping[str, str], costs: Mapping[str, Cost], parallel: int, stream: TextIO) -> None:
+    """Print the runs of a sweep before they are run: how each stands, and what it is expected to take."""
+    table = Table(*plan.varied, "state", "about", "memory", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    todo = 0.0
+    for cell in plan.cells:
+        state, cost = stands.get(cell.digest, "to run"), costs[cell.digest]
+        state = "to run" if state == "waiting" else state
+        todo += cost.seconds if state == "to run" else 0
+        names = [str(cell.settings[key]) for key in plan.varied]
+        table.add_row(*names, state, _duration(cost.seconds), f"{cost.memory / 1e9:.1f} GB")
+    console(stream).print(table)
+    for left in plan.skipped:
+        print(f"skipped: {left.label}: {left.reason}", file=stream)
+    print(f"{len(plan.cells)} runs; what is left takes about {_duration(todo)} one after the other", file=stream)
+    if parallel > 1:
+        print(
+            f"{parallel} side by side share the same worker slots: they fill each other's gaps, little more",
+            file=stream,
+        )
+    print(
+        "time and memory (of all workers of a run) are scaled from a trial of some seconds on this machine", file=stream
+    )
+
+
+def _duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def listing(columns: Sequence[str], rows: Iterable[Sequence[str]], stream: TextIO) -> None:

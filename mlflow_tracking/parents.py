@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from fedlora.comparison import Result
 from fedlora.config import TrackingConfig
-from mlflow_tracking import store
+from mlflow_tracking import history, store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+INSTANCE = "fedlora.sweep"
+"""Tag of a parent: the execution of the sweep that it belongs to."""
+_AT_MOST = 1000
 
 
 @dataclass(frozen=True)
@@ -20,7 +29,7 @@ class Parent:
     run: str
 
 
-def start(tracking: TrackingConfig, name: str, note: str) -> Parent:
+def start(tracking: TrackingConfig, name: str, instance: str, note: str) -> Parent:
     """Open the parent run of a sweep.
 
     Raises:
@@ -31,20 +40,107 @@ def start(tracking: TrackingConfig, name: str, note: str) -> Parent:
     with store.errors(uri):
         client = store.client(uri)
         experiment = store.experiment_id(client, uri, tracking.experiment)
-        run = client.create_run(experiment, tags={"sweep": name, "mlflow.note.content": note}, run_name=f"sweep {name}")
+        tags = {"sweep": name, INSTANCE: instance, "mlflow.note.content": note}
+        run = client.create_run(experiment, tags=tags, run_name=f"sweep {name}")
     return Parent(uri, experiment, run.info.run_id)
 
 
-def publish(parent: Parent, folder: Path, note: str) -> None:
-    """Log the comparison of a sweep: its table and picture, and the leaderboard as the run's description.
+def resume(parent: Parent) -> bool:
+    """Open the parent run of an interrupted sweep again; False where somebody deleted it.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    from mlflow.exceptions import MlflowException
+
+    store.check(parent.uri)
+    with store.errors(parent.uri):
+        client = store.client(parent.uri)
+        try:
+            found = client.get_run(parent.run)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        if found.info.lifecycle_stage == "deleted":
+            return False
+        client.update_run(parent.run, status="RUNNING")
+    return True
+
+
+def finished(parent: Parent) -> dict[str, str]:
+    """The finished runs under a parent: MLflow run id by the digest of the configuration.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    with store.errors(parent.uri):
+        children = _search(
+            store.client(parent.uri),
+            parent,
+            f"tags.`mlflow.parentRunId` = '{parent.run}' and attributes.status = 'FINISHED'",
+        )
+    return {run.data.tags["fedlora.config"]: run.info.run_id for run in reversed(children)}
+
+
+def results(parent: Parent, settings: dict[str, dict[str, Any]]) -> list[Result]:
+    """What finished runs came to, read from MLflow.
+
+    Args:
+        parent: the sweep's run.
+        settings: by MLflow run id, what tells the runs apart.
 
     Raises:
         TrackingError: the store does not answer.
     """
     with store.errors(parent.uri):
         client = store.client(parent.uri)
-        client.log_artifacts(parent.run, str(folder), "comparison")
+        runs = {run_id: client.get_run(run_id) for run_id in settings}
+        rounds = history.many(client, runs.values())
+    return [
+        Result(settings[run_id], rounds[run_id], run.data.tags.get("partition.hash", ""), run_id)
+        for run_id, run in runs.items()
+    ]
+
+
+def publish(parent: Parent, folder: Path, names: Sequence[str], note: str, children: Sequence[str]) -> None:
+    """Log what came of a sweep: `names` of its folder as artifacts, the leaderboard as the run's description, and the
+    data set and partition where its runs share them.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    with store.errors(parent.uri):
+        client = store.client(parent.uri)
+        for name in names:
+            if (folder / name).is_dir():
+                client.log_artifacts(parent.run, str(folder / name), name)
+            elif (folder / name).is_file():
+                client.log_artifact(parent.run, str(folder / name), "" if name.endswith(".json") else "comparison")
         client.set_tag(parent.run, "mlflow.note.content", note)
+        _show_data(client, parent, children)
+
+
+def _show_data(client: MlflowClient, parent: Parent, children: Sequence[str]) -> None:
+    runs = [client.get_run(run_id) for run_id in children]
+    for tag in ("partition.hash", "data.digest"):
+        values = sorted({run.data.tags.get(tag, "") for run in runs})
+        client.set_tag(parent.run, tag, ", ".join(values)[:5000])
+    inputs = {entry.dataset.digest: entry for run in runs for entry in run.inputs.dataset_inputs}
+    if inputs:
+        client.log_inputs(parent.run, datasets=list(inputs.values()))
+
+
+def _search(client: MlflowClient, parent: Parent, query: str) -> list[Any]:
+    """All runs of the parent's experiment that match, the latest first."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs([parent.experiment], query, max_results=_AT_MOST, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from fedlora.errors import ConfigError, did_you_mean
+from fedlora.errors import ConfigError, StrategyRefusal, did_you_mean
 
 if TYPE_CHECKING:
     from fedlora.strategies.base import Strategy
@@ -117,10 +117,11 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
 
 
 def check_combination(name: str, variant: str, mixed_ranks: bool, svd_order: bool) -> None:
-    """Raise a ValueError when a strategy cannot be exact, or not be carried out, with these settings of the adapter."""
+    """Raise a StrategyRefusal when a strategy cannot be exact, or not be carried out, with these settings."""
     reason = find(name).refusal(variant, mixed_ranks, svd_order)
     if reason:
-        raise ValueError(f"strategy={name} does not go with lora.{_setting(variant, mixed_ranks, reason)}: {reason}")
+        setting = _setting(variant, mixed_ranks, reason)
+        raise StrategyRefusal(f"strategy={name} does not go with lora.{setting}: {reason}")
 
 
 def _setting(variant: str, mixed_ranks: bool, reason: str) -> str:

@@ -8,19 +8,20 @@ import pytest
 from matplotlib.image import imread
 
 from fedlora import comparison, rounds
-from fedlora.comparison import COLUMNS, DETAILS, Cell
+from fedlora.comparison import COLUMNS, DETAILS, Result
 from fedlora.runfolder import RunFolder
 
 
 @pytest.fixture(scope="module")
-def cells(finished) -> list[Cell]:
+def cells(finished) -> list[Result]:
     """Two strategies, two seeds."""
     grid = [{"strategy": strategy, "seed": seed} for strategy in ("svd", "fedit") for seed in (0, 1)]
-    return [Cell(settings, finished({k: v for k, v in settings.items() if v not in ("fedit", 0)})) for settings in grid]
+    folders = [finished({k: v for k, v in settings.items() if v not in ("fedit", 0)}) for settings in grid]
+    return [Result.of_folder(settings, folder) for settings, folder in zip(grid, folders, strict=True)]
 
 
 def test_a_row_is_the_end_of_a_run(finished):
-    found = comparison.row(finished())
+    found = comparison.row(rounds.records(RunFolder(finished())))
     first, last = (rounds.records(RunFolder(finished()))[number].metrics for number in (1, 2))
     assert tuple(found) == (*COLUMNS, *DETAILS)
     both = first["abo/R"], last["abo/R"]
@@ -38,14 +39,15 @@ def test_a_row_is_the_end_of_a_run(finished):
 
 
 def test_what_was_not_measured_is_none(finished):
-    assert comparison.row(finished({"evaluation.local": False}))["gap"] is None
+    records = rounds.records(RunFolder(finished({"evaluation.local": False})))
+    assert comparison.row(records)["gap"] is None
 
 
-def test_a_frame_has_settings_results_partition_and_folder(cells):
+def test_a_frame_has_settings_results_partition_and_run(cells):
     table = comparison.frame(cells)
-    assert list(table.columns) == ["strategy", "seed", *COLUMNS, *DETAILS, "partition", "folder"]
+    assert list(table.columns) == ["strategy", "seed", *COLUMNS, *DETAILS, "partition", "run"]
     assert list(table["strategy"]) == ["svd", "svd", "fedit", "fedit"]
-    assert table["folder"][2] == str(cells[2].folder)
+    assert table["run"][2] == cells[2].run
     assert table["partition"][0] == table["partition"][2] != table["partition"][1]
 
 
@@ -76,7 +78,7 @@ def test_one_seed_has_no_deviation(cells):
 
 def test_a_column_that_no_run_measured_stays_empty(finished):
     settings = {"strategy": "fedit"}
-    table = comparison.frame([Cell(settings, finished({"evaluation.local": False}))])
+    table = comparison.frame([Result.of_folder(settings, finished({"evaluation.local": False}))])
     mean, _ = comparison.over_seeds(table, ["strategy"])
     assert math.isnan(mean.loc["fedit", "gap"])
     assert mean.loc["fedit", "accuracy"] == table["accuracy"][0]
@@ -86,12 +88,27 @@ def test_same_partition_is_asked_seed_by_seed(cells):
     table = comparison.frame(cells)
     assert comparison.same_partition(table)
     assert not comparison.same_partition(table.drop(columns="seed"))
-    assert not comparison.same_partition(pd.concat([table, table.iloc[:1].assign(partition="another")]))
+    other = pd.concat([table, table.iloc[:1].assign(partition="another")])
+    assert not comparison.same_partition(other)
+    assert "differ" in comparison.shared(other)
+    assert "share one partition" in comparison.shared(table)
+
+
+def test_where_the_dealing_is_varied_each_way_of_dealing_is_asked(cells):
+    table = comparison.frame(cells).drop(columns="seed").assign(**{"partition.alpha": [0.1, 0.5, 0.1, 0.5]})
+    assert comparison.same_partition(table)
+    assert not comparison.same_partition(table.assign(**{"partition.alpha": 0.1}))
+
+
+def test_runs_of_each_setting_are_counted(cells):
+    table = comparison.frame(cells)
+    assert comparison.runs_of_each(table, ["strategy", "seed"]) == [2]
+    assert comparison.runs_of_each(table[:3], ["strategy", "seed"]) == [1, 2]
 
 
 def test_labels_name_the_settings():
-    cell = Cell({"strategy": "svd", "lora.rank": 4, "seed": 1}, None)
-    assert cell.label == "svd lora.rank=4 seed=1"
+    result = Result({"strategy": "svd", "lora.rank": 4, "seed": 1}, [], "hash", "run")
+    assert result.label == "svd lora.rank=4 seed=1"
 
 
 def test_the_figure_shows_every_run(cells, tmp_path):

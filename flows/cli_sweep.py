@@ -1,0 +1,115 @@
+"""The commands `fedlora sweep` and `fedlora report`; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedlora.errors import FedloraError
+from flows import environment
+
+if TYPE_CHECKING:
+    from fedlora.sweepfolder import SweepFolder
+    from fedlora.sweeps import Sweep
+
+
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="NAME|FILE.yaml", help="A sweep of deployments/sweeps, or a file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings for all runs of the sweep.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs, with time and memory as measured by a short trial.")
+    ] = False,
+    parallel: Annotated[int | None, typer.Option(min=1, metavar="N", help="Runs side by side.")] = None,
+    pool: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Hand the runs to the workers of this Prefect work pool.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin anew; otherwise what has finished before is not repeated.")
+    ] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before.")] = False,
+) -> None:
+    """A grid of runs over strategies, seeds and anything else, compared in one table. Interrupted, it is continued.
+
+    For example: fedlora sweep demo rounds=4
+    """
+    environment.prepare("CRITICAL")  # before anything that imports Prefect: its settings are read once
+    from fedlora import configfile, home, sweeps
+    from flows import checks, handover, interruption, private_server
+    from flows import sweep as flow
+    from flows.presets import PRESETS, SWEEPS
+    from flows.progress import shown_on
+
+    source = str(Path(file).expanduser().absolute()) if file.endswith((".yaml", ".yml")) else file
+    changes = configfile.absolute_paths(configfile.parse_overrides(overrides or []))
+    plan = sweeps.load(source, changes, PRESETS, SWEEPS)
+    check = checks.servers if pool else checks.before_start  # data and models are where the workers are
+    for cell in plan.cells:
+        check(cell.config)
+    if dry_run:
+        _list(plan, parallel)
+        return
+    if pool:
+        _need_server(pool)
+        handover.check(pool)
+    try:
+        with shown_on(sys.stdout), private_server.available(), interruption.marked():
+            named = flow.run_sweep.with_options(flow_run_name=f"sweep {plan.name}")
+            folder = Path(named(source, changes, parallel, pool, fresh, retry_failed))
+    except KeyboardInterrupt:
+        print(f"stopped; what is finished is kept in {home.runs()} and MLflow. The same command goes on from there")
+        raise
+    _show(plan, folder)
+
+
+def _need_server(pool: str) -> None:
+    from prefect.settings import get_current_settings
+
+    if not get_current_settings().api.url:
+        raise FedloraError(
+            f"--pool {pool} needs a Prefect server that its workers share: `fedlora up`, or set PREFECT_API_URL"
+        )
+
+
+def _show(plan: Sweep, path: Path) -> None:
+    """The table, what is missing from it, and where to look."""
+    from fedlora.sweepfolder import SweepFolder
+    from flows import outcome, tables, where
+    from mlflow_tracking import store
+
+    folder = SweepFolder.read(path)
+    if folder is None or folder.parent is None:
+        raise FedloraError(f"{path} does not hold the state of a sweep")
+    print()
+    tables.compared(outcome.results(folder, plan.varied), plan.varied, sys.stdout)
+    _print_left(folder, "failed")
+    _print_left(folder, "skipped")
+    print()
+    for name, file in outcome.SHOWN.items():
+        if (path / file).is_file():
+            print(f"{name:<17} {path / file}")
+    page = store.sweep_page(folder.parent["experiment"], folder.parent["run"])
+    print("\n".join(where.lines(folder.parent["uri"], page)))
+    if folder.having("failed"):
+        raise typer.Exit(1)
+
+
+def _print_left(folder: SweepFolder, status: Any) -> None:
+    for state in folder.having(status):
+        print(f"{status}: {state.label}: {state.reason}")
+
+
+def _list(plan: Sweep, parallel: int | None) -> None:
+    """What would be run, how it stands, and what it would take."""
+    from fedlora import estimate, home
+    from fedlora.sweepfolder import SweepFolder
+    from flows import tables
+
+    known = SweepFolder.latest(home.sweeps(), plan)
+    stands = {str(state.digest): str(state.status) for state in known.cells} if known else {}
+    costs = estimate.sweep(plan)
+    tables.planned(plan, stands, costs, parallel or 1, sys.stdout)

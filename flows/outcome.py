@@ -1,0 +1,96 @@
+"""What a sweep leaves: table, pictures, report, the leaderboard on its pages, and the champion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from prefect.artifacts import create_markdown_artifact
+
+from fedlora import comparison
+from fedlora.comparison import Result
+from fedlora.sweepfolder import STATE, SweepFolder
+from fedlora.sweeps import Sweep
+from flows import where
+from mlflow_tracking import parents, store
+from mlflow_tracking.parents import Parent
+
+SHOWN = {
+    "report": "report/report.html",
+    "picture": "comparison.png",
+    "conditions": "conditions.png",
+    "table": "comparison.csv",
+}
+"""What a person looks at in a sweep's folder."""
+FILES = (STATE, "comparison.csv", "comparison.png", "conditions.png")
+
+
+def results(folder: SweepFolder, varied: Sequence[str]) -> list[Result]:
+    """The finished runs of a sweep, as they are in MLflow."""
+    if folder.parent is None:
+        return []
+    settings = {
+        str(state.run): {key: state.settings[key] for key in varied if key in state.settings}
+        for state in folder.having("finished")
+    }
+    return parents.results(Parent(**folder.parent), settings)
+
+
+def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> None:
+    """Compare the finished runs in files, on the sweep's page in MLflow, and on the flow run's page in Prefect."""
+    found = results(folder, plan.varied)
+    if found:
+        comparison.frame(found).to_csv(folder.path / "comparison.csv", index=False)
+        comparison.figures(found, folder.path, plan.name)
+    pages = [store.run_page(parent.experiment, result.run) for result in found]
+    parents.publish(parent, folder.path, FILES, description(plan, folder, found, pages), [r.run for r in found])
+    charts = where.mlflow_page(parent.uri, store.sweep_page(parent.experiment, parent.run))
+    board = description(plan, folder, found, [where.mlflow_page(parent.uri, page) for page in pages])
+    create_markdown_artifact(f"{board}\n\n[Charts in MLflow]({charts})", key="sweep-summary", description=plan.name)
+
+
+def description(plan: Sweep, folder: SweepFolder, found: Sequence[Result] = (), pages: Sequence[str] = ()) -> str:
+    """The sweep in Markdown: what it was, a leaderboard with a link to each run (its page), and what is missing."""
+    lines = [
+        f"## Sweep {plan.name}",
+        f"base `{Path(plan.base).name}`, grid `{json.dumps(plan.grid)}`, set `{json.dumps(plan.common, default=str)}`",
+    ]
+    if found:
+        table = comparison.frame(found)
+        lines += ["", *_leaderboard(plan.varied, table.assign(page=list(pages))), "", comparison.shared(table), ""]
+    for status in ("failed", "skipped"):
+        lines += [f"* {status}: {state.label}: {state.reason}" for state in folder.having(status)]
+    return "\n".join([*lines, "", f"Table, pictures and state: `{folder.path}`"])
+
+
+def _leaderboard(varied: Sequence[str], table: pd.DataFrame) -> list[str]:
+    means, spreads = comparison.over_seeds(table, varied)
+    order = means.sort_values("accuracy", ascending=False).index
+    keys = [str(name) for name in means.index.names]
+    titles = ["", *keys, *comparison.COLUMNS, "runs"]
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for place, index in enumerate(order, start=1):
+        names = index if isinstance(index, tuple) else (index,)
+        values = [_number(means.loc[index, name], spreads.loc[index, name]) for name in comparison.COLUMNS]
+        links = _links(table, keys, names)
+        rows.append(f"| {place} | {' | '.join([*map(str, names), *values, links])} |")
+    return rows
+
+
+def _number(mean: float, spread: float) -> str:
+    if pd.isna(mean):
+        return "–"
+    return f"{mean:.3g}" if pd.isna(spread) else f"{mean:.3g} ± {spread:.2g}"
+
+
+def _links(table: pd.DataFrame, keys: Sequence[str], values: Sequence[Any]) -> str:
+    """A link to each run of a setting, named after its seed."""
+    rows = table
+    for key, value in zip(keys, values, strict=True):
+        if key in rows:
+            rows = rows[rows[key].isna() if pd.isna(value) else rows[key] == value]
+    names = rows["seed"] if "seed" in rows else ["run"] * len(rows)
+    return " ".join(f"[{name}]({page})" for name, page in zip(names, rows["page"], strict=True))

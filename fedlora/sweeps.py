@@ -233,8 +233,8 @@ def _matches(value: Any, allowed: Any) -> bool:
 
 
 def _shown(value: Any) -> Any:
-    """A value as it stands in tables: what is not a plain value becomes text."""
-    return value if isinstance(value, str | int | float | bool) or value is None else json.dumps(value)
+    """A value as it stands in tables: what is not a plain value becomes text (`null` for none)."""
+    return value if isinstance(value, str | int | float | bool) else json.dumps(value)
 
 
 def _hash(content: Any) -> str:

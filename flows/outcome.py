@@ -68,13 +68,14 @@ def description(plan: Sweep, folder: SweepFolder, found: Sequence[Result] = (), 
 
 def _leaderboard(varied: Sequence[str], table: pd.DataFrame) -> list[str]:
     means, spreads = comparison.over_seeds(table, varied)
-    order = means.sort_values("accuracy", ascending=False).index
     keys = [str(name) for name in means.index.names]
     titles = ["", *keys, *comparison.COLUMNS, "runs"]
     rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for place, index in enumerate(order, start=1):
+    best_first = means["accuracy"].fillna(-1.0).argsort().iloc[::-1]
+    for place, position in enumerate(best_first, start=1):
+        index = means.index[position]
         names = index if isinstance(index, tuple) else (index,)
-        values = [_number(means.loc[index, name], spreads.loc[index, name]) for name in comparison.COLUMNS]
+        values = [_number(means[name].iloc[position], spreads[name].iloc[position]) for name in comparison.COLUMNS]
         links = _links(table, keys, names)
         rows.append(f"| {place} | {' | '.join([*map(str, names), *values, links])} |")
     return rows
@@ -91,6 +92,6 @@ def _links(table: pd.DataFrame, keys: Sequence[str], values: Sequence[Any]) -> s
     rows = table
     for key, value in zip(keys, values, strict=True):
         if key in rows:
-            rows = rows[rows[key].isna() if pd.isna(value) else rows[key] == value]
+            rows = rows[rows[key] == value]
     names = rows["seed"] if "seed" in rows else ["run"] * len(rows)
     return " ".join(f"[{name}]({page})" for name, page in zip(names, rows["page"], strict=True))

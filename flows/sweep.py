@@ -18,7 +18,7 @@ from fedlora import home, lock, sweeps  # noqa: E402
 from fedlora.errors import FedloraError  # noqa: E402
 from fedlora.sweepfolder import SweepFolder  # noqa: E402
 from fedlora.sweeps import Cell, Sweep  # noqa: E402
-from flows import cells, interruption, names, outcome, progress  # noqa: E402
+from flows import cells, form, interruption, names, outcome, progress  # noqa: E402
 from flows.presets import PRESETS, SWEEPS  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 from mlflow_tracking import parents  # noqa: E402
@@ -27,7 +27,7 @@ from mlflow_tracking.parents import Parent  # noqa: E402
 
 @flow(name="sweep", validate_parameters=True)
 def run_sweep(
-    sweep: str = "demo",
+    sweep: Annotated[str, form.name_or_file(form.files(SWEEPS), "sweep")] = "demo",
     overrides: dict[str, Any] | None = None,
     parallel: Annotated[int | None, Field(ge=1)] = None,
     pool: str | None = None,
@@ -48,6 +48,8 @@ def run_sweep(
     names.replace_generated(f"sweep {plan.name}")
     flow_run = str(runtime.flow_run.id or "")
     folder = SweepFolder.choose(home.sweeps(), plan, fresh, flow_run)
+    if folder.parent and not parents.there(Parent(**folder.parent)):  # deleted in MLflow: so is what was under it
+        folder = SweepFolder.choose(home.sweeps(), plan, fresh=True)
     with lock.held(folder.path, f"sweep {plan.name} in {folder.path}", "wait for it, or begin another with --fresh"):
         folder.begin(plan, flow_run, retry_failed)
         parent = open_parent(plan, folder)
@@ -62,8 +64,10 @@ def run_sweep(
 
 def open_parent(plan: Sweep, folder: SweepFolder) -> Parent:
     """The sweep's run in MLflow: a new one, or that of the execution that is continued, and what finished under it."""
-    parent = Parent(**folder.parent) if folder.parent else None
-    if parent is None or not parents.resume(parent):
+    if folder.parent:
+        parent = Parent(**folder.parent)
+        parents.resume(parent)
+    else:
         tracking = plan.cells[0].config.tracking
         parent = parents.start(tracking, plan.name, folder.instance, outcome.description(plan, folder))
         folder.parent = vars(parent)

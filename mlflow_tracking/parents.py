@@ -45,27 +45,25 @@ def start(tracking: TrackingConfig, name: str, instance: str, note: str) -> Pare
     return Parent(uri, experiment, run.info.run_id)
 
 
-def resume(parent: Parent) -> bool:
-    """Open the parent run of an interrupted sweep again; False where somebody deleted it.
+def there(parent: Parent) -> bool:
+    """Whether a sweep's run is still in MLflow: somebody may have deleted it.
 
     Raises:
         TrackingError: the store does not answer.
     """
-    from mlflow.exceptions import MlflowException
-
     store.check(parent.uri)
     with store.errors(parent.uri):
-        client = store.client(parent.uri)
-        try:
-            found = client.get_run(parent.run)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise
-        if found.info.lifecycle_stage == "deleted":
-            return False
-        client.update_run(parent.run, status="RUNNING")
-    return True
+        return store.is_there(store.client(parent.uri), parent.run)
+
+
+def resume(parent: Parent) -> None:
+    """Open the parent run of an interrupted sweep again.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    with store.errors(parent.uri):
+        store.client(parent.uri).update_run(parent.run, status="RUNNING")
 
 
 def finished(parent: Parent) -> dict[str, str]:

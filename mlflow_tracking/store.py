@@ -100,6 +100,18 @@ def experiment_id(store: MlflowClient, uri: str, name: str) -> str:
     raise TrackingError(f"MLflow experiment '{name}' can be neither found nor created in {uri}")
 
 
+def is_there(store: MlflowClient, run: str) -> bool:
+    """Whether a run exists and was not deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(store.get_run(run).info.lifecycle_stage != "deleted")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+
+
 def _artifact_location(uri: str, name: str) -> str | None:
     """An absolute folder for databases (MLflow's default is the working directory); the server's own otherwise."""
     return None if is_server(uri) else (home.mlflow_artifacts() / name).as_uri()

@@ -41,15 +41,6 @@ def small(tiny, store_uri):
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def labelled(path: Path, rows: int = 60, **columns) -> Path:
-    """A csv of `rows` texts in two classes, with columns replaced or (None) dropped."""
-    table = pd.DataFrame({"text": [f"text number {i}" for i in range(rows)], "label": ["a", "b"] * (rows // 2)})
-    for name, value in columns.items():
-        table = table.drop(columns=name) if value is None else table.assign(**{name: value})
-    table.to_csv(path, index=False)
-    return path
-
-
 def test_run_prints_progress_table_and_where_to_look(fedlora, small, prefect_server, tmp_path):
     code, out, err = fedlora("run", "demo", *small, "strategy=flora-na", "--run-dir", tmp_path / "run")
     assert (code, err.count("Traceback")) == (0, 0)
@@ -129,7 +120,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("fault", BAD_FILES)
-def test_data_that_cannot_be_used_is_one_clear_line(fedlora, small, prefect_server, fault, tmp_path):
+def test_data_that_cannot_be_used_is_one_clear_line(fedlora, small, prefect_server, fault, labelled, tmp_path):
     columns, *words = BAD_FILES[fault]
     file = labelled(tmp_path / "mine.csv", **columns)
     sizes = ["data.train_size=null", "data.test_size=null"]
@@ -267,7 +258,7 @@ def test_settings_are_in_place_before_prefect_is_imported():
         assert done.stdout.splitlines()[:1] != ["True"], command  # later calls, as flows are imported, change nothing
 
 
-def test_data_that_fails_leaves_no_run_running(fedlora, small, prefect_server, tmp_path, store_uri):
+def test_data_that_fails_leaves_no_run_running(fedlora, small, prefect_server, labelled, tmp_path, store_uri):
     file = labelled(tmp_path / "mine.csv", label="a")
     words = ["data.train_size=null", "data.test_size=null", f"data.name={file}", "tracking.experiment=failing"]
     code, _, _ = fedlora("run", "demo", *small, *words, "--run-dir", tmp_path / "run")

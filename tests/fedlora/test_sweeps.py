@@ -1,0 +1,132 @@
+"""What a sweep file says: its runs, those left out and why, and one clear line for each mistake."""
+
+import pytest
+
+from fedlora import sweeps
+from fedlora.errors import ConfigError
+from flows.presets import PRESETS, SWEEPS
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`load("name: x\\ngrid: …", {"rounds": 2})`: the sweep in a file with this text."""
+
+    def read(text, overrides=None):
+        file = tmp_path / "mine.yaml"
+        file.write_text(text)
+        return sweeps.load(str(file), overrides, PRESETS, SWEEPS)
+
+    return read
+
+
+GRID = "name: mine\nbase: demo\ngrid:\n  strategy: [fedit, svd]\n  seed: [0, 1]\n"
+
+
+def test_every_combination_is_a_run_and_the_last_key_varies_fastest(load):
+    found = load(GRID)
+    assert [cell.label for cell in found.cells] == ["fedit seed=0", "fedit seed=1", "svd seed=0", "svd seed=1"]
+    assert [cell.config.seed for cell in found.cells] == [0, 1, 0, 1]
+    assert found.varied == ["strategy", "seed"]
+    assert found.cells[0].config.data.max_length == 32  # the base's
+
+
+def test_an_override_holds_for_all_runs_and_ends_the_variation_of_its_key(load):
+    found = load(GRID, {"seed": 7, "lora.rank": 4})
+    assert [cell.label for cell in found.cells] == ["fedit", "svd"]
+    assert {(cell.config.seed, cell.config.lora.rank) for cell in found.cells} == {(7, 4)}
+    assert load(GRID, {"seed": 7, "strategy": "svd"}).cells[0].name == "svd seed=7"
+
+
+def test_cells_are_further_runs_shown_with_the_same_settings(load):
+    found = load(GRID + "cells:\n  - {strategy: flora, lora: {rank: 2}}\n")
+    assert found.cells[-1].label == "flora seed=0 lora.rank=2"
+    assert found.cells[0].label == "fedit seed=0 lora.rank=8"
+    alone = load("name: mine\ncells:\n  - {strategy: svd}\n  - {strategy: svd, rounds: 3}\n")
+    assert [cell.settings["rounds"] for cell in alone.cells] == [8, 3]
+    assert alone.varied == ["rounds"]
+
+
+def test_conditions_leave_runs_out_and_their_reason_is_kept(load):
+    found = load(GRID + "skip:\n  - {strategy: svd, seed: [1, 2], reason: too dear}\n  - {strategy: flora}\n")
+    assert [cell.label for cell in found.cells] == ["fedit seed=0", "fedit seed=1", "svd seed=0"]
+    assert [(left.label, left.reason) for left in found.skipped] == [("svd seed=1", "too dear")]
+    plain = load(GRID + "skip:\n  - {seed: 1}\n")
+    assert {left.reason for left in plain.skipped} == {"left out by the sweep: seed=1"}
+
+
+def test_a_condition_may_speak_of_what_is_not_varied(load):
+    with pytest.raises(ConfigError, match="all 4 runs are left out; the first, because: no demo"):
+        load(GRID + "skip:\n  - {clients: 10, reason: no demo}\n")
+
+
+def test_what_a_strategy_refuses_is_left_out_with_its_reason(load):
+    mixed = "name: mine\nset: {lora.ranks: {4: 0.5, 8: 0.5}}\ngrid:\n  strategy: [fedit, zero-padding]\n"
+    found = load(mixed)
+    assert [cell.label for cell in found.cells] == ["zero-padding"]
+    assert found.skipped[0].label == "fedit"
+    assert "needs clients of one rank" in found.skipped[0].reason
+    ranks = load("name: mine\ngrid:\n  strategy: [ravan]\n  lora.rank: [6, 8]\n")
+    assert "heads=4" in ranks.skipped[0].reason
+
+
+def test_the_identity_is_that_of_the_common_settings(load):
+    same = load(GRID), load(GRID.replace("[0, 1]", "[0, 1, 2]")), load(GRID, {"runner.slots": 1})
+    assert len({sweep.identity for sweep in same}) == 1
+    others = load(GRID, {"rounds": 2}), load(GRID.replace("mine", "yours")), load(GRID, {"tracking.experiment": "x"})
+    assert len({sweep.identity for sweep in (same[0], *others)}) == 4
+
+
+def test_a_digest_is_that_of_the_run_alone(load):
+    both = load(GRID), load(GRID + "cells:\n  - {strategy: svd, rounds: 3}\n")
+    assert [cell.digest for cell in both[0].cells] == [cell.digest for cell in both[1].cells][:4]
+
+
+def test_a_base_file_is_found_beside_the_sweep(load, tmp_path):
+    (tmp_path / "base.yaml").write_text("rounds: 3\nclients: 4\n")
+    found = load(GRID.replace("base: demo", "base: base.yaml"))
+    assert found.cells[0].config.clients == 4
+    assert found.base == str(tmp_path / "base.yaml")
+
+
+def test_values_that_are_no_words_become_words_in_tables(load):
+    found = load("name: mine\ngrid:\n  strategy: [zero-padding]\n  lora.ranks: [{4: 0.5, 8: 0.5}, {4: 0.7, 8: 0.3}]\n")
+    assert [cell.settings["lora.ranks"] for cell in found.cells] == ['{"4": 0.5, "8": 0.5}', '{"4": 0.7, "8": 0.3}']
+
+
+MISTAKES = {
+    "unknown key": ("name: a\ngird: {}\n", "unknown key 'gird'", "Did you mean 'grid'?"),
+    "unknown grid key": ("name: a\ngrid: {lora.rnak: [1]}\n", "unknown key 'lora.rnak'", "Did you mean 'lora.rank'?"),
+    "empty grid": ("name: a\ngrid: {}\n", "nothing to run", "grid"),
+    "no grid": ("name: a\n", "nothing to run", "cells"),
+    "empty list": ("name: a\ngrid: {seed: []}\n", "grid.seed is an empty list", "nothing"),
+    "no list": ("name: a\ngrid: {seed: 1}\n", "grid.seed", "list"),
+    "value twice": ("name: a\ngrid: {seed: [1, 1]}\n", "grid.seed has a value twice", "[1, 1]"),
+    "cell twice": (GRID + "cells: [{strategy: svd}]\n", "'svd seed=0' is the same run twice", "remove"),
+    "the same in other words": (
+        "name: a\ncells: [{runner.slots: 1}, {runner.slots: 2}]\n",
+        "are the same run twice",
+        "remove",
+    ),
+    "unknown condition": (GRID + "skip: [{sede: 1}]\n", "skip: unknown key 'sede'", "Did you mean 'seed'?"),
+    "no condition": (GRID + "skip: [{reason: x}]\n", "would leave out everything", "condition"),
+    "bad value": ("name: a\ngrid: {strategy: [fedti]}\n", "strategy='fedti' is not allowed", "(run fedti)"),
+    "bad YAML": ("name: a\ngrid: {seed: [1\n", "line 3", "not valid YAML"),
+    "no name": ("grid: {seed: [1]}\n", "name", "required"),
+    "bad name": ("name: a/b\ngrid: {seed: [1]}\n", "name", "pattern"),
+    "unknown base": ("name: a\nbase: deom\ngrid: {seed: [1]}\n", "unknown preset 'deom'", "Did you mean 'demo'?"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line(load, mistake):
+    text, *words = MISTAKES[mistake]
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_sweeps_that_come_along_are_valid():
+    for file in SWEEPS.glob("*.yaml"):
+        assert sweeps.load(file.stem, None, PRESETS, SWEEPS).name == file.stem

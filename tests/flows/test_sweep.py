@@ -1,0 +1,158 @@
+"""A sweep as people run it: compared, continued, side by side, and in a work pool with a real worker."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
+
+from fedlora import configfile, home, sweeps
+from fedlora.errors import ConfigError, FedloraError
+from fedlora.sweepfolder import SweepFolder
+from flows.presets import PRESETS, SWEEPS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def write(tiny, store_uri, tmp_path, labelled):
+    """`write(name, grid)`: a tiny sweep in a file; its path."""
+
+    def file(name, grid, **changes):
+        common = {**tiny, "rounds": 1, "tracking.uri": store_uri, "tracking.experiment": "sweeps", **changes}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(configfile.yaml.safe_dump({"name": name, "set": common, **grid}))
+        return str(path)
+
+    return file
+
+
+@pytest.fixture
+def run(prefect_server):
+    """`run(file, …)`: the flow; the sweep's folder as it is afterwards."""
+    from flows.sweep import run_sweep
+
+    return lambda file, **how: SweepFolder.read(Path(run_sweep(file, **how)))
+
+
+def children(store_uri, folder):
+    client = MlflowClient(store_uri)
+    query = f"tags.`mlflow.parentRunId` = '{folder.parent['run']}'"
+    return client.search_runs([folder.parent["experiment"]], query)
+
+
+def statuses(folder):
+    return {cell.label: cell.status for cell in folder.cells}
+
+
+def test_one_bad_cell_loses_nothing_and_is_tried_again_on_demand(run, write, store_uri, labelled, tmp_path):
+    bad = labelled(tmp_path / "own.csv", label="a")
+    cells = [{"strategy": "svd"}, {"strategy": "svd", "data.name": str(bad), "data.train_size": None, "clients": 2}]
+    file = write("mends", {"cells": cells, "skip": [{"strategy": "flora"}]})
+    first = run(file)
+    assert [cell.status for cell in first.cells] == ["finished", "failed"]
+    assert "class" in first.cells[1].reason
+    again = run(file)
+    assert again.path == first.path
+    assert [cell.status for cell in again.cells] == ["finished", "failed"]
+    finished = [child for child in children(store_uri, again) if child.info.status == "FINISHED"]
+    assert [child.info.run_id for child in finished] == [again.cells[0].run]  # not repeated
+    labelled(bad)
+    mended = run(file, retry_failed=True)
+    assert [cell.status for cell in mended.cells] == ["finished", "finished"]
+    parent = MlflowClient(store_uri).get_run(mended.parent["run"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["mlflow.note.content"].count("](#/experiments/") == 2
+
+
+def test_side_by_side_is_the_same_as_one_after_the_other(run, write, store_uri):
+    grid = {"grid": {"strategy": ["fedit", "svd"], "seed": [0, 1]}}
+    alone, together = run(write("alone", grid)), run(write("together", grid), parallel=2)
+    assert set(statuses(together).values()) == {"finished"}
+    results = []
+    for folder in (alone, together):
+        client = MlflowClient(store_uri)
+        results.append([client.get_run(cell.run).data.metrics["final/loss"] for cell in folder.cells])
+        assert len(children(store_uri, folder)) == 4
+    assert results[0] == results[1]
+    assert len(set(results[0])) == 4
+
+
+def test_fresh_begins_anew(run, write):
+    file = write("anew", {"grid": {"strategy": ["fedit"]}})
+    first = run(file)
+    second = run(file, fresh=True)
+    assert second.path != first.path
+    assert second.parent["run"] != first.parent["run"]
+    assert second.cells[0].run != first.cells[0].run
+
+
+def test_a_parent_that_was_deleted_is_replaced_and_its_runs_are_run_again(run, write, store_uri):
+    file = write("gone", {"grid": {"strategy": ["fedit"]}})
+    first = run(file)
+    MlflowClient(store_uri).delete_run(first.parent["run"])
+    second = run(file)
+    assert second.parent["run"] != first.parent["run"]
+    assert second.cells[0].status == "finished"
+
+
+def test_where_nothing_finishes_the_sweep_fails_and_says_why(run, write, labelled, tmp_path):
+    bad = labelled(tmp_path / "own.csv", label="a")
+    file = write("hopeless", {"grid": {"strategy": ["fedit"]}}, **{"data.name": str(bad), "data.train_size": None})
+    with pytest.raises(FedloraError, match=r"sweep hopeless: no run finished; the first, fedit: .*class"):
+        run(file)
+
+
+@pytest.fixture
+def pool(prefect_server, tmp_path):
+    """A work pool with a deployment of the flow and a worker process that serves it."""
+    name, environ = (
+        "test-pool",
+        {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value(), "PREFECT_WORKER_QUERY_SECONDS": "1"},
+    )
+    prefect = str(Path(sys.executable).with_name("prefect"))
+    subprocess.run([prefect, "work-pool", "create", name, "--type", "process"], env=environ, check=True)
+    deploying = (
+        "from flows.federated import federated; from prefect import Flow;"
+        f"Flow.from_source({str(ROOT)!r}, 'flows/federated.py:federated')"
+        f".deploy(name='custom', work_pool_name={name!r}, build=False, push=False, print_next_steps=False)"
+    )
+    subprocess.run([sys.executable, "-c", deploying], env=environ, cwd=ROOT, check=True)
+    with (tmp_path / "worker.log").open("wb") as log:
+        worker = subprocess.Popen(
+            [prefect, "worker", "start", "--pool", name], env=environ, stdout=log, stderr=log, cwd=tmp_path
+        )
+        yield name
+        worker.terminate()
+        worker.wait(30)
+
+
+def test_a_work_pool_executes_the_runs(run, write, pool, store_uri, tmp_path):
+    (tmp_path / "base.yaml").write_text("clients: 3\nrounds: 1\n")  # a base file that a worker elsewhere has not
+    file = write("handed", {"grid": {"strategy": ["fedit", "svd"]}, "base": "base.yaml"})
+    folder = run(file, pool=pool)
+    assert statuses(folder) == {"fedit": "finished", "svd": "finished"}
+    plan = sweeps.load(file, None, PRESETS, SWEEPS)
+    assert {child.data.tags["fedlora.config"] for child in children(store_uri, folder)} == {
+        cell.digest for cell in plan.cells
+    }
+    assert (home.runs() / folder.instance).is_dir()
+
+
+def test_a_pool_that_does_not_exist_or_has_no_worker_is_one_clear_line(prefect_server):
+    from flows import handover
+
+    with pytest.raises(
+        ConfigError, match=r"there is no work pool 'cpu-wrokers'. There are: .*prefect work-pool create"
+    ):
+        handover.check("cpu-wrokers")
+    with get_client(sync_client=True) as client:
+        from prefect.client.schemas.actions import WorkPoolCreate
+
+        client.create_work_pool(WorkPoolCreate(name="idle", type="process"))
+    with pytest.raises(ConfigError, match="work pool 'idle' has no deployment of the flow 'federated'"):
+        handover.check("idle")

@@ -41,6 +41,8 @@ class SweepFolder:
     parent: dict[str, str] | None = None
     """Its run in MLflow: uri, experiment, run."""
     cells: list[CellState] = field(default_factory=list)
+    champion: str | None = None
+    """What became of its best adapter in the model registry, in words."""
 
     @property
     def instance(self) -> str:
@@ -91,7 +93,7 @@ class SweepFolder:
         try:
             content = json.loads((path / STATE).read_text())
             cells = [CellState(**cell) for cell in content["cells"]]
-            return cls(path, list(content["flow_runs"]), content["parent"], cells)
+            return cls(path, list(content["flow_runs"]), content["parent"], cells, content["champion"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -131,6 +133,7 @@ class SweepFolder:
             "varied": sweep.varied,
             "flow_runs": self.flow_runs,
             "parent": self.parent,
+            "champion": self.champion,
             "cells": [asdict(cell) for cell in self.cells],
         }
         with saving(self.path, "another $FEDLORA_HOME"):

@@ -88,6 +88,8 @@ def _show(plan: Sweep, path: Path) -> None:
     tables.compared(outcome.results(folder, plan.varied), plan.varied, sys.stdout)
     _print_left(folder, "failed")
     _print_left(folder, "skipped")
+    if folder.champion:
+        print(f"\n{folder.champion}")
     print()
     for name, file in outcome.SHOWN.items():
         if (path / file).is_file():

@@ -15,7 +15,7 @@ from fedlora.comparison import Result
 from fedlora.sweepfolder import STATE, SweepFolder
 from fedlora.sweeps import Sweep
 from flows import where
-from mlflow_tracking import parents, store
+from mlflow_tracking import champion, parents, store
 from mlflow_tracking.parents import Parent
 
 SHOWN = {
@@ -45,6 +45,10 @@ def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> None:
     if found:
         comparison.frame(found).to_csv(folder.path / "comparison.csv", index=False)
         comparison.figures(found, folder.path, plan.name)
+        if plan.champion:
+            settings = {str(state.run): state.settings for state in folder.having("finished")}
+            folder.champion = champion.after_sweep(parent.uri, plan.name, settings).reason
+            folder.save(plan)
     pages = [store.run_page(parent.experiment, result.run) for result in found]
     parents.publish(parent, folder.path, FILES, description(plan, folder, found, pages), [r.run for r in found])
     charts = where.mlflow_page(parent.uri, store.sweep_page(parent.experiment, parent.run))
@@ -63,6 +67,8 @@ def description(plan: Sweep, folder: SweepFolder, found: Sequence[Result] = (), 
         lines += ["", *_leaderboard(plan.varied, table.assign(page=list(pages))), "", comparison.shared(table), ""]
     for status in ("failed", "skipped"):
         lines += [f"* {status}: {state.label}: {state.reason}" for state in folder.having(status)]
+    if folder.champion:
+        lines += ["", folder.champion]
     return "\n".join([*lines, "", f"Table, pictures and state: `{folder.path}`"])
 
 

@@ -103,9 +103,7 @@ def report_known(told: Progress, plan: Sweep, folder: SweepFolder) -> None:
     """Say what will not be run, and why."""
     done, failed = folder.having("finished"), folder.having("failed")
     if done:
-        told.say(
-            f"{len(done)} of {len(plan.cells)} runs had finished before and are not repeated (--fresh begins anew)"
-        )
+        told.say(f"{len(done)} of {len(plan.cells)} runs had finished before, not repeated (--fresh begins anew)")
     for state in failed:
         told.say(f"{state.label} failed before and is not tried again (--retry-failed): {state.reason}")
     for state in folder.having("skipped"):

@@ -7,38 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 
-from fedlora import home
-from flows import cli
-
 FEDLORA = str(Path(sys.executable).with_name("fedlora"))
-
-
-@pytest.fixture
-def fedlora(monkeypatch, capsys, tiny, store_uri):
-    """`fedlora("run", …)`: call the command line in this process; its exit code, output and errors."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, words)])
-        before = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        signal.signal(signal.SIGTERM, before)
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
-
-
-@pytest.fixture
-def small(tiny, store_uri):
-    """The tiny run as words of the command line."""
-    settings = {**tiny, "tracking.uri": store_uri, "tracking.experiment": "cli"}
-    return [f"{key}={value}" for key, value in settings.items()]
 
 
 def test_run_prints_progress_table_and_where_to_look(fedlora, small, prefect_server, tmp_path):
@@ -52,29 +25,6 @@ def test_run_prints_progress_table_and_where_to_look(fedlora, small, prefect_ser
     assert "MLflow            http://127.0.0.1" in out
     assert "\x1b[" not in out  # no colours or cursor movements in a file
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
-
-
-def test_sweep_compares_strategies_on_one_partition(fedlora, small, prefect_server, tmp_path, store_uri):
-    file = tmp_path / "mine.yaml"
-    file.write_text("name: mine\nbase: demo\ngrid:\n  strategy: [fedit, svd]\n  seed: [0, 1]\n")
-    code, out, _ = fedlora("sweep", file, *small, "rounds=1")
-    assert code == 0
-    assert "mean ± standard deviation over 2 seeds" in out
-    assert "All runs of a seed share one partition" in out
-    folder = next(home.sweeps().glob("mine-*"))
-    table = pd.read_csv(folder / "comparison.csv")
-    assert list(zip(table["strategy"], table["seed"], strict=True)) == [
-        ("fedit", 0), ("fedit", 1), ("svd", 0), ("svd", 1),
-    ]  # fmt: skip
-    assert table.groupby("seed")["partition"].nunique().tolist() == [1, 1]
-    assert (folder / "comparison.png").stat().st_size > 10_000
-    client = MlflowClient(store_uri)
-    experiment = client.get_experiment_by_name("cli").experiment_id
-    parent = client.search_runs([experiment], "tags.sweep = 'mine'")[0]
-    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    assert len(children) == 4
-    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
-    assert "| svd |" in parent.data.tags["mlflow.note.content"]
 
 
 MISTAKES = {

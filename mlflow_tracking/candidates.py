@@ -1,0 +1,193 @@
+"""Which setting of a sweep did best, and whether it is better than another one beyond noise."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from fedlora.errors import FedloraError
+from fedlora.strategies import registry
+from mlflow_tracking import store
+
+LEVEL = 0.05
+"""How likely a promotion may be where there is no difference (one-sided)."""
+
+_ACCURACY, _DATA = "final/accuracy", "data.digest"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one seed reached, and the digest of the data that it was trained and tested on."""
+
+    seed: int
+    accuracy: float
+    data: str
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A finished federated run: its settings by dotted key, its score, and on how many examples it was tested."""
+
+    run: str
+    experiment: str
+    strategy: str
+    settings: Mapping[str, Any]
+    score: Score
+    examples: int
+    partition: str = ""
+
+    @property
+    def label(self) -> str:
+        """The strategy and the other settings, without the seed."""
+        others = (f"{key}={value}" for key, value in self.settings.items() if key not in ("seed", "strategy"))
+        return " ".join([self.strategy, *others])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of a sweep: its scores by seed, and the run of it whose adapter stands for all."""
+
+    run: str
+    experiment: str
+    sweep: str
+    strategy: str
+    label: str
+    scores: tuple[Score, ...]
+    examples: int
+    partition: str = ""
+
+    def on(self, data: Set[str]) -> list[float]:
+        """The accuracies that were measured on some of these data."""
+        return [score.accuracy for score in self.scores if score.data in data]
+
+    @property
+    def data(self) -> frozenset[str]:
+        """The digests of the data it was tested on: one, unless the seed draws the test set."""
+        return frozenset(score.data for score in self.scores)
+
+    @property
+    def accuracy(self) -> float:
+        """The mean over seeds."""
+        return _mean(self.on(self.data))
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation over seeds, where there are several."""
+        return statistics.stdev(self.on(self.data)) if len(self.scores) > 1 else None
+
+    def __str__(self) -> str:
+        if self.spread is None:
+            return f"{self.label} ({self.accuracy:.4f}, one seed)" if self.scores else f"{self.label} (no accuracy)"
+        return f"{self.label} ({self.accuracy:.4f} ± {self.spread:.4f}, {len(self.scores)} seeds)"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A difference of mean accuracies, whether it is beyond noise, and how that was judged."""
+
+    difference: float
+    better: bool
+    how: str
+
+
+def entrants(uri: str, cells: Mapping[str, Mapping[str, Any]]) -> list[Entrant]:
+    """The runs that left one federated adapter and were scored.
+
+    Left out: controls (what they reach is not to be had by federation, or shares nothing) and strategies whose clients
+    keep adapters of their own.
+
+    Raises:
+        TrackingError: the store does not answer, or a run is not in it.
+    """
+    with store.errors(uri):
+        client = store.client(uri)
+        found = [entrant_of(client.get_run(run), settings) for run, settings in cells.items()]
+    return [entrant for entrant in found if entrant and may_compete(entrant.strategy)]
+
+
+def best(found: Iterable[Entrant], sweep: str) -> Candidate:
+    """The setting (everything but the seed) with the highest mean accuracy, and its run with the highest accuracy.
+
+    Settings of which fewer seeds finished than of others do not compete: their means would be of other runs.
+
+    Raises:
+        FedloraError: no run competes, or they were not tested on the same data.
+    """
+    groups: dict[str, list[Entrant]] = {}
+    for entrant in found:
+        groups.setdefault(entrant.label, []).append(entrant)
+    if not groups:
+        raise FedloraError(f"sweep {sweep} left no federated adapter (controls and personal adapters do not count)")
+    most = max(map(len, groups.values()))
+    settings = [as_candidate(group, sweep) for group in groups.values() if len(group) == most]
+    if len({setting.data for setting in settings}) > 1:
+        raise FedloraError(f"the runs of sweep {sweep} were tested on different data, so none of them is the best")
+    return max(settings, key=lambda setting: setting.accuracy)
+
+
+def judge(candidate: Candidate, standing: Candidate) -> Comparison:
+    """Whether a candidate is better than another; only scores on data that both were tested on count.
+
+    The best of several settings is flattered by chance; but so was the champion when it was chosen, so no correction.
+    """
+    shared = candidate.data & standing.data
+    return compare(candidate.on(shared), standing.on(shared), (candidate.examples, standing.examples))
+
+
+def compare(ours: Sequence[float], theirs: Sequence[float], examples: tuple[int, int]) -> Comparison:
+    """Whether our mean accuracy is above theirs beyond noise, at `LEVEL`, one-sided.
+
+    With two or more seeds on both sides by Welch's t-test over seeds. Otherwise, and where seeds make no difference, by
+    the binomial standard error of both accuracies on so many `examples`: it ignores that both were judged on the same
+    ones, which makes it cautious, and knows nothing of the spread between seeds.
+    """
+    difference = _mean(ours) - _mean(theirs)
+    if min(len(ours), len(theirs)) > 1 and (statistics.stdev(ours) or statistics.stdev(theirs)):
+        from scipy import stats  # type: ignore[import-untyped,unused-ignore]
+
+        p = float(stats.ttest_ind_from_stats(*_summary(ours), *_summary(theirs), False, "greater").pvalue)
+        return Comparison(difference, p < LEVEL, f"Welch's t-test over seeds: p = {p:.2g}, below {LEVEL:g} needed")
+    squares = (mean * (1 - mean) / n for mean, n in zip((_mean(ours), _mean(theirs)), examples, strict=True))
+    margin = statistics.NormalDist().inv_cdf(1 - LEVEL) * math.sqrt(sum(squares))
+    how = f"up to {margin:.4f} may be chance on {examples[0]} test examples"
+    return Comparison(difference, difference > margin, how)
+
+
+def entrant_of(run: Any, settings: Mapping[str, Any]) -> Entrant | None:
+    """A run of MLflow as it competes; None where it says no accuracy or not what it was tested on."""
+    metrics, tags = run.data.metrics, run.data.tags
+    datasets = run.inputs.dataset_inputs if run.inputs else []
+    if _ACCURACY not in metrics or _DATA not in tags or not datasets:
+        return None
+    examples = json.loads(datasets[0].dataset.profile)["examples"]["test"]
+    score = Score(int(run.data.params["seed"]), float(metrics[_ACCURACY]), tags[_DATA])
+    found = run.info.run_id, str(run.info.experiment_id), tags["strategy"]
+    return Entrant(*found, dict(settings), score, int(examples), tags.get("partition.hash", ""))
+
+
+def may_compete(strategy: str) -> bool:
+    """Whether a strategy leaves one adapter that federation made: no control, nothing personal."""
+    from fedlora.strategies.base import Family
+
+    found = registry.find(strategy)
+    return not (found.personal or found.pools_data or found.family is Family.CONTROL)
+
+
+def as_candidate(group: Sequence[Entrant], sweep: str) -> Candidate:
+    """Runs of one setting as one, which the run with the highest accuracy stands for."""
+    ordered = sorted(group, key=lambda entrant: entrant.score.seed)
+    top = max(ordered, key=lambda entrant: entrant.score.accuracy)
+    scores = tuple(entrant.score for entrant in ordered)
+    return Candidate(top.run, top.experiment, sweep, top.strategy, top.label, scores, top.examples, top.partition)
+
+
+def _summary(values: Sequence[float]) -> tuple[float, float, int]:
+    return _mean(values), statistics.stdev(values), len(values)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan

@@ -1,0 +1,375 @@
+"""Champions in a real SQLite registry, and through a real MLflow server, with real adapters and made-up accuracies."""
+
+import itertools
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient, artifacts
+
+import fedlora
+from fedlora.errors import FedloraError, TrackingError
+from fedlora.runfolder import RunFolder
+from fedlora.strategies import registry
+from mlflow_tracking import candidates, champion, store, tracker
+from mlflow_tracking.candidates import Candidate, Entrant, Score
+
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "promote-an-adapter.md"
+NAMES = map("fedlora-{}".format, itertools.count())
+"""A registered model of its own for each test that wants one."""
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    found = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    store.experiment_id(store.client(found), found, "fedlora")
+    return found
+
+
+@pytest.fixture(scope="module")
+def track(finished, tmp_path_factory):
+    """`track(uri, {"strategy": "svd"})`: that tiny run as a finished run of the store; its id."""
+
+    def tracked(uri, changes=None, accuracy=None):
+        run = RunFolder(shutil.copytree(finished(changes), tmp_path_factory.mktemp("run") / "run"))
+        with pytest.MonkeyPatch.context() as environ:
+            environ.setenv("MLFLOW_TRACKING_URI", uri)
+            begun = tracker.start(run, "a run")
+        tracker.describe(run, begun)
+        tracker.finish(run, begun, "## note")
+        if accuracy is not None:
+            MlflowClient(uri).log_metric(begun.run, "final/accuracy", accuracy, step=3)
+        return begun.run
+
+    return tracked
+
+
+@pytest.fixture(scope="module")
+def runs(track, uri):
+    """The ids of four runs with adapters."""
+    return [track(uri) for _ in range(4)]
+
+
+@pytest.fixture
+def name():
+    return next(NAMES)
+
+
+def candidate(run, *accuracies, data="d1", seeds=None, examples=1000, strategy="svd"):
+    digests = [data] * len(accuracies) if isinstance(data, str) else data
+    scores = map(Score, seeds or range(len(accuracies)), accuracies, digests)
+    return Candidate(run, "1", "mine", strategy, strategy, tuple(scores), examples, "p1")
+
+
+def versions(uri, name):
+    return {int(v.version): v for v in MlflowClient(uri).search_model_versions(f"name = '{name}'")}
+
+
+def aliases(uri, name):
+    return {alias: int(v) for alias, v in MlflowClient(uri).get_registered_model(name).aliases.items()}
+
+
+LOW, HIGH = (0.60, 0.62, 0.61), (0.70, 0.72, 0.71)
+
+
+def test_welch_by_hand():
+    """Standard deviations .01, three seeds: standard error √(2·.0001/3) = .0081650, four degrees of freedom, where t of
+    2.1318 is at 5 %."""
+    for difference, better in ((0.0174, False), (0.0175, True)):
+        found = candidates.compare([mean + difference for mean in LOW], LOW, (10, 10))
+        assert found.difference == pytest.approx(difference)
+        assert found.better is better, "2.1318 × .0081650 = .017406"
+    unequal = candidates.compare([0.8, 0.6], [0.5, 0.5, 0.5], (10, 10))  # t = .2 / .1 = 2 at one degree: 1/4 − atan(2)…
+    assert f"p = {0.5 - math.atan(2) / math.pi:.2g}," in unequal.how
+    assert not unequal.better
+
+
+@pytest.mark.parametrize("ours", [[0.8], [0.8, 0.8]], ids=["one seed", "seeds that make no difference"])
+def test_binomial_by_hand(ours):
+    """1.64485 · √(.8·.2/400 + .75·.25/400) = .04848."""
+    theirs = [0.75] * len(ours)
+    found = candidates.compare(ours, theirs, (400, 400))
+    assert (found.difference, found.better) == (pytest.approx(0.05), True)
+    assert found.how == "up to 0.0485 may be chance on 400 test examples"
+    assert not candidates.compare(ours, theirs, (300, 300)).better, "1.64485 · √(.3475/300) = .05598"
+    assert not candidates.compare(theirs, ours, (400, 400)).better
+
+
+def entrant(run, settings, accuracy, data="d1"):
+    return Entrant(run, "1", settings["strategy"], settings, Score(settings["seed"], accuracy, data), 100)
+
+
+def grid(accuracies, **more):
+    """Entrants by strategy: seeds 0, 1, …"""
+    return [
+        entrant(f"{strategy}{seed}", {"strategy": strategy, "seed": seed, **more}, accuracy)
+        for strategy, values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+    ]
+
+
+def test_the_best_setting_has_the_highest_mean_and_is_represented_by_its_best_run():
+    found = candidates.best(grid({"svd": (0.5, 0.7, 0.6), "fedit": (0.9, 0.2, 0.3)}, **{"lora.rank": 4}), "mine")
+    assert (found.run, found.label, found.sweep) == ("svd1", "svd lora.rank=4", "mine")
+    assert [(score.seed, score.accuracy) for score in found.scores] == [(0, 0.5), (1, 0.7), (2, 0.6)]
+    assert str(found) == "svd lora.rank=4 (0.6000 ± 0.1000, 3 seeds)"
+
+
+def test_a_setting_that_lacks_a_seed_does_not_compete():
+    assert candidates.best(grid({"svd": (0.5, 0.7), "fedit": (0.9,)}), "mine").strategy == "svd"
+
+
+def test_runs_of_different_test_sets_have_no_best_but_those_of_seeds_that_draw_the_same_ones_have():
+    cells = [({"strategy": s, "seed": n}, a) for n in (0, 1) for s, a in (("svd", 0.6), ("fedit", 0.5))]
+    drawn = [entrant(f"{c['strategy']}{c['seed']}", c, a, data=f"drawn by seed {c['seed']}") for c, a in cells]
+    assert candidates.best(drawn, "mine").strategy == "svd"
+    others = [entrant(f"{c['strategy']}{c['seed']}", c, a, data=f"of {c['strategy']}") for c, a in cells]
+    with pytest.raises(FedloraError, match="sweep mine were tested on different data"):
+        candidates.best(others, "mine")
+
+
+def test_the_first_becomes_champion_and_says_where_it_comes_from(uri, runs, name):
+    found = champion.consider(uri, name, candidate(runs[0], *LOW))
+    assert (found.model, found.version, found.promoted) == (name, 1, True)
+    assert found.reason == f"svd (0.6100 ± 0.0100, 3 seeds) is the first champion of {name}, version 1."
+    version = versions(uri, name)[1]
+    assert version.run_id == runs[0]
+    shown = {"sweep": "mine", "strategy": "svd", "accuracy": "0.6100", "accuracy.sd": "0.0100", "seeds": "0, 1, 2"}
+    shown |= {"test.examples": "1000", "partition.hash": "p1", "data.digest": "d1"}
+    assert shown.items() <= version.tags.items()
+    assert f"#/experiments/1/runs/{runs[0]}" in version.description
+
+
+def test_a_better_one_is_promoted_and_the_champion_is_kept_as_challenger(uri, runs, name):
+    for run, accuracies in zip(runs, (LOW, HIGH, [value + 0.2 for value in HIGH]), strict=False):
+        found = champion.consider(uri, name, candidate(run, *accuracies))
+        assert found.promoted
+    assert aliases(uri, name) == {"champion": 3, "challenger": 2}
+    assert re.fullmatch(
+        rf"svd \(0\.9100 ± 0\.0100, 3 seeds\), version 3, replaces {name}'s champion svd "
+        r"\(0\.7100 ± 0\.0100, 3 seeds\), version 2: \+0\.2000; Welch's t-test over seeds: p = \S+, "
+        r"below 0\.05 needed; version 2 is kept as challenger\.",
+        found.reason,
+    )
+
+
+@pytest.mark.parametrize("accuracies", [(0.615, 0.625, 0.62), (0.5, 0.5, 0.5), LOW], ids=["noise", "worse", "equal"])
+def test_one_that_is_not_better_beyond_noise_leaves_nothing(uri, runs, name, accuracies):
+    champion.consider(uri, name, candidate(runs[0], *LOW))
+    found = champion.consider(uri, name, candidate(runs[1], *accuracies))
+    assert (found.promoted, found.version) == (False, None)
+    assert f"does not replace {name}'s champion svd (0.6100 ± 0.0100, 3 seeds), version 1" in found.reason
+    assert aliases(uri, name) == {"champion": 1}
+    assert versions(uri, name).keys() == {1}
+
+
+def test_one_seed_is_judged_by_the_size_of_the_test_set(uri, runs, name):
+    champion.consider(uri, name, candidate(runs[0], 0.60, examples=200))
+    found = champion.consider(uri, name, candidate(runs[1], 0.65, examples=200))
+    assert not found.promoted
+    assert found.reason.endswith(": +0.0500; up to 0.0795 may be chance on 200 test examples.")
+    assert champion.consider(uri, name, candidate(runs[1], 0.69, examples=200)).promoted
+
+
+def test_scores_on_data_that_only_one_was_tested_on_do_not_count(uri, runs, name):
+    """Seed 2 draws other test examples, and the candidate would win by it alone."""
+    champion.consider(uri, name, candidate(runs[0], 0.60, 0.62, data=["a", "b"]))
+    found = champion.consider(uri, name, candidate(runs[1], 0.60, 0.62, 0.99, data=["a", "b", "c"]))
+    assert not found.promoted
+    assert ": +0.0000;" in found.reason
+
+
+def test_another_test_set_is_registered_for_a_person_to_decide_but_not_piled_up(uri, runs, name):
+    champion.consider(uri, name, candidate(runs[0], *HIGH))
+    other = candidate(runs[1], *LOW, data="d2")
+    found = champion.consider(uri, name, other)
+    assert (found.version, found.promoted) == (2, False)
+    assert "tested on different data; registered as version 2, for you to give it the alias champion" in found.reason
+    assert champion.consider(uri, name, other).version == 2
+    assert champion.consider(uri, name, candidate(runs[2], *LOW, data="d2")).version is None
+    assert champion.consider(uri, name, candidate(runs[3], *HIGH, data="d2")).version == 3
+    assert aliases(uri, name) == {"champion": 1}
+    MlflowClient(uri).set_registered_model_alias(name, "champion", "3")
+    assert not champion.consider(uri, name, candidate(runs[2], *LOW, data="d2")).promoted
+
+
+def test_deciding_again_changes_nothing(uri, runs, name):
+    first, second = candidate(runs[0], *LOW), candidate(runs[1], *HIGH)
+    for each in (first, first, second, second, first):
+        last = champion.consider(uri, name, each)
+    assert aliases(uri, name) == {"champion": 2, "challenger": 1}
+    assert versions(uri, name).keys() == {1, 2}
+    assert (last.promoted, last.version) == (False, 1)
+    again = champion.consider(uri, name, second)
+    assert again.reason == f"svd (0.7100 ± 0.0100, 3 seeds) is the champion of {name} already, version 2."
+
+
+def test_a_promotion_that_was_interrupted_is_completed_by_the_next_try(uri, runs, name, monkeypatch):
+    champion.consider(uri, name, candidate(runs[0], *LOW))
+    real = MlflowClient.set_registered_model_alias
+
+    def breaks(client, model, alias, version):
+        if alias == "champion":
+            raise ConnectionError("gone")
+        real(client, model, alias, version)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", breaks)
+    with pytest.raises(TrackingError, match="gone"):
+        champion.consider(uri, name, candidate(runs[1], *HIGH))
+    monkeypatch.undo()
+    assert champion.consider(uri, name, candidate(runs[1], *HIGH)).promoted
+    assert aliases(uri, name) == {"champion": 2, "challenger": 1}
+    assert versions(uri, name).keys() == {1, 2}
+
+
+def test_a_champion_learns_the_seeds_that_were_added_to_its_sweep(uri, runs, name):
+    champion.consider(uri, name, candidate(runs[0], 0.60))
+    champion.consider(uri, name, candidate(runs[0], *LOW))
+    champion.consider(uri, name, candidate(runs[0], 0.60))
+    assert versions(uri, name)[1].tags["seeds"] == "0, 1, 2"
+    assert "Welch" in champion.consider(uri, name, candidate(runs[1], *HIGH)).reason
+
+
+def test_a_champion_registered_by_hand_is_compared_by_its_run(uri, track, runs, name):
+    client = MlflowClient(uri)
+    own = track(uri, accuracy=0.5)
+    client.create_registered_model(name)
+    client.create_model_version(name, f"{client.get_run(own).info.artifact_uri}/adapter", own)
+    client.set_registered_model_alias(name, "champion", "1")
+    data = client.get_run(own).data.tags["data.digest"]
+    found = champion.consider(uri, name, candidate(runs[0], 0.9, data=data))
+    assert found.promoted
+    assert "champion fedit (0.5000, one seed), version 1: +0.4000" in found.reason
+
+
+def test_a_champion_of_unknown_origin_is_left_to_a_person(uri, runs, name, tmp_path):
+    client = MlflowClient(uri)
+    client.create_registered_model(name)
+    client.create_model_version(name, tmp_path.as_uri())
+    client.set_registered_model_alias(name, "champion", "1")
+    found = champion.consider(uri, name, candidate(runs[0], *HIGH))
+    assert (found.promoted, found.version) == (False, 2)
+    assert "champion of unknown origin (no accuracy), version 1" in found.reason
+
+
+def test_controls_and_personal_strategies_leave_no_federated_adapter():
+    left_out = {"oracle", "centralised", "local", "fedsa-lora"}
+    assert {name for name in registry.names() if not candidates.may_compete(name)} == left_out
+
+
+def test_a_sweep_in_the_store_is_read_and_its_best_adapter_promoted(uri, track, name):
+    """A control is ahead, and does not count."""
+    accuracies = {("fedit", 0): 0.50, ("fedit", 1): 0.52, ("svd", 0): 0.60, ("svd", 1): 0.61, ("oracle", 0): 0.9}
+    cells = {}
+    for (strategy, seed), accuracy in accuracies.items():
+        run = track(uri, {"seed": 1} if seed else {}, accuracy)
+        MlflowClient(uri).set_tag(run, "strategy", strategy)
+        cells[run] = {"strategy": strategy, "seed": seed}
+    found = champion.after_sweep(uri, name.removeprefix("fedlora-"), cells)
+    assert found.promoted
+    assert found.reason == f"svd (0.6050 ± 0.0071, 2 seeds) is the first champion of {name}, version 1."
+    version = versions(uri, name)[1]
+    assert cells[version.run_id] == {"strategy": "svd", "seed": 1}
+    assert version.tags["test.examples"] == "120"
+    assert version.tags["partition.hash"] == MlflowClient(uri).get_run(version.run_id).data.tags["partition.hash"]
+    only_controls = {run: cell for run, cell in cells.items() if cell["strategy"] == "oracle"}
+    assert "left no federated adapter" in champion.after_sweep(uri, "mine", only_controls).reason
+
+
+def test_a_registry_that_fails_does_not_lose_the_sweep(uri):
+    found = champion.after_sweep(uri, "mine", {"0" * 32: {"strategy": "svd", "seed": 0}})
+    assert not found.promoted
+    assert re.match(r"No champion was chosen: the tracking store .* Run .* not found", found.reason)
+
+
+def test_a_run_without_an_adapter_is_named(uri, name):
+    client = MlflowClient(uri)
+    run = client.create_run(store.experiment_id(client, uri, "fedlora")).info.run_id
+    with pytest.raises(TrackingError, match=f"run {run} has no adapter"):
+        champion.consider(uri, name, candidate(run, *HIGH))
+    assert not versions(uri, name)
+
+
+def logits(network, tokenizer):
+    with torch.no_grad():
+        return network(**tokenizer("a small bird of the river", return_tensors="pt")).logits
+
+
+@pytest.mark.parametrize("changes", [{}, {"strategy": "flora"}], ids=["fedit", "flora"])
+def test_the_champion_predicts_as_the_folder_of_its_run(uri, track, finished, name, changes):
+    """FLoRA changes the base too."""
+    champion.consider(uri, name, candidate(track(uri, changes), *HIGH, **changes))
+    network, tokenizer, labels = champion.load(name, uri=uri)
+    expected, _, names = fedlora.load_adapter(finished(changes) / "adapter")
+    assert labels == names
+    assert torch.equal(logits(network, tokenizer), logits(expected, tokenizer))
+
+
+def test_what_is_not_registered_is_named_with_what_is(uri, runs, name):
+    champion.consider(uri, name, candidate(runs[0], *LOW))
+    with pytest.raises(TrackingError, match=rf"no registered model 'fedlora-demoo' in sqlite.*there: .*{name}"):
+        champion.load("fedlora-demoo", uri=uri)
+    with pytest.raises(TrackingError, match=rf"'{name}' has no alias 'challenger'; it has: champion"):
+        champion.load(name, "challenger", uri)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """An MLflow server that keeps the artifacts itself, as one on another machine does."""
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "kept")]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                try:
+                    store.check(url)
+                    break
+                except TrackingError:
+                    assert process.poll() is None, (folder / "log").read_text()
+                    time.sleep(0.2)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def test_over_a_server_and_as_in_the_docs(server, track, finished, monkeypatch):
+    run = track(server)
+    assert champion.consider(server, "fedlora-demo", candidate(run, *LOW, strategy="fedit")).promoted
+    assert versions(server, "fedlora-demo")[1].source.startswith("mlflow-artifacts:")
+    expected, tokenizer, _ = fedlora.load_adapter(finished() / "adapter")
+    network, *_ = champion.load("fedlora-demo", uri=server)
+    assert torch.equal(logits(network, tokenizer), logits(expected, tokenizer))
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    folder = artifacts.download_artifacts("models:/fedlora-demo@champion")
+    assert sorted(path.name for path in Path(folder).iterdir()) == sorted(
+        path.name for path in (finished() / "adapter").iterdir()
+    )
+    back, by_mlflow, by_us = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
+    for code in (by_mlflow, by_us):
+        names: dict = {}
+        exec(code, names)
+        assert torch.equal(logits(names["model"], names["tokenizer"]), logits(expected, tokenizer))
+    assert champion.consider(server, "fedlora-demo", candidate(track(server), *HIGH)).promoted
+    exec(back, {})
+    assert aliases(server, "fedlora-demo")["champion"] == 1

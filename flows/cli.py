@@ -28,6 +28,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+    if version:
+        from fedlora import __version__
+
+        print(f"fedlora {__version__}")
+        raise typer.Exit
+
+
 _CONSOLE = "CRITICAL"
 """What Prefect may print: the progress and our one line of error say the rest; its own page has the full log."""
 

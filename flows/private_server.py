@@ -37,6 +37,7 @@ def available() -> Iterator[None]:
     process, log = _spawn(port)
     try:
         yield from _with_server(process, port, log)
+        log.unlink(missing_ok=True)  # of use only where something went wrong
     finally:
         if process.stdin:
             process.stdin.close()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,7 @@ def test_a_broken_plugin_spares_the_list(fedlora, monkeypatch):
     assert code == 0
     assert "fedit" in out
     assert "not usable: strategy 'gone' comes from a plug-in that cannot be loaded: No module named" in out
+
+
+def test_the_version_is_told(fedlora):
+    assert fedlora("--version") == (0, f"fedlora {version('fedlora')}\n", "")

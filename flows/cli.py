@@ -78,6 +78,7 @@ def run(
 
 
 app.command()(cli_sweep.sweep)
+app.command()(cli_sweep.report)
 
 
 @app.command()
@@ -203,12 +204,23 @@ def models() -> None:
 def up(
     prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server.")] = 5000,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            metavar="postgresql://USER@HOST:PORT",
+            help="PostgreSQL for both servers; the password in PGPASSWORD or ~/.pgpass. Without it: SQLite files.",
+        ),
+    ] = None,
+    cpu_runs: Annotated[int | None, typer.Option(help="Flow runs at a time in cpu-workers; 2 at first.")] = None,
+    gpu_runs: Annotated[
+        int | None, typer.Option(help="The same for gpu-workers, 0 for no worker; one per GPU at first.")
+    ] = None,
 ) -> None:
-    """Start a local Prefect server, MLflow server and worker, on loopback."""
+    """Start a local Prefect server, MLflow server and workers, on loopback, and register the deployments."""
     environment.prepare()
     from flows import services
 
-    services.up(prefect_port, mlflow_port)
+    services.up(prefect_port, mlflow_port, database=database, cpu_runs=cpu_runs, gpu_runs=gpu_runs)
 
 
 @app.command()

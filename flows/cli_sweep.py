@@ -115,3 +115,24 @@ def _list(plan: Sweep, parallel: int | None) -> None:
     stands = {str(state.digest): str(state.status) for state in known.cells} if known else {}
     costs = estimate.sweep(plan)
     tables.planned(plan, stands, costs, parallel or 1, sys.stdout)
+
+
+def report(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SWEEP|EXPERIMENT", help="A sweep (or one execution of it), or an MLflow experiment."),
+    ] = "latest",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to. Without it: the sweep's folder.")] = None,
+) -> None:
+    """Tables, plots and statistics of a sweep or experiment, as one HTML page and CSV files.
+
+    Without a name: the sweep that ended last.
+    """
+    environment.prepare("CRITICAL")
+    from flows.report import write_report
+
+    written = write_report(source, out)
+    print(f"{written.comparison.title}: {len(written.comparison.runs)} runs")
+    print(f"report            {written.page}\ntables            {written.page.parent}/*.csv")
+    if written.source.parent is not None:
+        print(f"MLflow            {written.link}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -12,9 +13,11 @@ from prefect.artifacts import create_markdown_artifact
 
 from fedlora import comparison
 from fedlora.comparison import Result
+from fedlora.errors import FedloraError
 from fedlora.sweepfolder import STATE, SweepFolder
 from fedlora.sweeps import Sweep
-from flows import where
+from flows import progress, report, where
+from flows.progress import Progress
 from mlflow_tracking import champion, parents, store
 from mlflow_tracking.parents import Parent
 
@@ -41,23 +44,48 @@ def results(folder: SweepFolder, varied: Sequence[str]) -> list[Result]:
 
 def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> None:
     """Compare the finished runs in files, on the sweep's page in MLflow, and on the flow run's page in Prefect."""
+    told = progress.current()
     found = results(folder, plan.varied)
     if found:
+        told.say(f"comparing {len(found)} runs")
         comparison.frame(found).to_csv(folder.path / "comparison.csv", index=False)
         comparison.figures(found, folder.path, plan.name)
         if plan.champion:
             settings = {str(state.run): state.settings for state in folder.having("finished")}
             folder.champion = champion.after_sweep(parent.uri, plan.name, settings).reason
             folder.save(plan)
+    parents.publish(parent, folder.path, FILES, [result.run for result in found])
     pages = [store.run_page(parent.experiment, result.run) for result in found]
-    parents.publish(parent, folder.path, FILES, description(plan, folder, found, pages), [r.run for r in found])
-    charts = where.mlflow_page(parent.uri, store.sweep_page(parent.experiment, parent.run))
-    board = description(plan, folder, found, [where.mlflow_page(parent.uri, page) for page in pages])
-    create_markdown_artifact(f"{board}\n\n[Charts in MLflow]({charts})", key="sweep-summary", description=plan.name)
+    links = {"charts": store.sweep_page(parent.experiment, parent.run)}
+    if found and _report(folder, parent, told):
+        links["report"] = store.artifact_page(parent.experiment, parent.run, SHOWN["report"])
+    parents.describe(parent, description(plan, folder, found, pages, links))
+    # On Prefect's page a link needs the server's name.
+    pages = [where.mlflow_page(parent.uri, page) for page in pages]
+    links = {name: where.mlflow_page(parent.uri, page) for name, page in links.items()}
+    board = description(plan, folder, found, pages, links)
+    create_markdown_artifact(board, key="sweep-summary", description=plan.name)
 
 
-def description(plan: Sweep, folder: SweepFolder, found: Sequence[Result] = (), pages: Sequence[str] = ()) -> str:
-    """The sweep in Markdown: what it was, a leaderboard with a link to each run (its page), and what is missing."""
+def _report(folder: SweepFolder, parent: Parent, told: Progress) -> bool:
+    """Write and log the report; whether that went well, for a report that fails must not lose the sweep."""
+    try:
+        report.write_report(folder.instance, folder.path / "report", parent.uri)
+    except FedloraError as error:
+        told.say(f"no report: {error}")
+        return False
+    return True
+
+
+def description(
+    plan: Sweep,
+    folder: SweepFolder,
+    found: Sequence[Result] = (),
+    pages: Sequence[str] = (),
+    links: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """The sweep in Markdown: what it was, a leaderboard with a link to each run (its page), what is missing, and
+    further links by their words."""
     lines = [
         f"## Sweep {plan.name}",
         f"base `{Path(plan.base).name}`, grid `{json.dumps(plan.grid)}`, set `{json.dumps(plan.common, default=str)}`",
@@ -69,7 +97,8 @@ def description(plan: Sweep, folder: SweepFolder, found: Sequence[Result] = (), 
         lines += [f"* {status}: {state.label}: {state.reason}" for state in folder.having(status)]
     if folder.champion:
         lines += ["", folder.champion]
-    return "\n".join([*lines, "", f"Table, pictures and state: `{folder.path}`"])
+    ways = " · ".join(f"[{words}]({page})" for words, page in links.items())
+    return "\n".join([*lines, "", ways, "", f"Table, pictures and state: `{folder.path}`"])
 
 
 def _leaderboard(varied: Sequence[str], table: pd.DataFrame) -> list[str]:

@@ -101,9 +101,8 @@ def results(parent: Parent, settings: dict[str, dict[str, Any]]) -> list[Result]
     ]
 
 
-def publish(parent: Parent, folder: Path, names: Sequence[str], note: str, children: Sequence[str]) -> None:
-    """Log what came of a sweep: `names` of its folder as artifacts, the leaderboard as the run's description, and the
-    data set and partition where its runs share them.
+def publish(parent: Parent, folder: Path, names: Sequence[str], children: Sequence[str]) -> None:
+    """Log what came of a sweep: `names` of its folder as artifacts, and the data sets and partitions of its runs.
 
     Raises:
         TrackingError: the store does not answer.
@@ -111,12 +110,19 @@ def publish(parent: Parent, folder: Path, names: Sequence[str], note: str, child
     with store.errors(parent.uri):
         client = store.client(parent.uri)
         for name in names:
-            if (folder / name).is_dir():
-                client.log_artifacts(parent.run, str(folder / name), name)
-            elif (folder / name).is_file():
+            if (folder / name).is_file():
                 client.log_artifact(parent.run, str(folder / name), "" if name.endswith(".json") else "comparison")
-        client.set_tag(parent.run, "mlflow.note.content", note)
         _show_data(client, parent, children)
+
+
+def describe(parent: Parent, note: str) -> None:
+    """Set the description of a sweep's run (Markdown).
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    with store.errors(parent.uri):
+        store.client(parent.uri).set_tag(parent.run, "mlflow.note.content", note)
 
 
 def _show_data(client: MlflowClient, parent: Parent, children: Sequence[str]) -> None:

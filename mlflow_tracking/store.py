@@ -122,6 +122,11 @@ def run_page(experiment: str, run: str) -> str:
     return f"#/experiments/{experiment}/runs/{run}"
 
 
+def artifact_page(experiment: str, run: str, path: str) -> str:
+    """The page that shows an artifact of a run, below a server's address."""
+    return f"{run_page(experiment, run)}/artifacts/{path}"
+
+
 def sweep_page(experiment: str, parent: str) -> str:
     """The chart page of a sweep's runs, best first, below a server's address.
 

@@ -1,0 +1,216 @@
+"""Figures without a time axis: final accuracy, ρ by layer, ρ against accuracy, the partition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from fedlora.report import frames, marks, tables
+from fedlora.report.frames import Comparison, Setting
+from fedlora.report.marks import Figure, Trace
+
+_ROW_PX, _AROUND_PX, _HIGHEST_PX = 22, 130, 1100
+_MOST_CLIENTS = 500
+"""Of more clients the partition's picture shows the first so many."""
+_MOST_GAPS = 30
+_SCALE = "Viridis"
+
+
+def final_accuracy(rows: Sequence[tables.Row]) -> Figure | None:
+    """Final accuracy with its interval, a line per setting, the best on top."""
+    known = [row for row in rows if not math.isnan(row.results["accuracy"].mean)]
+    if not known:
+        return None
+    looks = marks.looks([row.setting for row in known])
+    traces = []
+    for look, row in zip(looks, known, strict=True):
+        found = row.results["accuracy"]
+        half = None if math.isnan(found.half) else marks.number(found.half)
+        words = f"{marks.safe(row.setting.label)}<br>%{{x:.4f}}" + (f" ± {half:.4f}" if half is not None else "")
+        traces.append(
+            look.line(
+                x=[marks.number(found.mean)],
+                y=[marks.safe(row.setting.label)],
+                mode="markers",
+                marker={"color": look.colour, "symbol": look.symbol, "size": 10},
+                error_x={"type": "data", "array": [half or 0], "thickness": 1.5, "width": 4},
+                showlegend=False,
+                hovertemplate=f"{words}<extra></extra>",
+            )
+        )
+    order = [marks.safe(row.setting.label) for row in reversed(known)]
+    y = marks.axis("", categoryorder="array", categoryarray=order, type="category")
+    caption = "Mean over seeds with its 95 % interval (Student t); without several seeds a point alone."
+    axes = marks.layout(marks.axis("final test accuracy (share)"), y, hovermode="closest")
+    return Figure("final-accuracy", "Final accuracy", caption, traces, axes, wide=True, height=_height(len(known)))
+
+
+def layers(comparison: Comparison) -> list[Figure]:
+    """ρ by module: in the last round for each setting, and round by round for one setting at a time."""
+    modules = comparison.modules
+    if modules.empty or "rho" not in modules:
+        return []
+    names = short(list(dict.fromkeys(modules["module"])))
+    found = frames.settings(comparison.runs)
+    return [_last_round(modules, names, found), _by_round(modules, names, found)]
+
+
+def _last_round(modules: pd.DataFrame, names: Mapping[str, str], settings: Sequence[Setting]) -> Figure:
+    last = modules[modules["round"] == modules.groupby("run_id")["round"].transform("max")]
+    found = [
+        (look, last[last["run_id"].isin(list(look.setting.seeds.values()))].groupby("module")["rho"].mean())
+        for look in marks.looks(settings)
+    ]
+    columns = [(look, values) for look, values in found if len(values)]
+    rows = [[marks.number(values.get(module), 4) for _, values in columns] for module in names]
+    labels = [marks.safe(look.setting.label) for look, _ in columns]
+    trace = _heat(labels, list(names.values()), rows)
+    trace |= {
+        "meta": {"columns": [look.meta for look, _ in columns]},
+        "hovertemplate": "%{x}<br>%{y}<br>ρ %{z}<extra></extra>",
+    }
+    caption = "ρ of each adapted module in the last round, mean over seeds; a column per setting."
+    return _heat_figure("layers-last", "ρ by layer and setting", caption, [trace], "setting", names.values())
+
+
+def _by_round(modules: pd.DataFrame, names: Mapping[str, str], settings: Sequence[Setting]) -> Figure:
+    traces: list[Trace] = []
+    choices: list[str] = []
+    for setting in settings:
+        own = modules[modules["run_id"].isin(list(setting.seeds.values()))]
+        if own.empty:
+            continue
+        table = own.pivot_table(index="module", columns="round", values="rho", aggfunc="mean", sort=False)
+        table = table[sorted(table.columns)]
+        rows = [marks.numbers(values, 4) for values in table.to_numpy()]
+        words = f"{marks.safe(setting.label)}<br>%{{y}}<br>round %{{x}}: ρ %{{z}}<extra></extra>"
+        trace = _heat([int(column) for column in table.columns], [names[m] for m in table.index], rows)
+        traces.append(trace | {"meta": {"choice": len(choices)}, "hovertemplate": words})
+        choices.append(setting.label)
+    caption = "ρ of each adapted module, round by round, mean over seeds, for one setting at a time."
+    return _heat_figure("layers-rounds", "ρ by layer and round", caption, traces, "round", names.values(), choices)
+
+
+def _heat(x: Sequence[Any], y: Sequence[str], z: Sequence[Sequence[float | None]], title: str = "ρ") -> Trace:
+    """A heat map from zero, with gaps between cells where there is room for them."""
+    gap = 1 if len(x) <= _MOST_GAPS else 0
+    return {
+        "type": "heatmap",
+        "x": list(x),
+        "y": [marks.safe(label) for label in y],
+        "z": z,
+        "zmin": 0,
+        "zmax": max((value for row in z for value in row if value), default=1),
+        "colorscale": _SCALE,
+        "colorbar": {"title": {"text": title}, "thickness": 12},
+        "xgap": gap,
+        "ygap": gap,
+    }
+
+
+def _heat_figure(
+    key: str,
+    title: str,
+    caption: str,
+    traces: Sequence[Trace],
+    x: str,
+    rows: Any,
+    choices: Sequence[str] = (),
+) -> Figure:
+    order = [marks.safe(row) for row in reversed(list(rows))]
+    x_axis = marks.axis(x, **({"dtick": 1} if choices and len(traces[0]["x"]) <= 12 else {}), showgrid=False)
+    if not choices:
+        x_axis |= {"type": "category"}
+    y_axis = marks.axis("module", type="category", categoryorder="array", categoryarray=order, showgrid=False)
+    height = _height(len(order)) + (0 if choices else 60)
+    return Figure(key, title, caption, traces, marks.layout(x_axis, y_axis), choices, height=height)
+
+
+def _height(rows: int) -> int:
+    return max(280, min(_HIGHEST_PX, _AROUND_PX + _ROW_PX * rows))
+
+
+def short(modules: Sequence[str]) -> dict[str, str]:
+    """Module names without the dotted parts with which all of them begin."""
+    parts = [name.split(".") for name in modules]
+    common = 0
+    while len(parts) > 1 and len({tuple(words[: common + 1]) for words in parts}) == 1 and common < len(parts[0]):
+        common += 1
+    return {name: ".".join(words[common:]) or name for name, words in zip(modules, parts, strict=True)}
+
+
+def rho_accuracy(comparison: Comparison) -> list[Figure]:
+    """Final accuracy against ρ, a point per run: ρ of round one, and of the last."""
+    values = tables.results(comparison)
+    found = []
+    for name, words in (("rho_first", "round 1"), ("rho_last", "the last round")):
+        points = values.dropna(subset=[name, "accuracy"])
+        if len(points):
+            traces = [
+                look.line(
+                    x=marks.numbers(own[name]),
+                    y=marks.numbers(own["accuracy"]),
+                    mode="markers",
+                    marker={"color": look.colour, "symbol": look.symbol, "size": 9, "opacity": 0.85},
+                    customdata=[frames.plain(seeds[run]) for run in own.index],
+                    hovertemplate=f"{marks.safe(look.setting.label)}, seed %{{customdata}}<br>"
+                    "ρ %{x:.4g}, accuracy %{y:.4g}<extra></extra>",
+                )
+                for look in marks.looks(frames.settings(comparison.runs))
+                for seeds in [{run: marks.safe(seed) for seed, run in look.setting.seeds.items()}]
+                for own in [points[points.index.isin(list(seeds))]]
+                if len(own)
+            ]
+            axes = marks.layout(marks.axis(f"ρ in {words} (no unit)"), marks.axis("final test accuracy (share)"))
+            key = name.replace("_", "-")
+            found.append(Figure(key, f"ρ in {words} against accuracy", "A point per run.", traces, axes))
+    return found
+
+
+def partitions(comparison: Comparison) -> Figure | None:
+    """Training examples by client and label, for one partition at a time."""
+    traces: list[Trace] = []
+    choices: list[str] = []
+    clipped = False
+    for digest, seeds in _partitions_in_use(comparison).items():
+        summary = comparison.partitions[digest]
+        counts = summary["label_counts"][:_MOST_CLIENTS]
+        clipped |= len(summary["label_counts"]) > _MOST_CLIENTS
+        sizes = [f"{sum(row)} in all" for row in counts]
+        clients = [f"client {client}" for client in range(len(counts))]
+        cells = [[value or None for value in row] for row in counts]  # none at all stays white
+        labels = [marks.safe(label) for label in summary["labels"]]
+        trace = _heat(labels, clients, cells, "examples")
+        trace |= {
+            "customdata": [[size] * len(labels) for size in sizes],
+            "meta": {"choice": len(choices)},
+            "hoverongaps": False,
+            "hovertemplate": "%{y} (%{customdata})<br>%{x}: %{z}<extra></extra>",
+        }
+        traces.append(trace)
+        choices.append(f"{seeds}: {summary.get('partitioner', 'partition')}, hash {digest}")
+    if not traces:
+        return None
+    caption = "Training examples of each client by label; white: none." + (
+        f" Of more clients the first {_MOST_CLIENTS} are shown." if clipped else ""
+    )
+    rows = max(len(trace["y"]) for trace in traces)
+    axes = marks.layout(
+        marks.axis("label", type="category", showgrid=False),
+        marks.axis("client", type="category", autorange="reversed", showgrid=False),
+    )
+    return Figure("partition", "The partition", caption, traces, axes, choices, True, _height(rows) + 60)
+
+
+def _partitions_in_use(comparison: Comparison) -> dict[str, str]:
+    """The partitions that runs have and that are known, by hash, with the seeds and settings they belong to."""
+    keys = ["seed", *frames.partition_keys(frames.varied(comparison.runs))]
+    found: dict[str, str] = {}
+    for row in comparison.runs.to_dict("records"):
+        if row["partition"] in comparison.partitions and row["partition"] not in found:
+            words = (f"{key} {frames.plain(row[key])}" for key in keys if not frames.is_missing(row[key]))
+            found[row["partition"]] = ", ".join(words)
+    return found

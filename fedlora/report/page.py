@@ -1,0 +1,128 @@
+"""Writes a report: one HTML page that needs nothing else, and the CSV files beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+import fedlora
+from fedlora import plots
+from fedlora.atomic import write_atomic
+from fedlora.errors import FedloraError, saving
+from fedlora.report import curves, frames, maps, tables, views
+from fedlora.report.frames import Comparison
+from fedlora.report.marks import Figure
+
+PAGE = "report.html"
+TABLES = ("runs", "rounds", "leaderboard", "paired", "modules")
+"""The CSV files beside the page."""
+
+
+def write(comparison: Comparison, folder: Path) -> Path:
+    """Write `report.html` and `runs`, `rounds`, `leaderboard`, `paired` and `modules` as CSV; returns the page's path.
+
+    Raises:
+        FedloraError: there is no finished run to compare.
+        RunFolderError: the folder cannot be written.
+    """
+    if comparison.runs.empty:
+        first = next(iter(comparison.excluded), None)
+        why = f"; first: {first.label}: {first.status}, {first.reason}" if first else ""
+        raise FedloraError(f"{comparison.title}: no run has finished, so there is nothing to compare{why}")
+    rows = tables.leaderboard(comparison)
+    page = render(comparison, rows)
+    files = {
+        "runs": comparison.runs,
+        "rounds": comparison.rounds,
+        "leaderboard": tables.leaderboard_frame(rows),
+        "paired": tables.paired_frame(rows),
+        "modules": comparison.modules,
+    }
+    with saving(folder, "another --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, table in files.items():
+            write_atomic(folder / f"{name}.csv", _csv(table))
+        write_atomic(folder / PAGE, page.encode())
+    return folder / PAGE
+
+
+def _csv(table: pd.DataFrame) -> bytes:
+    return b"" if table.empty and not len(table.columns) else table.to_csv(index=False).encode()
+
+
+def render(comparison: Comparison, rows: Sequence[tables.Row]) -> str:
+    """The page as text."""
+    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fedlora.report", "assets"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sections = _figures(comparison, rows)
+    every = [figure for figures in sections.values() for figure in figures]
+    found = frames.settings(comparison.runs)
+    return environment.get_template("report.html").render(
+        comparison=comparison,
+        version=fedlora.__version__,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        plotly=Markup(get_plotlyjs()) if every else "",  # noqa: S704 (the library's own script)
+        figures=sections,
+        data=_script_json({figure.key: _figure(figure) for figure in every}),
+        strategies={setting.strategy: plots.colour(setting.strategy) for setting in found},
+        rests=list(dict.fromkeys(setting.rest for setting in found)),
+        views=views,
+        rows=rows,
+        sharing=tables.sharing(comparison),
+        alpha=views.ALPHA,
+    )
+
+
+def _figures(comparison: Comparison, rows: Sequence[tables.Row]) -> dict[str, list[Figure]]:
+    by_key = {figure.key: figure for figure in curves.all_curves(comparison)}
+    final, partition = maps.final_accuracy(rows), maps.partitions(comparison)
+    chosen = {
+        "accuracy": ("accuracy-rounds", "accuracy-megabytes"),
+        "rho": ("rho-rounds",),
+        "local": ("gap", "condition-R", "condition-P", "condition-Q"),
+    }
+    sections = {name: [by_key[key] for key in keys if key in by_key] for name, keys in chosen.items()}
+    return {
+        "final": [final] if final else [],
+        **sections,
+        "layers": maps.layers(comparison),
+        "related": maps.rho_accuracy(comparison),
+        "scaling": curves.scaling(comparison),
+        "partition": [partition] if partition else [],
+    }
+
+
+def _figure(figure: Figure) -> dict[str, Any]:
+    layout = {
+        "height": figure.height,
+        "margin": {"l": 60, "r": 16, "t": 30, "b": 50},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#1f2933"},
+        "hoverlabel": {"align": "left"},
+        "showlegend": any(trace.get("type") == "scatter" and trace.get("showlegend", True) for trace in figure.traces),
+        **figure.layout,
+    }
+    return {"data": list(figure.traces), "layout": layout}
+
+
+def _script_json(content: Any) -> Markup:
+    """JSON that can stand in a script element: no sign in it can end the element or open a comment."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)  # noqa: S704 (made safe above)

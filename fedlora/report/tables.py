@@ -1,0 +1,242 @@
+"""The tables of a report, computed from its frames: leaderboard, paired differences, correlations, costs, sharing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from fedlora import metrics
+from fedlora.report import frames, statistics
+from fedlora.report.frames import Comparison, Setting
+from fedlora.report.statistics import Correlation, Interval, Paired
+
+RESULTS = ("accuracy", "macro_f1", "gap", "rho_first", "rho_mean", "rho_last", "rho_floor", "megabytes", "seconds")
+"""A run's results: accuracy and macro-F1 after the last round; local minus global accuracy; ρ in round one, its mean
+over rounds and in the last round, with that round's floor; 10⁶ bytes both ways; seconds of wall time in rounds."""
+
+COSTS = {
+    "up_adapter": "bytes/up_adapter",
+    "up_head": "bytes/up_head",
+    "down_adapter": "bytes/down_adapter",
+    "down_head": "bytes/down_head",
+    "down_base": "bytes/down_base",
+    "train": metrics.TIME_TRAIN,
+    "aggregate": metrics.TIME_AGGREGATE,
+    "evaluate": metrics.TIME_EVALUATE,
+    "round": metrics.TIME_ROUND,
+}
+"""Metrics that are summed over a run's rounds: bytes by kind, seconds by phase."""
+
+
+def results(comparison: Comparison) -> pd.DataFrame:
+    """A row per run (index: run id) with `RESULTS`; what was not measured is NaN."""
+    runs = comparison.runs.set_index("run_id")
+    found = pd.DataFrame(index=runs.index)
+    for name, metric in (("accuracy", frames.ACCURACY), ("macro_f1", "final/macro_f1"), ("gap", "final/gap")):
+        found[name] = runs.get(metric, math.nan)
+    trained = comparison.rounds[comparison.rounds["round"] > 0].sort_values("round")
+    by_run = trained.groupby("run_id")
+    rho = metrics.RHO_MODEL
+    found["rho_first"] = by_run[rho].first() if rho in trained else math.nan
+    found["rho_mean"] = by_run[rho].mean() if rho in trained else math.nan
+    found["rho_last"] = by_run[rho].last() if rho in trained else math.nan
+    found["rho_floor"] = by_run[metrics.RHO_FLOOR].last() if metrics.RHO_FLOOR in trained else math.nan
+    found["megabytes"] = by_run[metrics.BYTES_TOTAL].last() / 1e6 if metrics.BYTES_TOTAL in trained else math.nan
+    seconds = comparison.rounds.groupby("run_id")
+    found["seconds"] = seconds[metrics.TIME_ROUND].sum() if metrics.TIME_ROUND in comparison.rounds else math.nan
+    return found.astype(float)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting on the leaderboard: results over its seeds, and its difference in accuracy from the best."""
+
+    setting: Setting
+    results: Mapping[str, Interval]
+    paired: Paired | None
+    """None for the best itself."""
+    holm: float
+    """The p-value corrected for all comparisons with the best."""
+
+
+def leaderboard(comparison: Comparison) -> list[Row]:
+    """A row per setting, the highest mean accuracy first.
+
+    The best, with which the others are compared, is the first among those with most seeds, so that one lucky seed of a
+    setting that lacks the others is no standard.
+    """
+    values = results(comparison)
+    found = frames.settings(comparison.runs)
+    spread = {setting.label: {name: over_seeds(values, setting, name) for name in RESULTS} for setting in found}
+    ranked = sorted(found, key=lambda s: -_or_lowest(spread[s.label]["accuracy"].mean))
+    best = best_of(ranked)
+    accuracies = {s.label: dict(zip(s.seeds, of_runs(values, s, "accuracy"), strict=True)) for s in ranked}
+    differences = [
+        None if setting is best else statistics.paired(accuracies[setting.label], accuracies[best.label])
+        for setting in ranked
+    ]
+    corrected = statistics.holm([difference.p if difference else math.nan for difference in differences])
+    return [
+        Row(setting, spread[setting.label], difference, p)
+        for setting, difference, p in zip(ranked, differences, corrected, strict=True)
+    ]
+
+
+def of_runs(values: pd.DataFrame, setting: Setting, result: str) -> list[float]:
+    """A result of a setting's runs, in the order of its seeds."""
+    return [float(value) for value in values.loc[list(setting.seeds.values()), result]]
+
+
+def over_seeds(values: pd.DataFrame, setting: Setting, result: str) -> Interval:
+    """A result's mean over a setting's seeds, with its interval."""
+    return statistics.interval(of_runs(values, setting, result))
+
+
+def best_of(ranked: Sequence[Setting]) -> Setting:
+    """The first of those with most seeds."""
+    most = max(len(setting.seeds) for setting in ranked)
+    return next(setting for setting in ranked if len(setting.seeds) == most)
+
+
+def _or_lowest(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
+
+
+def leaderboard_frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """The leaderboard as it is written to CSV: mean, interval and number of seeds of every result."""
+    table = []
+    for place, row in enumerate(rows, start=1):
+        entry: dict[str, Any] = {"place": place, "setting": row.setting.label, **row.setting.values}
+        entry |= {"seeds": " ".join(frames.plain(seed) for seed in row.setting.seeds), "n": len(row.setting.seeds)}
+        for name, found in row.results.items():
+            entry |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+        table.append(entry)
+    return pd.DataFrame(table)
+
+
+def paired_frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """Differences in accuracy from the best, with p-values before and after Holm's correction."""
+    best = next(row.setting.label for row in rows if row.paired is None)
+    columns = ("setting", "best", "n", "difference", "low", "high", "p", "p_holm", "note")
+    table = []
+    for row in rows:
+        if row.paired is not None:
+            found = row.paired.difference
+            values = (found.n, found.mean, found.low, found.high, row.paired.p, row.holm, row.paired.why)
+            table.append((row.setting.label, best, *values))
+    return pd.DataFrame(table, columns=columns)
+
+
+@dataclass(frozen=True)
+class Related:
+    """How ρ goes with accuracy: which ρ, over which points."""
+
+    rho: str
+    points: str
+    found: Correlation
+
+
+_WHICH_RHO = {"rho_first": "ρ in round 1", "rho_mean": "mean ρ over rounds", "rho_last": "ρ in the last round"}
+
+
+def correlations(comparison: Comparison) -> list[Related]:
+    """ρ against final accuracy: over settings (means over their seeds), and over runs.
+
+    Where some have a ρ of 1 or more (an error as large as what should have been sent), also over the others alone.
+    """
+    values = results(comparison)
+    means = pd.DataFrame(
+        [values.loc[list(setting.seeds.values())].mean() for setting in frames.settings(comparison.runs)]
+    )
+    several = len(values) > len(means)
+    tables = [("settings, means over seeds" if several else "settings", means)]
+    tables += [("runs", values)] if several else []
+    found = []
+    for points, table in tables:
+        for name, words in _WHICH_RHO.items():
+            within = table[~(table[name] >= 1)]
+            found.append(Related(words, points, _correlated(table, name)))
+            if len(within) < len(table):
+                found.append(Related(f"{words}, where below 1", points, _correlated(within, name)))
+    return found
+
+
+def _correlated(table: pd.DataFrame, name: str) -> Correlation:
+    return statistics.correlation(table[name].tolist(), table["accuracy"].tolist())
+
+
+def costs(comparison: Comparison) -> list[tuple[Setting, dict[str, float]]]:
+    """Per setting, the sums over a run's rounds of `COSTS` (bytes, seconds), means over seeds."""
+    columns = {name: metric for name, metric in COSTS.items() if metric in comparison.rounds}
+    sums = comparison.rounds.groupby("run_id")[list(columns.values())].sum(min_count=1)
+    return [
+        (
+            setting,
+            {
+                name: float(sums.loc[list(setting.seeds.values()), columns[name]].mean())
+                if name in columns
+                else math.nan
+                for name in COSTS
+            },
+        )
+        for setting in frames.settings(comparison.runs)
+    ]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Whether only the settings vary: one partition and data set per seed, the same seeds for all."""
+
+    partition: bool
+    partition_words: str
+    seeds: bool
+    seeds_words: str
+
+
+def sharing(comparison: Comparison) -> Sharing:
+    """Check by hash that runs of one seed share one partition, and by number that settings share their seeds."""
+    return Sharing(*_partition_sharing(comparison.runs), *_seed_sharing(frames.settings(comparison.runs)))
+
+
+def _partition_sharing(runs: pd.DataFrame) -> tuple[bool, str]:
+    known = runs["partition"].map(lambda value: bool(value) and not frames.is_missing(value))
+    if not known.all():
+        return (
+            False,
+            f"{int((~known).sum())} of {len(runs)} runs have no partition hash, so that this cannot be checked.",
+        )
+    if len(runs) == 1:
+        return True, "One run: there is nothing to share."
+    keys = frames.partition_keys(frames.varied(runs))
+    groups = runs.fillna({key: "" for key in keys if runs[key].dtype == object}).groupby(["seed", *keys], dropna=False)
+    split = [name for name, group in groups if group["partition"].nunique() > 1]
+    within = f" and value of {', '.join(keys)}" if keys else ""
+    if not split:
+        return True, f"All runs of one seed{within} have the same partition (equal hashes): only the settings vary."
+    words = "; ".join(frames.words(dict(zip(["seed", *keys], name, strict=True))) for name in split[:5])
+    return False, f"Runs differ in their partition within {words}: such rows differ in more than their settings."
+
+
+def _seed_sharing(found: Sequence[Setting]) -> tuple[bool, str]:
+    union = sorted({seed for setting in found for seed in setting.seeds}, key=_order)
+    listed = ", ".join(frames.plain(seed) for seed in union)
+    lacking = [setting for setting in found if len(setting.seeds) < len(union)]
+    if not lacking:
+        return True, f"Every setting has the same seed{'s' if len(union) > 1 else ''}: {listed}."
+    words = "; ".join(
+        f"{setting.label} lacks {', '.join(frames.plain(seed) for seed in union if seed not in setting.seeds)}"
+        for setting in lacking[:10]
+    )
+    more = f"; and {len(lacking) - 10} more" if len(lacking) > 10 else ""
+    return (
+        False,
+        f"Seeds: {listed}, but {words}{more}. Means are over the seeds there are; differences over common ones.",
+    )
+
+
+def _order(seed: Any) -> tuple[int, float, str]:
+    return (0, float(seed), "") if isinstance(seed, int | float) else (1, 0.0, str(seed))

@@ -1,0 +1,107 @@
+"""The report of a sweep or an experiment as a Prefect flow: gathered from MLflow, written, and logged beside it.
+
+prefect deployment run 'report/latest'
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows import environment
+
+environment.prepare()
+
+from prefect import flow  # noqa: E402 (the environment must be ready first)
+from prefect.artifacts import create_link_artifact, create_markdown_artifact  # noqa: E402
+
+from fedlora import home, report  # noqa: E402
+from fedlora.report import tables, views  # noqa: E402
+from flows import names, where  # noqa: E402
+from mlflow_tracking import compare, store  # noqa: E402
+from mlflow_tracking.compare import LATEST, Source  # noqa: E402
+
+_FOLDER = "report"
+"""Of the sweep's folder, and of the parent run's artifacts."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A report: its page, what it compares, and where it was logged."""
+
+    page: Path
+    comparison: report.Comparison
+    uri: str
+    source: Source
+
+    @property
+    def link(self) -> str:
+        """Its page in MLflow; on disk where it was not logged."""
+        if self.source.parent is None:
+            return self.page.as_uri()
+        run = self.source.parent.info.run_id
+        page = store.artifact_page(self.source.experiment, run, f"{_FOLDER}/{self.page.name}")
+        return where.mlflow_page(self.uri, page)
+
+
+def write_report(source: str = LATEST, out: str | Path | None = None, uri: str | None = None) -> Written:
+    """Write the report of a sweep or experiment, and log it to the sweep's MLflow run. Needs no flow.
+
+    Args:
+        source: a sweep's name or execution, `latest` (the sweep that ended last), or an experiment.
+        out: its folder. None: `report/` in the sweep's folder, or `$FEDLORA_HOME/reports/EXPERIMENT`.
+        uri: the tracking store. None: as everywhere.
+
+    Raises:
+        TrackingError: the store does not answer, or there is no such sweep or experiment.
+        FedloraError: no run has finished.
+        RunFolderError: the folder cannot be written.
+    """
+    resolved = store.resolve_uri(uri)
+    found = compare.find(source, resolved)
+    comparison = compare.gather(found, resolved)
+    folder = Path(out).expanduser().absolute() if out else default_folder(found)
+    page = report.write(comparison, folder)
+    if found.parent is not None:
+        with store.errors(resolved):
+            client = store.client(resolved)
+            for file in (page, *(folder / f"{name}.csv" for name in report.TABLES)):
+                client.log_artifact(found.parent.info.run_id, str(file), _FOLDER)
+    return Written(page, comparison, resolved, found)
+
+
+def default_folder(source: Source) -> Path:
+    """Where a report goes unless told otherwise."""
+    name = re.sub(r"[^\w.-]+", "-", source.instance).strip(".-") or "report"
+    return home.home() / "reports" / name if source.parent is None else home.sweeps() / name / _FOLDER
+
+
+@flow(name="report", validate_parameters=True)
+def make_report(source: str = LATEST, out: str | None = None) -> str:
+    """Compare the runs of a sweep or experiment on one HTML page; returns its path.
+
+    Args:
+        source: A sweep's name or execution, "latest" (the sweep that ended last), or an MLflow experiment.
+        out: Folder for the page and its tables. Empty: the sweep's own folder.
+    """
+    written = write_report(source, out)
+    names.replace_generated(f"report {written.source.instance}")
+    create_markdown_artifact(summary(written), key="report", description=written.comparison.title)
+    create_link_artifact(written.link, key="report-page", link_text="report.html", description=written.comparison.title)
+    return str(written.page)
+
+
+def summary(written: Written) -> str:
+    """The leaderboard in Markdown, with the way to the page."""
+    rows = tables.leaderboard(written.comparison)
+    board = views.leaderboard(rows)
+    lines = [f"| {' | '.join(board.titles)} |", "|---" * len(board.titles) + "|"]
+    lines += [f"| {' | '.join(_plain(cell.text) for cell in row)} |" for row in board.rows]
+    head = f"## {_plain(written.comparison.title)}\n\n{_plain(views.verdict(rows))}\n\n"
+    return f"{head}{chr(10).join(lines)}\n\n[Report]({written.link}), on disk `{written.page}`"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown does not read as a table's edge or as HTML."""
+    return text.replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,366 @@
+"""Runs read back from MLflow side by side: as a pandas table, and as what a report is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import yaml
+
+from fedlora import configfile
+from fedlora.errors import ConfigError, TrackingError, did_you_mean
+from fedlora.report.frames import RUN_COLUMNS, Comparison, Excluded
+from mlflow_tracking import history, store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+LATEST = "latest"
+_EXPERIMENT = "experiment:"
+_PARENT, _SWEEP, _INSTANCE = "mlflow.parentRunId", "sweep", "fedlora.sweep"
+_PAGE = 1000
+_UNFINISHED = {
+    "RUNNING": "it is under way, or its process died without a word",
+    "SCHEDULED": "it has not begun",
+    "FAILED": "it failed: its page in Prefect says why",
+    "KILLED": "it was stopped",
+}
+_AT_ONCE = 8
+_DIVERGENCE, _CLIENTS, _PARTITION, _CONFIG = (
+    "tables/divergence.json",
+    "tables/clients.json",
+    "partition.json",
+    "config.yaml",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a report is about: a sweep's parent run, or an experiment; and the MLflow runs that belong to it."""
+
+    title: str
+    experiment: str
+    """Its id."""
+    parent: Any = None
+    """The MLflow run of the sweep; None for an experiment."""
+
+    @property
+    def instance(self) -> str:
+        """Names this execution of a sweep, or the experiment."""
+        if self.parent is None:
+            return self.title
+        tags = self.parent.data.tags
+        return str(tags.get(_INSTANCE) or f"{tags[_SWEEP]}-{self.parent.info.run_id[:8]}")
+
+
+def load(experiment: str, *, sweep: str | None = None, uri: str | None = None) -> pd.DataFrame:
+    """The federated runs of an experiment, finished or not: a row each, the latest first (parents of sweeps left out).
+
+    Columns: `run_id`, `name`, `status`, `sweep` (the execution it was made in), `strategy`, `seed`, `partition` (hash),
+    `digest` (of the configuration), `started` (UTC); then every setting under its dotted name (`lora.rank`); then the
+    results (`final/accuracy`, …). What a run does not have is missing (NaN).
+
+    Args:
+        experiment: its name in MLflow.
+        sweep: only the runs of this sweep; its name (its latest execution) or one execution.
+        uri: the tracking store. None: as everywhere, $MLFLOW_TRACKING_URI or the SQLite file of $FEDLORA_HOME.
+
+    Raises:
+        TrackingError: the store does not answer; the experiment or sweep is unknown (with near names) or deleted.
+    """
+    where = store.resolve_uri(uri)
+    store.check(where)
+    with store.errors(where):
+        client = store.client(where)
+        found = _experiment(client, where, experiment)
+        parents = _parents(client, [found])
+        if sweep is None:
+            return table([run for run in _search(client, [found], "") if _SWEEP not in run.data.tags], parents)
+        parent = _parent(parents, sweep)
+        if parent is None:
+            names = [name for run in parents for name in _names(run)]
+            raise TrackingError(
+                f"MLflow experiment '{experiment}' has no sweep '{sweep}'.{did_you_mean(sweep, names)}{_listed(names)}"
+            )
+        return table(_members(client, parent, _cells(client, parent)), parents)
+
+
+def find(source: str, uri: str) -> Source:
+    """The sweep (name, execution, or `latest`) or experiment that a word means; a sweep before an experiment.
+
+    `experiment:NAME` means the experiment where a sweep has the same name.
+
+    Raises:
+        TrackingError: there is none of this name (with the nearest), or the experiment was deleted.
+    """
+    store.check(uri)
+    with store.errors(uri):
+        client = store.client(uri)
+        active = {str(one.name): str(one.experiment_id) for one in client.search_experiments()}
+        if source.startswith(_EXPERIMENT):
+            name = source.removeprefix(_EXPERIMENT)
+            return Source(name, _experiment(client, uri, name))
+        parents = _parents(client, list(active.values()))
+        parent = _last_ended(parents) if source == LATEST else _parent(parents, source)
+        if parent is not None:
+            return Source(f"Sweep {parent.data.tags[_SWEEP]}", str(parent.info.experiment_id), parent)
+        if source == LATEST and LATEST not in active:
+            raise TrackingError(f"no sweep has ended in {uri}; run one (fedlora sweep demo), or name an experiment")
+        if source in active or client.get_experiment_by_name(source) is not None:
+            return Source(source, _experiment(client, uri, source))
+        names = [*(name for run in parents for name in _names(run)), *active]
+        raise TrackingError(f"no sweep or experiment '{source}' in {uri}.{did_you_mean(source, names)}{_listed(names)}")
+
+
+def gather(source: str | Source, uri: str | None = None) -> Comparison:
+    """Everything a report needs of a sweep (name, execution, or `latest`) or an experiment.
+
+    Only finished runs are compared; of several with the same configuration the latest. The others are named in
+    `excluded`, as are the failed and skipped cells of a sweep.
+
+    Raises:
+        TrackingError: the store does not answer, or there is no such sweep or experiment.
+    """
+    where = store.resolve_uri(uri)
+    found = find(source, where) if isinstance(source, str) else source
+    with store.errors(where):
+        client = store.client(where)
+        if found.parent is None:
+            cells: list[dict[str, Any]] = []
+            every = [run for run in _search(client, [found.experiment], "") if _SWEEP not in run.data.tags]
+            parents = _parents(client, [found.experiment])
+        else:
+            cells, parents = _cells(client, found.parent), [found.parent]
+            every = _members(client, found.parent, cells)
+        finished, excluded = _finished(every)
+        runs = table(finished, parents)
+        comparison = Comparison(
+            title=found.title, note=_note(client, found), runs=runs, rounds=_rounds(client, finished), excluded=excluded
+        )
+        comparison = _with_artifacts(client, comparison, finished)
+    present = {run.info.run_id for run in every}
+    missed = [_excluded(cell) for cell in cells if not (_is_finished(cell) and cell["run"] in present)]
+    return replace(comparison, excluded=[*missed, *excluded])
+
+
+def table(runs: Sequence[Any], parents: Iterable[Any] = ()) -> pd.DataFrame:
+    """MLflow runs as `load` gives them.
+
+    Args:
+        runs: MLflow runs, in the order of the rows.
+        parents: the sweeps' runs, for the column `sweep`.
+    """
+    sweeps = {run.info.run_id: _names(run)[0] for run in parents}
+    rows = [_row(run, sweeps) for run in runs]
+    found = pd.DataFrame(rows, columns=list(dict.fromkeys([*RUN_COLUMNS, *(key for row in rows for key in row)])))
+    results = [column for column in found.columns if str(column).startswith("final/")]
+    return found[[column for column in found.columns if column not in results] + sorted(results)]
+
+
+def _row(run: Any, sweeps: dict[str, str]) -> dict[str, Any]:
+    tags, params = run.data.tags, {key: _value(text) for key, text in sorted(run.data.params.items())}
+    return {
+        **{key: value for key, value in params.items() if key not in RUN_COLUMNS},
+        "run_id": run.info.run_id,
+        "name": run.info.run_name,
+        "status": run.info.status,
+        "sweep": sweeps.get(tags.get(_PARENT, "")),
+        "strategy": tags.get("strategy") or params.get("strategy"),
+        "seed": params.get("seed"),
+        "partition": tags.get("partition.hash"),
+        "digest": tags.get("fedlora.config"),
+        "started": pd.Timestamp(run.info.start_time, unit="ms", tz="UTC"),
+        **{key: value for key, value in run.data.metrics.items() if key.startswith("final/")},
+    }
+
+
+def _value(text: str) -> Any:
+    """A parameter as the number or truth value it was; lists and words stay text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float | bool) else text
+
+
+def _experiment(client: MlflowClient, uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        names = [str(one.name) for one in client.search_experiments()]
+        raise TrackingError(f"no MLflow experiment '{name}' in {uri}.{did_you_mean(name, names)}{_listed(names)}")
+    if found.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"MLflow experiment '{name}' was deleted; restore it (mlflow experiments restore -x {found.experiment_id})"
+        )
+    return str(found.experiment_id)
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    known = list(dict.fromkeys(names))
+    more = f", and {len(known) - most} more" if len(known) > most else ""
+    return f" There are: {', '.join(known[:most])}{more}" if known else " There are none yet"
+
+
+def _search(client: MlflowClient, experiments: Sequence[str], query: str) -> list[Any]:
+    """All runs that match, the latest first."""
+    found: list[Any] = []
+    token = None
+    while experiments:
+        page = client.search_runs(list(experiments), query, max_results=_PAGE, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            break
+    return found
+
+
+def _parents(client: MlflowClient, experiments: Sequence[str]) -> list[Any]:
+    """The parent runs of sweeps, the latest first."""
+    return _search(client, experiments, f"tags.`{_SWEEP}` LIKE '%'")
+
+
+def _names(parent: Any) -> list[str]:
+    """What a sweep's run may be called by: its execution, its name."""
+    tags = parent.data.tags
+    return [tags[name] for name in (_INSTANCE, _SWEEP) if tags.get(name)]
+
+
+def _parent(parents: Sequence[Any], name: str) -> Any:
+    """The latest sweep of a name, or the execution."""
+    return next((run for run in parents if name in _names(run)), None)
+
+
+def _last_ended(parents: Sequence[Any]) -> Any:
+    ended = [run for run in parents if run.info.end_time]
+    return max(ended, key=lambda run: run.info.end_time, default=None)
+
+
+def _cells(client: MlflowClient, parent: Any) -> list[dict[str, Any]]:
+    """The cells in a sweep's `sweep.json`; none where it has no such file."""
+    content = _artifact(client, parent.info.run_id, "sweep.json")
+    cells = content.get("cells") if isinstance(content, dict) else None
+    return [cell for cell in cells if isinstance(cell, dict)] if isinstance(cells, list) else []
+
+
+def _members(client: MlflowClient, parent: Any, cells: Sequence[dict[str, Any]]) -> list[Any]:
+    """The finished runs that a sweep's cells name, where they are still there; without cells, the parent's children."""
+    from mlflow.exceptions import MlflowException
+
+    if cells:
+        found = []
+        for cell in cells:
+            try:
+                run = client.get_run(cell["run"]) if _is_finished(cell) else None
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                continue
+            if run is not None and run.info.lifecycle_stage != "deleted":
+                found.append(run)
+        return found
+    return _search(client, [parent.info.experiment_id], f"tags.`{_PARENT}` = '{parent.info.run_id}'")
+
+
+def _finished(runs: Sequence[Any]) -> tuple[list[Any], list[Excluded]]:
+    """The finished runs, of equal configurations the latest, the first made first; and why others are left out."""
+    kept: dict[str, Any] = {}
+    excluded = []
+    for run in sorted(runs, key=lambda run: run.info.start_time, reverse=True):
+        tags = run.data.tags
+        name, digest = run.info.run_name or run.info.run_id, tags.get("fedlora.config") or run.info.run_id
+        if run.info.status != "FINISHED":
+            excluded.append(Excluded(name, run.info.status.lower(), _UNFINISHED.get(run.info.status, "")))
+        elif "strategy" not in tags:
+            excluded.append(Excluded(name, "foreign", "it is no federated run: it has no tag 'strategy'"))
+        elif digest in kept:
+            excluded.append(Excluded(name, "repeated", f"the same configuration ran again later ({digest})"))
+        else:
+            kept[digest] = run
+    return list(reversed(kept.values())), excluded
+
+
+def _is_finished(cell: dict[str, Any]) -> bool:
+    return cell.get("status") == "finished" and bool(cell.get("run"))
+
+
+def _excluded(cell: dict[str, Any]) -> Excluded:
+    if _is_finished(cell):
+        return Excluded(str(cell.get("label", "?")), "gone", f"its MLflow run {cell['run']} was deleted")
+    return Excluded(str(cell.get("label", "?")), str(cell.get("status", "?")), str(cell.get("reason") or ""))
+
+
+def _rounds(client: MlflowClient, runs: Sequence[Any]) -> pd.DataFrame:
+    rows = [
+        {"run_id": run_id, "round": record.round, **record.metrics}
+        for run_id, records in history.many(client, runs).items()
+        for record in records
+    ]
+    return pd.DataFrame(rows, columns=list(dict.fromkeys(["run_id", "round", *(key for row in rows for key in row)])))
+
+
+def _with_artifacts(client: MlflowClient, comparison: Comparison, runs: Sequence[Any]) -> Comparison:
+    """The same with what is kept as files; each partition is read once."""
+    holders = {run.data.tags.get("partition.hash"): run.info.run_id for run in runs}
+    wanted = [(run.info.run_id, path) for run in runs for path in (_DIVERGENCE, _CLIENTS, _CONFIG)]
+    wanted += [(run_id, _PARTITION) for digest, run_id in holders.items() if digest]
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        contents = dict(zip(wanted, threads.map(lambda pair: _artifact(client, *pair), wanted), strict=True))
+    configs = {run: content for (run, path), content in contents.items() if path == _CONFIG}
+    return replace(
+        comparison,
+        modules=_stacked(contents, _DIVERGENCE),
+        clients=_stacked(contents, _CLIENTS),
+        partitions={
+            digest: contents[run_id, _PARTITION]
+            for digest, run_id in holders.items()
+            if digest and isinstance(contents[run_id, _PARTITION], dict)
+        },
+        configs={run: configfile.flatten(content) for run, content in configs.items() if isinstance(content, dict)},
+    )
+
+
+def _stacked(contents: dict[tuple[str, str], Any], path: str) -> pd.DataFrame:
+    parts = [
+        pd.DataFrame(content).assign(run_id=run)
+        for (run, name), content in contents.items()
+        if name == path and isinstance(content, list) and content
+    ]
+    if not parts:
+        return pd.DataFrame()
+    whole = pd.concat(parts, ignore_index=True)
+    return whole[["run_id", *(column for column in whole.columns if column != "run_id")]]
+
+
+def _artifact(client: MlflowClient, run_id: str, path: str) -> Any:
+    """A JSON or YAML artifact of a run; None where it has none, or one that cannot be read."""
+    from mlflow.exceptions import MlflowException
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each of hundreds of small files
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = Path(client.download_artifacts(run_id, path, folder))
+            return configfile.read_yaml(file) if path.endswith(".yaml") else json.loads(file.read_text("utf-8"))
+        except (MlflowException, OSError, ValueError, yaml.YAMLError, ConfigError):
+            return None
+
+
+def _note(client: MlflowClient, source: Source) -> str:
+    """A sentence on what was asked for."""
+    if source.parent is None:
+        return f"The finished runs of the MLflow experiment {source.title}."
+    content = _artifact(client, source.parent.info.run_id, "sweep.json")
+    said = [f"Execution {source.instance}."]
+    if isinstance(content, dict):
+        said += [
+            f"{key}: {json.dumps(content[key], ensure_ascii=False)}."
+            for key in ("base", "set", "grid")
+            if content.get(key)
+        ]
+    return " ".join(said)

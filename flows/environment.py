@@ -24,7 +24,9 @@ class Services:
     """Address of the Prefect API, as in `PREFECT_API_URL`: it ends in `/api`."""
     mlflow_url: str
     processes: dict[str, Process]
-    """By name: `prefect`, `mlflow`, `worker`."""
+    """By name: `prefect`, `mlflow`, `worker`, `gpu-worker`."""
+    database: str = ""
+    """The PostgreSQL server of `up --database`, without password; empty otherwise."""
 
     def save(self) -> None:
         """Write the record whole or not at all: `down` relies on it."""
@@ -59,6 +61,7 @@ def recorded_services() -> Services | None:
             str(content["prefect_url"]),
             str(content["mlflow_url"]),
             {str(name): (int(pid), float(started)) for name, (pid, started) in content["processes"].items()},
+            str(content.get("database", "")),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -78,10 +81,12 @@ def defaults(console_level: str = "ERROR") -> dict[str, str]:
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(root / "prefect-results"),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; `flows.automations` gives a silent run up after four
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": console_level,
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",

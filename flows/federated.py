@@ -26,7 +26,7 @@ from fedlora.rounds import Timings  # noqa: E402
 from fedlora.rounds import unfinished as rounds_to_do  # noqa: E402
 from fedlora.runfolder import RunFolder  # noqa: E402
 from fedlora.strategies import registry  # noqa: E402
-from flows import interruption, names, pages, progress  # noqa: E402
+from flows import form, interruption, names, pages, progress  # noqa: E402
 from flows.presets import PRESETS  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 from mlflow_tracking import store, tracker  # noqa: E402
@@ -48,15 +48,15 @@ from tasks.federated import (  # noqa: E402
 if TYPE_CHECKING:
     StrategyName = str
 else:
-    StrategyName = Literal[tuple(registry.names())]
+    StrategyName = Literal[(form.AS_IN_PRESET, *registry.names())]
 
 _TASKS: Any = ThreadPoolTaskRunner(max_workers=16)
 
 
 @flow(name="federated", task_runner=_TASKS, validate_parameters=True)
 def federated(
-    preset: str = "demo",
-    strategy: StrategyName | None = None,
+    preset: Annotated[str, form.name_or_file(form.files(PRESETS), "preset")] = "demo",
+    strategy: Annotated[StrategyName | None, form.one_of(registry.names())] = form.AS_IN_PRESET,
     rounds: Annotated[int | None, Field(ge=1)] = None,
     clients: Annotated[int | None, Field(ge=1)] = None,
     fraction: Annotated[float | None, Field(gt=0, le=1)] = None,
@@ -69,7 +69,7 @@ def federated(
 
     Args:
         preset: Where the settings come from: a preset of deployments/presets, or a YAML file on the worker.
-        strategy: How the server combines the clients' adapters. Empty: the preset's.
+        strategy: How the server combines the clients' adapters.
         rounds: Federated rounds. Empty: the preset's.
         clients: Clients among whom the data is dealt. Empty: the preset's.
         fraction: Share of the clients that take part in a round. Empty: the preset's.
@@ -80,7 +80,7 @@ def federated(
         mlflow_parent: MLflow run id of the sweep that this run belongs to.
     """
     flat = {"strategy": strategy, "rounds": rounds, "clients": clients, "fraction": fraction, "seed": seed}
-    given = {key: value for key, value in flat.items() if value is not None}
+    given = {key: value for key, value in flat.items() if value not in (None, form.AS_IN_PRESET)}
     config = configfile.load(preset, {**(overrides or {}), **given}, PRESETS)
     preflight.check(config)
     folder = RunFolder.create(home.runs() / run_dir if run_dir else default_folder(config), config)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
+from prefect import runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowFilter,
@@ -97,7 +98,9 @@ class Post:
         Raises:
             ConfigError: as `check`.
         """
-        return cls(pool, check(pool), owner, told)
+        deployment = check(pool)
+        _check_room(pool)
+        return cls(pool, deployment, owner, told)
 
     def send(self, key: str, name: str, parameters: dict[str, Any]) -> UUID:
         """Have a flow run executed; one with the same key of the same owner that is still on its way is taken up."""
@@ -134,6 +137,24 @@ class Post:
         if nobody and time.monotonic() - self._reminded > _REMIND_S:
             self._reminded = time.monotonic()
             self.told.say(f"no worker is online in work pool '{self.pool}'; {len(runs)} runs wait for one")
+
+
+def _check_room(pool: str) -> None:
+    """A sweep that occupies the only place of a pool would wait for ever for its runs to get it.
+
+    Raises:
+        ConfigError: that would happen.
+    """
+    if not runtime.flow_run.id:
+        return
+    with get_client(sync_client=True) as client:
+        own = client.read_flow_run(UUID(str(runtime.flow_run.id))).work_pool_name
+        limit = client.read_work_pool(pool).concurrency_limit
+    if own == pool and limit == 1:
+        raise ConfigError(
+            f"this sweep occupies the only place of work pool '{pool}', so its runs could never begin; raise the limit "
+            f"(prefect work-pool update {pool} --concurrency-limit 3) or leave pool empty"
+        )
 
 
 def _trouble(run: FlowRun) -> str | None:

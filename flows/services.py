@@ -1,4 +1,4 @@
-"""A Prefect server, an MLflow server and a worker on this machine: `fedlora up`, `fedlora down` and what runs now.
+"""A Prefect server, an MLflow server and workers on this machine: `fedlora up`, `fedlora down` and what runs now.
 
 They listen on the loopback interface only, since neither server asks who is calling. Databases, artifacts and logs lie
 under `fedlora.home` and outlive the servers: the next `up` continues with them.
@@ -8,42 +8,44 @@ writes there itself instead of sending every file through the server. Adapters a
 free for the UI, and an experiment first made through the server can still be written to directly after `down`, which
 one with the proxied root `mlflow-artifacts:/` cannot. The proxy stays on beside it, over the same folder, for a client
 that asks for it. Metrics go through the server, so that the SQLite file has one writer.
+
+**GPUs.** Where there are some, a second worker serves the pool `gpu-workers`, and the first one leaves them alone.
 """
 
 from __future__ import annotations
 
-import base64
 import fcntl
-import importlib.util
 import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 
 from fedlora import home
-from flows.environment import Process, Services, defaults, is_alive, recorded_services
+from fedlora.errors import ConfigError
+from flows import database, deploying, gpus, launch
+from flows.database import Databases
+from flows.deploying import PATIENCE, SOURCE
+from flows.environment import Process, Services, is_alive, recorded_services
 from flows.ports import check_ports, loopback
+from flows.prefect_api import CPU_POOL, GPU_POOL, call, ensure_pools, has_worker
 from flows.processes import ServiceError, ending, log_file, spawn, stop, stop_children
 
 Report = Callable[[str], None]
 
-POOL = "cpu-workers"
-DEPLOYMENT = "custom"
-SOURCE = Path(__file__).resolve().parent.parent
-ENTRYPOINT = "flows/federated.py:federated"
-
-TITLES = {"prefect": "Prefect server", "mlflow": "MLflow server", "worker": "worker"}
+TITLES = {
+    "prefect": "Prefect server",
+    "mlflow": "MLflow server",
+    "worker": "worker",
+    "gpu-worker": "GPU worker",
+}
+SERVERS = ("prefect", "mlflow")
+CPU_RUNS = 2
+"""Flow runs at a time in a new pool cpu-workers."""
 NOBODY: Process = (0, 0.0)
-PATIENCE = 120.0
-"""Seconds until a server that does not answer is given up; the first start migrates its database."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,17 @@ class ServiceStatus:
     log: Path
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What an `up` is asked for."""
+
+    source: Path
+    databases: Databases
+    limits: dict[str, int | None]
+    names: list[str]
+    """Of the processes that belong to it."""
+
+
 def up(
     prefect_port: int = 4200,
     mlflow_port: int = 5000,
@@ -66,33 +79,87 @@ def up(
     report: Report = print,
     *,
     source: Path = SOURCE,
+    database: str | None = None,
+    cpu_runs: int | None = None,
+    gpu_runs: int | None = None,
 ) -> Services:
-    """Start what does not run yet of Prefect server, MLflow server and worker, and return when all of them answer.
+    """Start what does not run yet of Prefect server, MLflow server and workers, and return when all of them answer.
 
-    `source` is the folder in which the worker finds `flows/federated.py`. If anything fails, what this call started is
-    stopped again.
+    If anything fails, what this call started is stopped again.
+
+    Args:
+        prefect_port: Of the Prefect server.
+        mlflow_port: Of the MLflow server.
+        host: Loopback.
+        report: Told what happens, line by line.
+        source: Folder with `deployments/prefect.yaml` and the flows that it names.
+        database: PostgreSQL server for both, `postgresql://user@host:port`. None: what the variables of
+            `flows.database` say, or SQLite files.
+        cpu_runs: Flow runs at a time in the pool cpu-workers. None: as it is; 2 at first.
+        gpu_runs: The same for gpu-workers, 0 for no GPU worker. None: as it is; as many as there are GPUs at first.
 
     Raises:
-        ConfigError: `host` is not loopback, or a port is invalid, in use or given twice.
+        ConfigError: `host` is not loopback, a port or number is invalid, in use or given twice, or the servers run on
+            another database.
+        FedloraError: the database cannot be reached or made.
         ServiceError: a process died or did not answer within two minutes; its last log lines follow the first line.
     """
     host = loopback(host)
     with _alone():
         before = recorded_services() or Services("", "", {})
         alive = before.alive()
-        if alive.keys() == TITLES.keys():
+        plan = _plan(before, alive, source, database, {CPU_POOL: cpu_runs, GPU_POOL: gpu_runs})
+        if alive.keys() >= set(plan.names):
             report("already running (`fedlora down` stops it):")
-            _wait(before, ("prefect", "mlflow"), time.monotonic() + PATIENCE, report)
+            _wait(before, SERVERS, time.monotonic() + PATIENCE, report)
+            _limit(before, plan)
         else:
             stop(_without(before.processes, alive))  # children that outlived them
             wanted = {"prefect": prefect_port, "mlflow": mlflow_port}
             check_ports(host, {name: port for name, port in wanted.items() if name not in alive})
-            _check_source(source)
             prefect_url = before.prefect_url if "prefect" in alive else f"http://{host}:{prefect_port}/api"
             mlflow_url = before.mlflow_url if "mlflow" in alive else f"http://{host}:{mlflow_port}"
-            before = _complete(before, Services(prefect_url, mlflow_url, alive), source, report)
+            _prepare(plan, report)
+            now = Services(prefect_url, mlflow_url, alive, plan.databases.server)
+            before = _complete(before, now, plan, report)
         _announce(before, report)
         return before
+
+
+def _plan(
+    before: Services, alive: dict[str, Process], source: Path, option: str | None, limits: dict[str, int | None]
+) -> _Plan:
+    """Check what can be checked before anything starts."""
+    for pool, limit in limits.items():
+        if limit is not None and limit < (pool == CPU_POOL):
+            raise ConfigError(
+                f"{limit} runs at a time in {pool}: expected a whole number from {1 - (pool == GPU_POOL)}"
+            )
+    asked = database.choose(option)
+    if any(name in alive for name in SERVERS):
+        if option and asked.server != before.database:
+            raise ConfigError(
+                f"the servers already run on {before.database or 'the databases they were started with'}, not on "
+                f"{asked.server}; stop them first with `fedlora down`"
+            )
+        if before.database and not option:
+            asked = database.choose(before.database)
+    found = gpus.count() if limits[GPU_POOL] is None else limits[GPU_POOL]
+    names = [name for name in TITLES if name != "gpu-worker" or found or name in alive]
+    return _Plan(source, asked, limits, names)
+
+
+def _prepare(plan: _Plan, report: Report) -> None:
+    deploying.check_source(plan.source)
+    created = database.prepare(plan.databases)
+    if created:
+        report(f"created the database{'s' if len(created) > 1 else ''} {_listing(created)}")
+
+
+def _limit(services: Services, plan: _Plan) -> None:
+    # A pool with a limit of zero would hold its runs back for ever, also for a worker that somebody starts elsewhere.
+    limits = {pool: limit or None for pool, limit in plan.limits.items()}
+    ensure_pools(services.prefect_url, limits, {CPU_POOL: CPU_RUNS, GPU_POOL: max(1, gpus.count())})
 
 
 def down(report: Report = print) -> None:
@@ -105,13 +172,14 @@ def down(report: Report = print) -> None:
         services = recorded_services()
         recorded = services.processes if services else {}
         processes = {name: recorded.get(name, NOBODY) for name in TITLES}  # without a record, the mark still tells
-        servers = _without(processes, ("worker",))
-        # The worker's flow runs first, then the worker, then the servers: each can still report to the next.
-        stop_children(processes["worker"])
+        servers = _without(processes, launch.WORKERS)
+        # The workers' flow runs first, then the workers, then the servers: each can still report to the next.
+        for name in launch.WORKERS:
+            stop_children(processes[name])
         stopped = [stop(_without(processes, servers)), stop(servers)]
         home.services_file().unlink(missing_ok=True)
     if any(stopped):
-        report(f"stopped the servers and the worker; databases and artifacts stay in {home.home()}")
+        report(f"stopped the servers and what worked for them; databases and artifacts stay in {home.home()}")
     else:
         report("nothing to stop: no server or worker of `fedlora up` is running")
 
@@ -122,30 +190,15 @@ def status() -> list[ServiceStatus]:
     return [_status(name, services) for name in TITLES if name in services.processes] if services else []
 
 
-def deploy(prefect_url: str, source: Path = SOURCE) -> None:
-    """Register the deployment `federated/custom`, which runs `flows/federated.py` of the folder `source` in the pool.
-
-    Prefect reads its settings when it is imported, so this happens in a process of its own.
-
-    Raises:
-        ServiceError: the flow cannot be imported or the server refuses it.
-    """
-    _check_source(source)
-    deploying = _begin_deploying(prefect_url, source)
-    try:
-        _finish_deploying(deploying, time.monotonic() + PATIENCE)
-    finally:
-        deploying.kill()
-
-
-def _complete(before: Services, services: Services, source: Path, report: Report) -> Services:
+def _complete(before: Services, services: Services, plan: _Plan, report: Report) -> Services:
     """Add to `services` the processes it lacks; on any failure go back to what `before` still has running."""
     moved = (services.prefect_url, services.mlflow_url) != (before.prefect_url, before.mlflow_url)
-    if moved and "worker" in services.processes:
-        stop({"worker": services.processes.pop("worker")})  # it knows the old addresses
+    workers = [name for name in launch.WORKERS if name in services.processes]
+    if moved and workers:
+        stop({name: services.processes.pop(name) for name in workers})  # they know the old addresses
     kept = dict(services.processes)
     try:
-        _start(services, source, report)
+        _start(services, plan, report)
     except BaseException:  # Ctrl-C too
         stop(_without(services.processes, kept))
         _record(before)
@@ -153,79 +206,30 @@ def _complete(before: Services, services: Services, source: Path, report: Report
     return services
 
 
-def _start(services: Services, source: Path, report: Report) -> None:
+def _start(services: Services, plan: _Plan, report: Report) -> None:
     """Start what is missing in `services.processes`; each is on record as soon as it exists."""
-    environ = _environment(services)
-    commands = _commands(services)
+    environ = launch.environments(services, plan.databases)
+    commands = launch.commands(services)
     deadline = time.monotonic() + PATIENCE
+    missing = [name for name in plan.names if name not in services.processes]
 
-    def launch(*names: str) -> None:
+    def begin(names: Iterable[str]) -> None:
         for name in names:
-            if name not in services.processes:
-                services.processes[name] = spawn(name, commands[name], environ[name])
-                _record(services)
+            services.processes[name] = spawn(name, commands[name], environ[name])
+            _record(services)
 
-    missing = [title for name, title in TITLES.items() if name not in services.processes]
-    report(f"starting the {_listing(missing)} (logs in {home.logs()})")
-    launch("prefect", "mlflow")
-    _wait(services, ("prefect", "mlflow"), deadline, report)
-    _create_pool(services.prefect_url)
-    launch("worker")
-    deploying = _begin_deploying(services.prefect_url, source)
+    report(f"starting the {_listing(TITLES[name] for name in missing)} (logs in {home.logs()})")
+    begin(name for name in missing if name in SERVERS)
+    _wait(services, SERVERS, deadline, report)
+    _limit(services, plan)
+    workers = [name for name in missing if name in launch.WORKERS]
+    begin(workers)
+    registering = deploying.begin(services.prefect_url, plan.source)
     try:
-        _wait(services, ("worker",), deadline, report)
-        _finish_deploying(deploying, deadline)
+        _wait(services, workers, deadline, report)
+        deploying.finish(registering, deadline)
     finally:
-        deploying.kill()
-        deploying.communicate()
-
-
-def _commands(services: Services) -> dict[str, list[str]]:
-    prefect, mlflow = httpx.URL(services.prefect_url), httpx.URL(services.mlflow_url)
-    module = [sys.executable, "-m"]
-    called = f"worker-{socket.gethostname()}"
-    return {
-        "prefect": [*module, "prefect", "server", "start", "--host", prefect.host, "--port", str(prefect.port)],
-        # One server process: requests run in its threads, and SQLite has one writer in any case.
-        "mlflow": [*module, "mlflow", "server", "--host", mlflow.host, "--port", str(mlflow.port), "--workers", "1"],
-        "worker": [*module, "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", called],
-    }
-
-
-def _environment(services: Services) -> dict[str, dict[str, str]]:
-    """The environment of each process. Stores go here and not on the command line, which every user can read."""
-    common = {
-        **defaults(),
-        **os.environ,
-        "FEDLORA_HOME": str(home.home()),
-        "PREFECT_API_URL": services.prefect_url,
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",  # their console is a log file
-        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"])),
-    }
-    common["no_proxy"] = common["NO_PROXY"]
-    prefect = {"PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false", **_writable_ui_folder(), **common}
-    mlflow = {
-        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{home.mlflow_database()}",
-        "MLFLOW_DEFAULT_ARTIFACT_ROOT": str(home.mlflow_artifacts()),
-        "MLFLOW_ARTIFACTS_DESTINATION": str(home.mlflow_artifacts()),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # jobs of LLM evaluation: more processes, unused here
-        **common,
-    }
-    mlflow.pop("MLFLOW_TRACKING_URI", None)
-    worker = {
-        "MLFLOW_TRACKING_URI": services.mlflow_url,
-        "PREFECT_WORKER_QUERY_SECONDS": "2",  # by default a run waits up to ten seconds to be picked up
-        **common,
-    }
-    return {"prefect": prefect, "mlflow": mlflow, "worker": worker}
-
-
-def _writable_ui_folder() -> dict[str, str]:
-    """Prefect copies its UI into its own package; where that is read-only, the copy goes under our home."""
-    package = importlib.util.find_spec("prefect")
-    if package and package.origin and os.access(Path(package.origin).parent / "server", os.W_OK):
-        return {}
-    return {"PREFECT_UI_STATIC_DIRECTORY": str(home.home() / "prefect-ui")}
+        deploying.end(registering)
 
 
 def _wait(services: Services, names: Iterable[str], deadline: float, report: Report) -> None:
@@ -254,77 +258,12 @@ def _answers(name: str, services: Services) -> bool:
     """Whether a server answers its health check, or the worker has told the server that it is there."""
     try:
         if name == "mlflow":
-            return _call("GET", f"{services.mlflow_url}/health").is_success
+            return call("GET", f"{services.mlflow_url}/health").is_success
         if name == "prefect":
-            return _call("GET", f"{services.prefect_url}/health").is_success
-        workers = (
-            _call("POST", f"{services.prefect_url}/work_pools/{POOL}/workers/filter", {}).raise_for_status().json()
-        )
-        return any(worker["status"] == "ONLINE" for worker in workers)
+            return call("GET", f"{services.prefect_url}/health").is_success
+        return has_worker(services.prefect_url, launch.WORKERS[name])
     except httpx.HTTPError:
         return False
-
-
-def _call(method: str, url: str, body: Any = None) -> httpx.Response:
-    """One request to a server of ours, past any proxy, with Prefect's basic authentication if the user has set it."""
-    secret = os.environ.get("PREFECT_API_AUTH_STRING")
-    headers = {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"} if secret else {}
-    return httpx.request(method, url, json=body, headers=headers, timeout=2.0, trust_env=False)
-
-
-def _create_pool(prefect_url: str) -> None:
-    """Make the pool before both the worker and the deployment ask for it. The worker brings its job template."""
-    try:
-        answer = _call("POST", f"{prefect_url}/work_pools/", {"name": POOL, "type": "process"})
-        if answer.status_code != httpx.codes.CONFLICT:  # there from an earlier `up`
-            answer.raise_for_status()
-    except httpx.HTTPError as error:
-        raise ServiceError(
-            f"the Prefect server at {prefect_url} did not create the work pool {POOL}: {error}"
-        ) from error
-
-
-def _check_source(source: Path) -> None:
-    file = source / ENTRYPOINT.partition(":")[0]
-    if not file.is_file():
-        raise ServiceError(f"{file}, the flow that the worker would run, does not exist: is the installation complete?")
-
-
-def _begin_deploying(prefect_url: str, source: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "import sys; from flows.services import _register; _register(sys.argv[1])", str(source)],
-        env={**defaults(), **os.environ, "PREFECT_API_URL": prefect_url, "NO_PROXY": "127.0.0.1,localhost"},
-        cwd=SOURCE,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-
-
-def _finish_deploying(process: subprocess.Popen[str], deadline: float) -> None:
-    what = f"cannot register {ENTRYPOINT} as a deployment"
-    try:
-        output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired as error:
-        raise ServiceError(f"{what}: Prefect did not finish within {PATIENCE:.0f} s") from error
-    if process.returncode:
-        raise ServiceError(f"{what}:\n{ending(output)}")
-
-
-def _register(source: str) -> None:
-    """The body of `deploy`, in a process whose `PREFECT_API_URL` names the server."""
-    from prefect import Flow
-    from prefect.flows import load_flow_from_entrypoint
-    from prefect.runner.storage import LocalStorage
-
-    # `from_source` alone would register a placeholder for a flow that cannot be imported, and the error come at night.
-    load_flow_from_entrypoint(str(Path(source, ENTRYPOINT)), use_placeholder_flow=False)
-    flow: Any = Flow.from_source(LocalStorage(source), ENTRYPOINT)
-    flow.deploy(
-        name=DEPLOYMENT, work_pool_name=POOL, build=False, push=False, print_next_steps=False, ignore_warnings=True
-    )
 
 
 def _status(name: str, services: Services) -> ServiceStatus:
@@ -336,9 +275,15 @@ def _status(name: str, services: Services) -> ServiceStatus:
 
 
 def _announce(services: Services, report: Report) -> None:
-    report(f"Prefect  {services.prefect_url.removesuffix('/api')}")
+    page = services.prefect_url.removesuffix("/api")
+    report(f"Prefect  {page}  (a form for every deployment: {page}/deployments)")
     report(f"MLflow   {services.mlflow_url}")
-    report(f"worker   pool {POOL}, deployment federated/{DEPLOYMENT}")
+    if services.database:
+        report(f"database {services.database}")
+    served = _listing(pool for name, pool in launch.WORKERS.items() if name in services.processes)
+    idle = "" if "gpu-worker" in services.processes else f"; {GPU_POOL} has none (no GPU found, or --gpu-runs 0)"
+    report(f"workers  {served}{idle}")
+    report(f"to use them from a terminal: export PREFECT_API_URL={services.prefect_url}")
     for name, ours in {"PREFECT_API_URL": services.prefect_url, "MLFLOW_TRACKING_URI": services.mlflow_url}.items():
         if os.environ.get(name, ours).rstrip("/") != ours:
             report(f"note: {name} is set in your environment and wins over the server above; unset it to use that")
@@ -352,7 +297,7 @@ def _record(services: Services) -> None:
     """Write down what runs, or remove the record when nothing does."""
     alive = services.alive()
     if alive:
-        Services(services.prefect_url, services.mlflow_url, alive).save()
+        Services(services.prefect_url, services.mlflow_url, alive, services.database).save()
     else:
         home.services_file().unlink(missing_ok=True)
 

@@ -17,10 +17,12 @@ import pytest
 
 from fedlora import home
 from fedlora.errors import ConfigError, FedloraError
-from flows import processes
+from flows import gpus, processes
+from flows.deploying import deploy
 from flows.environment import Services, is_alive, recorded_services, running_services
+from flows.prefect_api import CPU_POOL
 from flows.processes import ServiceError
-from flows.services import POOL, deploy, down, status, up
+from flows.services import TITLES, down, status, up
 
 STAND_IN = '''
 import os
@@ -34,6 +36,14 @@ def federated(word: str = "done") -> None:
     text = "\\n".join([word, os.getcwd(), os.environ["MLFLOW_TRACKING_URI"]])
     Path(os.environ["FEDLORA_HOME"], "trace").write_text(text)
 '''
+DECLARED = """
+build:
+- prefect.deployments.steps.run_shell_script: {id: source, script: pwd, stream_output: false}
+pull:
+- prefect.deployments.steps.set_working_directory: {directory: "{{ source.stdout }}"}
+deployments:
+- {name: custom, entrypoint: "flows/federated.py:federated", work_pool: {name: cpu-workers}}
+"""
 OURS = ("PREFECT_", "MLFLOW_", "FEDLORA_")
 
 
@@ -59,13 +69,15 @@ def descendants() -> set[int]:
 
 def marked() -> list[int]:
     """Whatever runs anywhere on this machine for the home in use, children of children included."""
-    marks = {processes._mark(name) for name in ("prefect", "mlflow", "worker")}
+    marks = {processes._mark(name) for name in TITLES}
     return [process.pid for process in psutil.process_iter() if processes._marked(process, marks)]
 
 
 def write_flow(source: Path, text: str = STAND_IN) -> None:
     (source / "flows").mkdir()
     (source / "flows" / "federated.py").write_text(text)
+    (source / "deployments").mkdir()
+    (source / "deployments" / "prefect.yaml").write_text(DECLARED)
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
@@ -113,7 +125,7 @@ def test_up_starts_servers_pool_and_worker(live: Live) -> None:
     page = live.services.prefect_url.removesuffix("/api")
     assert httpx.get(page, follow_redirects=True).text.lstrip().lower().startswith("<!doctype html>")
     assert httpx.get(live.services.mlflow_url).is_success
-    pool = httpx.get(f"{live.services.prefect_url}/work_pools/{POOL}").json()
+    pool = httpx.get(f"{live.services.prefect_url}/work_pools/{CPU_POOL}").json()
     assert pool["type"] == "process"
     assert pool["base_job_template"]["variables"]
     assert recorded_services() == running_services() == live.services
@@ -175,7 +187,7 @@ def test_up_replaces_what_died_and_what_it_left_behind(live: Live) -> None:
 
 def test_deploying_a_broken_flow_says_why(live: Live, tmp_path: Path) -> None:
     write_flow(tmp_path, f"import a_module_that_is_missing\n{STAND_IN}")
-    with pytest.raises(ServiceError, match=r"(?s)flows/federated.py:federated.*a_module_that_is_missing"):
+    with pytest.raises(ServiceError, match=r"(?s)cannot register.*a_module_that_is_missing"):
         deploy(live.services.prefect_url, tmp_path)
 
 
@@ -223,6 +235,10 @@ def test_senseless_ports_are_refused(own_home: Path, prefect: int, mlflow: int) 
 
 
 def test_missing_flow_is_noticed_before_anything_starts(own_home: Path) -> None:
+    with pytest.raises(ServiceError, match=r"deployments/prefect.yaml.* does not exist"):
+        up(*free_ports(), source=own_home)
+    write_flow(own_home)
+    (own_home / "flows" / "federated.py").unlink()
     with pytest.raises(ServiceError, match=r"flows/federated.py.* does not exist"):
         up(*free_ports(), source=own_home)
     assert not home.logs().exists()
@@ -231,8 +247,8 @@ def test_missing_flow_is_noticed_before_anything_starts(own_home: Path) -> None:
 
 def test_a_server_that_dies_takes_the_others_with_it(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_flow(own_home)
-    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "nosuchstore://x")
-    with pytest.raises(FedloraError, match=r"(?s)MLflow server stopped while starting.*nosuchstore"):
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "sqlite:////proc/nowhere/mlflow.db")
+    with pytest.raises(FedloraError, match=r"(?s)MLflow server stopped while starting.*/proc/nowhere"):
         up(*free_ports(), report=lambda line: None, source=own_home)
     assert marked() == []
     assert not home.services_file().exists()
@@ -278,3 +294,34 @@ def test_a_damaged_record_is_no_record(own_home: Path, content: str) -> None:
     said: list[str] = []
     down(report=said.append)
     assert "nothing to stop" in said[0]
+
+
+@pytest.mark.parametrize("limits", [{"cpu_runs": 0}, {"cpu_runs": -1}, {"gpu_runs": -1}])
+def test_a_pool_without_room_is_refused(own_home: Path, limits: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"runs at a time in .pu-workers: expected a whole number"):
+        up(*free_ports(), **limits)  # type: ignore[arg-type]
+    assert not home.services_file().exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "visible", "expected"),
+    [
+        ("2.13.0", None, 2),
+        ("2.13.0+cu129", None, 2),
+        ("2.13.0+cpu", None, 0),
+        ("2.13.0", "", 0),
+        ("2.13.0", "1", 1),
+        ("2.13.0", "0,-1,1", 1),
+        ("2.13.0", "0,1,2", 2),
+    ],
+)
+def test_gpus_are_counted_as_torch_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, visible: str | None, expected: int
+) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("importlib.metadata.version", lambda package: version)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus.count(tmp_path) == expected

@@ -1,0 +1,171 @@
+"""Registers what `deployments/prefect.yaml` declares, and the automations, with a Prefect server.
+
+Prefect reads its settings when it is imported, so this happens in a process of its own, by Prefect's own
+`prefect deploy --all`: the file is the one description of the deployments, whoever registers it. In a container, where
+the server is elsewhere: `python -m flows.deploying`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows.environment import defaults, prepare
+from flows.prefect_api import POOLS
+from flows.processes import ServiceError, ending
+
+SOURCE = Path(__file__).resolve().parent.parent
+PREFECT_FILE = Path("deployments", "prefect.yaml")
+PATIENCE = 120.0
+_WHAT = f"cannot register the deployments of {PREFECT_FILE}"
+
+
+def deploy(prefect_url: str, source: Path = SOURCE) -> None:
+    """Register the deployments of `source`, whose flows a worker finds in that folder, and the automations.
+
+    Raises:
+        ServiceError: a flow cannot be imported or the server refuses something.
+    """
+    check_source(source)
+    process = begin(prefect_url, source)
+    try:
+        finish(process, time.monotonic() + PATIENCE)
+    finally:
+        end(process)
+
+
+def check_source(source: Path) -> None:
+    """Raise before anything starts if a file that the worker would run is not there.
+
+    Raises:
+        ServiceError: it is missing, or `prefect.yaml` cannot be read.
+    """
+    for entrypoint in sorted({each["entrypoint"] for each in declared(source)}):
+        file = source / entrypoint.partition(":")[0]
+        if not file.is_file():
+            raise ServiceError(
+                f"{file}, a flow that the worker would run, does not exist: is the installation complete?"
+            )
+
+
+def declared(source: Path = SOURCE) -> list[dict[str, Any]]:
+    """The deployments of the file, as written there.
+
+    Raises:
+        ServiceError: it does not exist, is no YAML, or declares nothing.
+    """
+    file = source / PREFECT_FILE
+    try:
+        content = yaml.safe_load(file.read_text())
+        found = [each for each in content["deployments"] if each["name"] and each["entrypoint"]]
+    except FileNotFoundError:
+        raise ServiceError(f"{file} does not exist: is the installation complete?") from None
+    except (OSError, yaml.YAMLError) as error:
+        raise ServiceError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+    except (KeyError, TypeError):
+        raise ServiceError(f"{file}: expected a list `deployments`, each with a name and an entrypoint") from None
+    if not found:
+        raise ServiceError(f"{file} declares no deployment")
+    return found
+
+
+def begin(prefect_url: str, source: Path) -> subprocess.Popen[str]:
+    """Start registering in the background; `finish` waits for it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.deploying", str(source)],
+        env={**defaults(), **os.environ, "PREFECT_API_URL": prefect_url, "NO_PROXY": "127.0.0.1,localhost"},
+        cwd=SOURCE,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+
+
+def finish(process: subprocess.Popen[str], deadline: float) -> None:
+    """Wait until all is registered.
+
+    Raises:
+        ServiceError: it failed (the end of what it said follows the first line), or the time is up.
+    """
+    try:
+        output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired as error:
+        raise ServiceError(f"{_WHAT}: Prefect did not finish within {PATIENCE:.0f} s") from error
+    if process.returncode:
+        raise ServiceError(f"{_WHAT}:\n{ending(output)}")
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Leave nothing behind of a registration that was not waited for."""
+    process.kill()
+    process.communicate()
+
+
+def register(source: Path) -> None:
+    """All of it, in a process whose `PREFECT_API_URL` names the server.
+
+    Raises:
+        SystemExit: Prefect's command refused the file.
+        ServiceError: it passed over a deployment.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.flows import load_flow_from_entrypoint
+
+    from flows import automations
+
+    # `prefect deploy` would register a placeholder for a flow that cannot be imported, and the error come at night.
+    wanted = declared(source)
+    entrypoints = {each["entrypoint"] for each in wanted}
+    loaded = {
+        each: load_flow_from_entrypoint(str(source / each), use_placeholder_flow=False).name for each in entrypoints
+    }
+    os.chdir(source)
+    _create_pools()
+    _prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE))
+    with get_client(sync_client=True) as client:
+        for each in wanted:  # a file that does not validate is skipped with a remark
+            client.read_deployment_by_name(f"{loaded[each['entrypoint']]}/{each['name']}")
+    automations.apply()
+
+
+def _prefect(*words: str) -> None:
+    """Prefect's own command line, in this process, where importing the flows has been paid for."""
+    from prefect.cli import app
+
+    sys.argv = ["prefect", *words]
+    try:
+        app()
+    except SystemExit as end_of_it:
+        if end_of_it.code:
+            raise
+
+
+def _create_pools() -> None:
+    """Make pools that are not there, and give one that no worker has described yet the form of a process pool."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.exceptions import ObjectNotFound
+    from prefect.workers.process import ProcessWorker
+
+    template = ProcessWorker.get_default_base_job_template()
+    with get_client(sync_client=True) as client:
+        for name in POOLS:
+            try:
+                pool = client.read_work_pool(name)
+                if pool.type == "process" and not pool.base_job_template:
+                    client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+            except ObjectNotFound:
+                client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template))
+
+
+if __name__ == "__main__":
+    prepare()
+    register(Path(sys.argv[1] if len(sys.argv) > 1 else SOURCE).resolve())

@@ -1,0 +1,89 @@
+"""The commands and environments of the processes of `fedlora up`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+from pathlib import Path
+
+import httpx
+
+from fedlora import home
+from flows import database
+from flows.database import Databases
+from flows.environment import Services, defaults
+from flows.prefect_api import CPU_POOL, GPU_POOL
+
+WORKERS = {"worker": CPU_POOL, "gpu-worker": GPU_POOL}
+"""The pool that each worker serves."""
+
+
+def commands(services: Services) -> dict[str, list[str]]:
+    """What to start, by name of the process. No secret is among the words: every user of the machine can read them."""
+    prefect, mlflow = httpx.URL(services.prefect_url), httpx.URL(services.mlflow_url)
+    module = [sys.executable, "-m"]
+    worker = [*module, "prefect", "worker", "start", "--type", "process"]
+    return {
+        "prefect": [*module, "prefect", "server", "start", "--host", prefect.host, "--port", str(prefect.port)],
+        # One server process: requests run in its threads, and SQLite has one writer in any case.
+        "mlflow": [*module, "mlflow", "server", "--host", mlflow.host, "--port", str(mlflow.port), "--workers", "1"],
+        **{
+            name: [*worker, "--pool", pool, "--name", f"{name}-{socket.gethostname()}"]
+            for name, pool in WORKERS.items()
+        },
+    }
+
+
+def environments(services: Services, databases: Databases) -> dict[str, dict[str, str]]:
+    """The environment of each process, stores and passwords included; each gets only those that it needs."""
+    common = {
+        **defaults(),
+        **os.environ,
+        "FEDLORA_HOME": str(home.home()),
+        "PREFECT_API_URL": services.prefect_url,
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",  # their console is a log file
+        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"])),
+    }
+    common["no_proxy"] = common["NO_PROXY"]
+    common.pop("FEDLORA_NOTIFY_URL", None)  # is kept in a block of the Prefect server
+    prefect = {
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        **_writable_ui_folder(),
+        **common,
+        **databases.prefect,
+    }
+    mlflow = {
+        "MLFLOW_DEFAULT_ARTIFACT_ROOT": str(home.mlflow_artifacts()),
+        "MLFLOW_ARTIFACTS_DESTINATION": str(home.mlflow_artifacts()),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # jobs of LLM evaluation: more processes, unused here
+        **common,
+        **databases.mlflow,
+    }
+    if database.PREFECT_URL in databases.prefect:
+        prefect.pop("PREFECT_API_DATABASE_CONNECTION_URL", None)  # the older name of the same setting
+    if databases.postgres:  # neither server may see the other's
+        prefect.pop(database.MLFLOW_URL, None)
+        mlflow.pop(database.PREFECT_URL, None)
+        common = {name: value for name, value in common.items() if name not in database.SECRETS}
+    mlflow.pop("MLFLOW_TRACKING_URI", None)
+    worker = {
+        "MLFLOW_TRACKING_URI": services.mlflow_url,
+        "PREFECT_WORKER_QUERY_SECONDS": "2",  # by default a run waits up to ten seconds to be picked up
+        **common,
+    }
+    return {"prefect": prefect, "mlflow": mlflow, "worker": _without_gpus(worker), "gpu-worker": worker}
+
+
+def _without_gpus(environ: dict[str, str]) -> dict[str, str]:
+    """A pool's limit counts only if its runs keep to its own devices."""
+    return {**environ, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _writable_ui_folder() -> dict[str, str]:
+    """Prefect copies its UI into its own package; where that is read-only, the copy goes under our home."""
+    package = importlib.util.find_spec("prefect")
+    if package and package.origin and os.access(Path(package.origin).parent / "server", os.W_OK):
+        return {}
+    return {"PREFECT_UI_STATIC_DIRECTORY": str(home.home() / "prefect-ui")}

@@ -1,0 +1,53 @@
+"""The few requests that the launcher makes to a Prefect server, without importing Prefect."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+from flows.processes import ServiceError
+
+CPU_POOL, GPU_POOL = "cpu-workers", "gpu-workers"
+POOLS = (CPU_POOL, GPU_POOL)
+
+
+def call(method: str, url: str, body: Any = None) -> httpx.Response:
+    """One request to a server of ours, past any proxy, with Prefect's basic authentication if the user has set it."""
+    secret = os.environ.get("PREFECT_API_AUTH_STRING")
+    headers = {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"} if secret else {}
+    return httpx.request(method, url, json=body, headers=headers, timeout=2.0, trust_env=False)
+
+
+def has_worker(prefect_url: str, pool: str) -> bool:
+    """Whether a worker of the pool has told the server that it is there."""
+    workers = call("POST", f"{prefect_url}/work_pools/{pool}/workers/filter", {}).raise_for_status().json()
+    return any(worker["status"] == "ONLINE" for worker in workers)
+
+
+def ensure_pools(prefect_url: str, limits: Mapping[str, int | None], usual: Mapping[str, int]) -> None:
+    """Make the pools before workers and deployments ask for them. Workers bring their job template.
+
+    Args:
+        prefect_url: Address of the API.
+        limits: Flow runs at a time, by pool; None: as it is, since somebody may have changed it, or the usual one.
+        usual: What a new pool gets.
+
+    Raises:
+        ServiceError: the server refuses.
+    """
+    for pool, limit in limits.items():
+        new = {"name": pool, "type": "process", "concurrency_limit": usual[pool] if limit is None else limit}
+        try:
+            answer = call("POST", f"{prefect_url}/work_pools/", new)
+            if answer.status_code != httpx.codes.CONFLICT:  # there from an earlier `up`
+                answer.raise_for_status()
+            elif limit is not None:
+                call("PATCH", f"{prefect_url}/work_pools/{pool}", {"concurrency_limit": limit}).raise_for_status()
+        except httpx.HTTPError as error:
+            raise ServiceError(
+                f"the Prefect server at {prefect_url} did not create the work pool {pool}: {error}"
+            ) from error

@@ -1,0 +1,187 @@
+"""What `fedlora up` registers from `deployments/prefect.yaml`, driven by the real `prefect` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from fedlora import configfile
+from flows import deploying, environment, launch
+from flows.database import Databases
+from flows.environment import Services
+from flows.form import AS_IN_PRESET
+from flows.processes import ServiceError
+from flows.services import down, status, up
+
+OURS = ("PREFECT_", "MLFLOW_", "FEDLORA_")
+NAMES = {
+    "federated/custom",
+    "federated/demo",
+    "federated/gpu",
+    "sweep/nightly",
+    "sweep/weekly",
+    "sweep/on-demand",
+    "report/latest",
+}
+
+
+def free_ports() -> tuple[int, int]:
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        return first.getsockname()[1], second.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    """Everything as shipped, with a worker for GPUs that are not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(OURS)]:
+            patch.delenv(name)
+        patch.setenv("FEDLORA_HOME", str(tmp_path_factory.mktemp("home")))
+        try:
+            yield up(*free_ports(), report=lambda line: None, cpu_runs=3, gpu_runs=2)
+        finally:
+            down(report=lambda line: None)
+
+
+def read(live: Services, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = (
+        httpx.get(f"{live.prefect_url}/deployments/name/{name}", timeout=30).raise_for_status().json()
+    )
+    return found
+
+
+def schema(live: Services, name: str) -> dict[str, Any]:
+    properties: dict[str, Any] = read(live, name)["parameter_openapi_schema"]["properties"]
+    return properties
+
+
+def test_the_file_is_what_is_registered(live: Services) -> None:
+    flows = {each["entrypoint"]: each for each in deploying.declared()}
+    assert len(flows) == 3
+    found = {name: read(live, name) for name in NAMES}
+    assert len(deploying.declared()) == len(found)
+    assert all(each["description"] for each in found.values())
+    pools = {name: each["work_pool_name"] for name, each in found.items()}
+    assert pools.pop("federated/gpu") == "gpu-workers"
+    assert set(pools.values()) == {"cpu-workers"}
+    assert found["federated/gpu"]["parameter_openapi_schema"] == found["federated/custom"]["parameter_openapi_schema"]
+    assert found["sweep/nightly"]["parameters"] == {"sweep": "demo-seeds", "fresh": True}
+    weekly = {each["slug"]: each["parameters"]["overrides"] for each in found["sweep/weekly"]["schedules"]}
+    assert weekly == {"saturday-uneven": {"partition.alpha": 0.1}, "sunday-even": {"partition.alpha": 100}}
+    for name in ("sweep/nightly", "sweep/weekly"):
+        assert found[name]["global_concurrency_limit"]["limit"] == 1
+        assert {each["schedule"]["timezone"] for each in found[name]["schedules"]} == {"UTC"}
+
+
+def test_pools_have_limits_and_workers(live: Services) -> None:
+    pools = httpx.post(f"{live.prefect_url}/work_pools/filter", json={}, timeout=30).raise_for_status().json()
+    assert {pool["name"]: (pool["type"], pool["concurrency_limit"]) for pool in pools} == {
+        "cpu-workers": ("process", 3),
+        "gpu-workers": ("process", 2),
+    }
+    assert all(pool["base_job_template"]["variables"] for pool in pools)
+    assert [each.name for each in status() if each.state == "running"] == ["prefect", "mlflow", "worker", "gpu-worker"]
+
+
+def test_the_form_has_drop_downs_and_help(live: Services) -> None:
+    form = schema(live, "federated/custom")
+    assert form["strategy"]["enum"][0] == form["strategy"]["default"] == AS_IN_PRESET
+    assert {"flora-na", "fedit", "svd"} < set(form["strategy"]["enum"])
+    assert "anyOf" not in form["strategy"]  # Prefect would draw tabs, with the choices behind one of them
+    assert form["preset"]["anyOf"][0]["enum"] == ["demo", "standard"]
+    assert schema(live, "sweep/on-demand")["sweep"]["anyOf"][0]["enum"][:2] == ["demo", "demo-seeds"]
+    for name in ("federated/custom", "sweep/on-demand", "report/latest"):
+        assert all(field["description"] for field in schema(live, name).values()), name
+
+
+def test_a_paused_schedule_stays_paused(live: Services) -> None:
+    nightly = read(live, "sweep/nightly")
+    schedule = nightly["schedules"][0]
+    url = f"{live.prefect_url}/deployments/{nightly['id']}/schedules/{schedule['id']}"
+    httpx.patch(url, json={"active": False}, timeout=30).raise_for_status()
+    deploying.deploy(live.prefect_url)
+    again = read(live, "sweep/nightly")
+    assert again["id"] == nightly["id"]
+    assert [(each["id"], each["active"]) for each in again["schedules"]] == [(schedule["id"], False)]
+    automations = httpx.post(f"{live.prefect_url}/automations/filter", json={}, timeout=30).raise_for_status().json()
+    assert [each["name"] for each in automations] == ["fedlora: a run without heartbeat has crashed"]
+
+
+def test_changing_one_value_changes_nothing_else(live: Services, tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Through the real command, side by side on a device that only one may hold."""
+    preset = tmp_path / "tiny.yaml"
+    changes = {"strategy": "svd", "lora.rank": 2, "partition.alpha": 0.7, "runner.exclusive": True}
+    preset.write_text(yaml.safe_dump({**tiny, **changes}))
+    command = [sys.executable, "-m", "prefect", "deployment", "run", "federated/custom", "--watch", "-p"]
+    environ = {**os.environ, "PREFECT_API_URL": live.prefect_url}
+    cases = {"plain": [], "changed": ["-p", "strategy=flora-na"]}
+    running = {
+        name: subprocess.Popen(
+            [*command, f"preset={preset}", "-p", f"run_dir={json.dumps(str(tmp_path / name))}", *words],
+            env=environ,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name, words in cases.items()
+    }
+    for process in running.values():
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+    plain, changed = (configfile.flatten(configfile.read_yaml(tmp_path / name / "config.yaml")) for name in cases)
+    assert {key for key in plain.keys() | changed.keys() if plain.get(key) != changed.get(key)} == {"strategy"}
+    assert (plain["strategy"], changed["strategy"]) == ("svd", "flora-na")
+    assert (changed["lora.rank"], changed["partition.alpha"], changed["rounds"]) == (2, 0.7, tiny["rounds"])
+    assert all((tmp_path / name / "adapter" / "adapter_model.safetensors").is_file() for name in cases)
+
+
+def test_a_name_that_is_not_in_the_list_is_refused(live: Services) -> None:
+    deployment = read(live, "federated/custom")
+    url = f"{live.prefect_url}/deployments/{deployment['id']}/create_flow_run"
+    answer = httpx.post(url, json={"parameters": {"strategy": "flora-nah"}}, timeout=30)
+    assert answer.status_code == 409
+    assert "flora-nah" in answer.text
+
+
+def test_only_the_gpu_worker_sees_gpus() -> None:
+    environ = launch.environments(Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", {}), Databases({}, {}))
+    assert environ["worker"]["CUDA_VISIBLE_DEVICES"] == ""
+    assert environ["gpu-worker"].get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
+    assert environ["worker"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("deployments: [", "cannot be read: .*line 1"),
+        ("deployments:\n- {name: x}", "expected a list `deployments`"),
+        ("- a", "expected a list `deployments`"),
+        ("deployments: []", "declares no deployment"),
+    ],
+)
+def test_a_file_that_declares_nothing_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "deployments").mkdir()
+    (tmp_path / "deployments" / "prefect.yaml").write_text(text)
+    with pytest.raises(ServiceError, match=said) as refused:
+        deploying.check_source(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_record_keeps_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDLORA_HOME", str(tmp_path))
+    services = Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", {"prefect": (1, 2.0)}, "postgresql://me@h:1")
+    services.save()
+    assert environment.recorded_services() == services

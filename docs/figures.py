@@ -10,17 +10,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from fedlora import plots, rounds
+from fedlora import home, plots, rounds
 from fedlora.adapter import Adapter, Factors
 from fedlora.plots import colour
 from fedlora.rounds import measure_round
 from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState, advance
+from fedlora.sweepfolder import SweepFolder
 from fedlora.updates import Update, Updates
 
 IMAGES = Path(__file__).parent / "images"
@@ -33,8 +33,11 @@ SHOWN = ["fedit", "flora-na", "svd", "ffa-lora", "flora", "oracle"]
 
 def conditions(sweep: Path) -> None:
     """R, and P + Q, against rounds for a few strategies of a finished sweep."""
-    table = pd.read_csv(sweep / "comparison.csv").set_index("strategy")
-    runs = {name: rounds.records(RunFolder(Path(table.loc[name, "folder"]))) for name in SHOWN}
+    state = SweepFolder.read(sweep)
+    assert state is not None, f"{sweep} holds no sweep"
+    digests = {cell.settings["strategy"]: str(cell.digest) for cell in state.having("finished")}
+    folders = {name: next((home.runs() / state.instance).glob(f"*-{digests[name][:8]}")) for name in SHOWN}
+    runs = {name: rounds.records(RunFolder(folder)) for name, folder in folders.items()}
     plots.conditions_figure(runs, IMAGES / "conditions.png")
 
 

@@ -13,11 +13,13 @@ from urllib.parse import unquote, urlsplit
 import httpx
 import psutil
 import pytest
+import yaml
 
 from fedlora import home
 from fedlora.errors import ConfigError, FedloraError
 from flows import database
 from flows.services import down, status, up
+from mlflow_tracking import compare, store
 
 STAND_IN = '''
 import os
@@ -58,7 +60,28 @@ def password_of(url: str) -> str:
     return unquote(urlsplit(url).password or "")
 
 
-def test_both_servers_keep_their_state_and_the_password_is_nowhere(own_home: Path, postgresql: str) -> None:
+def four_runs_side_by_side(folder: Path, mlflow_url: str, tiny: dict[str, object]) -> None:
+    """A sweep of four runs at once on the servers of `up`: every run finishes, and no point of any round is lost."""
+    file = folder / "four.yaml"
+    grid = {"strategy": ["fedit", "svd"], "seed": [0, 1]}
+    file.write_text(yaml.safe_dump({"name": "four", "set": tiny, "grid": grid}))
+    fedlora = str(Path(sys.executable).with_name("fedlora"))
+    done = subprocess.run(
+        [fedlora, "sweep", str(file), "--parallel", "4"], capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "locked" not in done.stdout + done.stderr
+    runs = compare.load("demo", sweep="four", uri=mlflow_url)
+    assert list(runs["status"]) == ["FINISHED"] * 4
+    client = store.client(mlflow_url)
+    for run in runs["run_id"]:
+        points = client.get_metric_history(run, "global/accuracy")
+        assert [point.step for point in points] == [0, 1, 2]
+
+
+def test_both_servers_keep_their_state_and_the_password_is_nowhere(
+    own_home: Path, postgresql: str, tiny: dict[str, object]
+) -> None:
     source = own_home / "source"
     (source / "flows").mkdir(parents=True)
     (source / "deployments").mkdir()
@@ -93,6 +116,7 @@ def test_both_servers_keep_their_state_and_the_password_is_nowhere(own_home: Pat
         assert found["id"] == deployment["id"]
         query = {"experiment_name": "kept"}
         httpx.get(f"{again.mlflow_url}/api/2.0/mlflow/experiments/get-by-name", params=query).raise_for_status()
+        four_runs_side_by_side(own_home, again.mlflow_url, tiny)
     finally:
         down(report=said.append)
     written = [path for path in home.home().rglob("*") if path.is_file() and path.stat().st_size < 5e6]

@@ -96,7 +96,9 @@ EXACT = {"ffa-lora", "rolora", "fedsvd"}
 TURNED = {"ffa-lora", "fedsa-lora", "rolora", "local"}
 
 
-@pytest.mark.parametrize("name", ONE_RANK.keys() | CHANGES_BASE | EXACT | TURNED | {"svd", "flora-na", "hetlora"})
+@pytest.mark.parametrize(
+    "name", sorted(ONE_RANK.keys() | CHANGES_BASE | EXACT | TURNED | {"svd", "flora-na", "hetlora"})
+)
 class TestRefusals:
     def test_clients_of_several_ranks(self, name):
         reason = registry.find(name).refusal("lora", True, False)

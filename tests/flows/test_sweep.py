@@ -16,6 +16,7 @@ from fedlora.sweepfolder import SweepFolder
 from flows.presets import PRESETS, SWEEPS
 
 ROOT = Path(__file__).resolve().parents[2]
+PREFECT = str(Path(sys.executable).with_name("prefect"))
 
 
 @pytest.fixture
@@ -108,24 +109,31 @@ def test_where_nothing_finishes_the_sweep_fails_and_says_why(run, write, labelle
 
 
 @pytest.fixture
-def pool(prefect_server, tmp_path):
-    """A work pool with a deployment of the flow and a worker process that serves it."""
-    name, environ = (
-        "test-pool",
-        {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value(), "PREFECT_WORKER_QUERY_SECONDS": "1"},
-    )
-    prefect = str(Path(sys.executable).with_name("prefect"))
-    subprocess.run([prefect, "work-pool", "create", name, "--type", "process"], env=environ, check=True)
+def deployed(prefect_server, request):
+    """A work pool with a deployment of the flow and nobody who serves it; and the environment for those who would."""
+    name = f"pool-{len(request.node.name)}"  # one per test: a worker that ended counts as online for a while
+    environ = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value(), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    subprocess.run([PREFECT, "work-pool", "create", name, "--type", "process"], env=environ, check=True)
     deploying = (
         "from flows.federated import federated; from prefect import Flow;"
         f"Flow.from_source({str(ROOT)!r}, 'flows/federated.py:federated')"
         f".deploy(name='custom', work_pool_name={name!r}, build=False, push=False, print_next_steps=False)"
     )
     subprocess.run([sys.executable, "-c", deploying], env=environ, cwd=ROOT, check=True)
+    return name, environ
+
+
+@pytest.fixture
+def pool(deployed, tmp_path):
+    """The work pool with a worker process that serves it."""
+    from flows import handover
+
+    name, environ = deployed
     with (tmp_path / "worker.log").open("wb") as log:
         worker = subprocess.Popen(
-            [prefect, "worker", "start", "--pool", name], env=environ, stdout=log, stderr=log, cwd=tmp_path
+            [PREFECT, "worker", "start", "--pool", name], env=environ, stdout=log, stderr=log, cwd=tmp_path
         )
+        handover.check(name, patience=90)
         yield name
         worker.terminate()
         worker.wait(30)
@@ -156,3 +164,22 @@ def test_a_pool_that_does_not_exist_or_has_no_worker_is_one_clear_line(prefect_s
         client.create_work_pool(WorkPoolCreate(name="idle", type="process"))
     with pytest.raises(ConfigError, match="work pool 'idle' has no deployment of the flow 'federated'"):
         handover.check("idle")
+
+
+def test_a_pool_without_worker_or_without_room_is_one_clear_line(deployed, monkeypatch):
+    from flows import handover
+
+    name, _ = deployed
+    with pytest.raises(ConfigError, match=f"no worker is online in work pool '{name}'.*prefect worker start --pool"):
+        handover.check(name, patience=1)
+    with get_client(sync_client=True) as client:
+        from prefect.client.schemas.actions import WorkPoolUpdate
+
+        client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=1))
+        own = client.create_flow_run_from_deployment(client.read_deployment_by_name("federated/custom").id)
+        monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(own.id))
+        with pytest.raises(ConfigError, match="occupies the only place of work pool"):
+            handover._check_room(name)
+        client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=2))
+        handover._check_room(name)
+        client.delete_flow_run(own.id)

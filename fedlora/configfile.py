@@ -94,8 +94,6 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
         dotted, equals, text = word.partition("=")
         if not equals or not dotted:
             raise ConfigError(f"'{word}' is not of the form key=value, for example lora.rank=4")
-        if dotted in values:
-            raise ConfigError(f"'{dotted}' is given twice: {values[dotted]!r} and then {text}; remove one")
         try:
             values[dotted] = _value(text)
         except yaml.YAMLError:

@@ -277,10 +277,6 @@ class TestOverrides:
         assert found == value
         assert type(found) is type(value)
 
-    def test_a_key_given_twice_is_refused(self):
-        with pytest.raises(ConfigError, match="'seed' is given twice: 1 and then 2; remove one"):
-            configfile.parse_overrides(["seed=1", "seed=2"])
-
     def test_strategy_options_dotted_or_whole(self):
         dotted = configfile.parse_overrides(["strategy=flora-na", "strategy_options.max_sweeps=3"])
         whole = configfile.parse_overrides(["strategy=flora-na", "strategy_options={max_sweeps: 3}"])

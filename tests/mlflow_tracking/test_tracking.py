@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from fedlora import metrics, rounds
 from fedlora.errors import TrackingError
 from fedlora.runfolder import RunFolder
-from mlflow_tracking import parents, store, tracker
+from mlflow_tracking import history, parents, store, tracker
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +69,36 @@ def test_the_results_of_a_finished_run(run, uri):
 
 
 def test_a_sweep_holds_its_runs_and_is_closed_as_it_ended(run, uri):
-    parent = parents.start(run.config.tracking, "mine", "## begun")
+    parent = parents.start(run.config.tracking, "mine", "mine-1", "## begun")
     child = tracker.start(run, "a run", parent=parent.run)
     assert MlflowClient(uri).get_run(child.run).data.tags["mlflow.parentRunId"] == parent.run
     with pytest.raises(KeyboardInterrupt), parents.closing(parent):
         raise KeyboardInterrupt
     assert MlflowClient(uri).get_run(parent.run).info.status == "KILLED"
+
+
+def test_a_run_that_was_deleted_is_logged_again_from_the_start(run, uri):
+    first = tracker.deliver(run, tracker.start(run, "a run"))
+    MlflowClient(uri).delete_run(first.run)
+    second = tracker.deliver(run, tracker.start(run, "a run"))
+    assert second.run != first.run
+    assert [point.step for point in MlflowClient(uri).get_metric_history(second.run, "rho/model")] == [1, 2]
+
+
+def test_rounds_are_read_back_as_they_were_logged(run, uri):
+    tracked = tracker.deliver(run, tracker.start(run, "a run"))
+    client = MlflowClient(uri)
+    found = history.records(client, client.get_run(tracked.run))
+    written = rounds.records(run)
+    assert [(record.round, record.timestamp_ms) for record in found] == [(r.round, r.timestamp_ms) for r in written]
+    assert [dict(record.metrics) for record in found] == [dict(record.metrics) for record in written]
+
+
+def test_a_parent_that_was_deleted_is_not_there(run, uri):
+    parent = parents.start(run.config.tracking, "mine", "mine-2", "## begun")
+    assert parents.there(parent)
+    MlflowClient(uri).delete_run(parent.run)
+    assert not parents.there(parent)
 
 
 def test_a_deleted_experiment_is_named(uri):

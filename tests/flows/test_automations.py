@@ -112,6 +112,17 @@ def eventually(condition: Callable[[], bool], seconds: float = 90) -> bool:
     return True
 
 
+def test_a_busy_run_may_skip_heartbeats() -> None:
+    every = int(environment.defaults()["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+    assert timedelta(seconds=3 * every) <= automations.SILENT_FOR
+
+
+def test_where_nobody_wants_to_know_nobody_is_told(prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First: afterwards another server is the one that is asked."""
+    monkeypatch.delenv(automations.NOTIFY_URL, raising=False)
+    assert list(automations.apply()) == [automations.crashed_without_heartbeat().name]
+
+
 def test_a_second_time_changes_nothing_and_switched_off_stays_off(live: tuple[Services, list[str]]) -> None:
     services, _ = live
     names = {each["name"]: each for each in post(services, "/automations/filter", {})}
@@ -187,13 +198,3 @@ def test_a_run_whose_process_and_worker_are_killed_becomes_crashed(live: tuple[S
 def _events(services: Services, query: dict[str, Any]) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = post(services, "/events/filter", query)["events"]
     return events
-
-
-def test_a_busy_run_may_skip_heartbeats() -> None:
-    every = int(environment.defaults()["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
-    assert timedelta(seconds=3 * every) <= automations.SILENT_FOR
-
-
-def test_where_nobody_wants_to_know_nobody_is_told(prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(automations.NOTIFY_URL, raising=False)
-    assert list(automations.apply()) == [automations.crashed_without_heartbeat().name]

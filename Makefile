@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two busy cores: threads that wait must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup setup-dev standard demo test lint types up down format clean
+.PHONY: setup setup-dev standard demo test test-browser screenshots lint types up down format clean
 
 # Installed again whenever the requirements change.
 setup: $(VENV)/.installed
@@ -41,6 +41,15 @@ types: setup-dev
 
 test: lint types
 	$(BIN)/pytest
+
+# What the pages of MLflow, Prefect and the report show, in Debian's Chromium (apt-get install chromium).
+test-browser: setup-dev
+	$(BIN)/pytest tests/browser
+
+# The README's pictures of those pages, from the sweep of `make demo`; `make down` afterwards.
+screenshots: setup-dev demo
+	$(BIN)/fedlora up
+	$(BIN)/python docs/screenshots.py
 
 format: setup-dev
 	$(BIN)/ruff check --fix .

@@ -86,9 +86,9 @@ def description(
 ) -> str:
     """The sweep in Markdown: what it was, a leaderboard with a link to each run (its page), what is missing, and
     further links by their words."""
-    lines = [
-        f"## Sweep {plan.name}",
-        f"base `{Path(plan.base).name}`, grid `{json.dumps(plan.grid)}`, set `{json.dumps(plan.common, default=str)}`",
+    lines = [f"## Sweep {plan.name}"]
+    what = [
+        f"base `{Path(plan.base).name}`, grid `{json.dumps(plan.grid)}`, set `{json.dumps(plan.common, default=str)}`"
     ]
     if found:
         table = comparison.frame(found)
@@ -98,21 +98,23 @@ def description(
     if folder.champion:
         lines += ["", folder.champion]
     ways = " · ".join(f"[{words}]({page})" for words, page in links.items())
-    return "\n".join([*lines, "", ways, "", f"Table, pictures and state: `{folder.path}`"])
+    return "\n".join([*lines, "", ways, "", *what, "", f"Table, pictures and state: `{folder.path}`"])
 
 
 def _leaderboard(varied: Sequence[str], table: pd.DataFrame) -> list[str]:
     means, spreads = comparison.over_seeds(table, varied)
     keys = [str(name) for name in means.index.names]
-    titles = ["", *keys, *comparison.COLUMNS, "runs"]
+    titles = ["", *keys, "runs", *comparison.COLUMNS]
     rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    best_first = means["accuracy"].fillna(-1.0).argsort().iloc[::-1]
+    accuracy = means["accuracy"].fillna(-1.0).tolist()
+    best_first = sorted(range(len(accuracy)), key=lambda position: -accuracy[position])  # equals stay as they are
     for place, position in enumerate(best_first, start=1):
         index = means.index[position]
         names = index if isinstance(index, tuple) else (index,)
         values = [_number(means[name].iloc[position], spreads[name].iloc[position]) for name in comparison.COLUMNS]
         links = _links(table, keys, names)
-        rows.append(f"| {place} | {' | '.join([*map(str, names), *values, links])} |")
+        words = [str(name).replace("|", "\\|") for name in names]
+        rows.append(f"| {place} | {' | '.join([*words, links, *values])} |")
     return rows
 
 

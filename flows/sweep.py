@@ -115,6 +115,7 @@ def note(plan: Sweep, folder: SweepFolder, parent: Parent, cell: Cell, trouble: 
     run = None if trouble else parents.finished(parent).get(cell.digest)
     if run:
         folder.mark(cell.digest, "finished", run=run)
+        told.say(f"{cell.label}: finished, {len(folder.having('waiting'))} to go")
     else:
         reason = trouble or f"it ended well, but no finished run of it is in {parent.uri}; does its worker log there?"
         folder.mark(cell.digest, "failed", reason)

@@ -93,7 +93,8 @@ def experiment_id(store: MlflowClient, uri: str, name: str) -> str:
                 )
             return str(found.experiment_id)
         try:
-            return str(store.create_experiment(name, artifact_location=_artifact_location(uri, name)))
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # else the pages are those for chat agents
+            return str(store.create_experiment(name, artifact_location=_artifact_location(uri, name), tags=kind))
         except MlflowException as error:
             if "already exists" not in str(error).lower():
                 raise

@@ -97,7 +97,10 @@ def verdict(rows: Sequence[Row]) -> str:
     """What can be said of the best, in a sentence or two."""
     if len(rows) == 1:
         return "One setting: there is nothing to compare it with."
-    best = next(row for row in rows if row.paired is None).setting.label
+    first = next(row for row in rows if row.paired is None)
+    best = first.setting.label
+    if len({row.results["accuracy"].mean for row in rows}) == 1:
+        return "All settings have the same mean accuracy."
     tested = [row for row in rows if row.paired and not math.isnan(row.holm)]
     if not tested:
         most = max(len(row.setting.seeds) for row in rows)

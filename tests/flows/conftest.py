@@ -144,3 +144,16 @@ def small(tiny, store_uri):
     """The tiny run as words of the command line."""
     settings = {**tiny, "tracking.uri": store_uri, "tracking.experiment": "cli"}
     return [f"{key}={value}" for key, value in settings.items()]
+
+
+@pytest.fixture(scope="session")
+def free_ports():
+    """`free_ports()`: two ports of the loopback interface on which nobody listens."""
+
+    def two() -> tuple[int, int]:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            second.bind(("127.0.0.1", 0))
+            return first.getsockname()[1], second.getsockname()[1]
+
+    return two

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from flows.form import AS_IN_PRESET
 from flows.processes import ServiceError
 from flows.services import down, status, up
 
+Ports = Callable[[], tuple[int, int]]
 OURS = ("PREFECT_", "MLFLOW_", "FEDLORA_")
 NAMES = {
     "federated/custom",
@@ -35,15 +35,8 @@ NAMES = {
 }
 
 
-def free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        return first.getsockname()[1], second.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+def live(free_ports: Ports, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     """Everything as shipped, with a worker for GPUs that are not there."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(OURS)]:

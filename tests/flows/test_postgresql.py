@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -21,6 +21,7 @@ from flows import database
 from flows.services import down, status, up
 from mlflow_tracking import compare, store
 
+Ports = Callable[[], tuple[int, int]]
 STAND_IN = '''
 import os
 from prefect import flow
@@ -49,13 +50,6 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        return first.getsockname()[1], second.getsockname()[1]
-
-
 def password_of(url: str) -> str:
     return unquote(urlsplit(url).password or "")
 
@@ -80,7 +74,7 @@ def four_runs_side_by_side(folder: Path, mlflow_url: str, tiny: dict[str, object
 
 
 def test_both_servers_keep_their_state_and_the_password_is_nowhere(
-    own_home: Path, postgresql: str, tiny: dict[str, object]
+    free_ports: Ports, own_home: Path, postgresql: str, tiny: dict[str, object]
 ) -> None:
     source = own_home / "source"
     (source / "flows").mkdir(parents=True)
@@ -126,7 +120,7 @@ def test_both_servers_keep_their_state_and_the_password_is_nowhere(
         assert not [path for path in written if text.encode() in path.read_bytes()]
 
 
-def test_a_wrong_password_is_one_line_without_it(own_home: Path, postgresql: str) -> None:
+def test_a_wrong_password_is_one_line_without_it(free_ports: Ports, own_home: Path, postgresql: str) -> None:
     wrong = postgresql.replace(urlsplit(postgresql).password or "", "Wr0ngOne")
     with pytest.raises(FedloraError, match=r"refuses.*password authentication failed.*PGPASSWORD") as refused:
         up(*free_ports(), database=wrong)
@@ -176,20 +170,22 @@ def test_each_server_may_have_a_url_of_its_own(
         ("postgresql://me:Hush@here?application=x", "unknown setting 'application'"),
     ],
 )
-def test_an_address_that_cannot_be_read_is_one_line(own_home: Path, url: str, said: str) -> None:
+def test_an_address_that_cannot_be_read_is_one_line(free_ports: Ports, own_home: Path, url: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as refused:
         up(*free_ports(), database=url)
     assert "\n" not in str(refused.value)
     assert "Hush" not in str(refused.value)
 
 
-def test_a_variable_with_an_unknown_scheme_is_one_line(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_with_an_unknown_scheme_is_one_line(
+    free_ports: Ports, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(database.MLFLOW_URL, "nosuchstore://x")
     with pytest.raises(ConfigError, match=r"MLFLOW_BACKEND_STORE_URI begins with 'nosuchstore'"):
         up(*free_ports())
 
 
-def test_a_server_that_does_not_answer_is_one_line(own_home: Path) -> None:
+def test_a_server_that_does_not_answer_is_one_line(free_ports: Ports, own_home: Path) -> None:
     port = free_ports()[0]
     with pytest.raises(FedloraError, match=r"cannot be reached \(Connection refused\)") as refused:
         up(*free_ports(), database=f"postgresql://me:Hush@127.0.0.1:{port}")

@@ -24,6 +24,7 @@ from flows.prefect_api import CPU_POOL
 from flows.processes import ServiceError
 from flows.services import TITLES, down, status, up
 
+Ports = Callable[[], tuple[int, int]]
 STAND_IN = '''
 import os
 from pathlib import Path
@@ -54,13 +55,6 @@ class Live:
     services: Services
     source: Path
     said: list[str]
-
-
-def free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        return first.getsockname()[1], second.getsockname()[1]
 
 
 def descendants() -> set[int]:
@@ -102,7 +96,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def live(free_ports: Ports, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     source = tmp_path_factory.mktemp("source")
     write_flow(source)
     with pytest.MonkeyPatch.context() as patch:
@@ -208,7 +202,7 @@ def test_down_stops_all_and_keeps_the_databases(live: Live) -> None:
 
 
 @pytest.mark.parametrize("which", ["prefect", "mlflow"])
-def test_port_in_use_is_refused_and_nothing_is_left(own_home: Path, which: str) -> None:
+def test_port_in_use_is_refused_and_nothing_is_left(free_ports: Ports, own_home: Path, which: str) -> None:
     before = descendants()
     ports = dict(zip(("prefect", "mlflow"), free_ports(), strict=True))
     with socket.socket() as taken:
@@ -222,7 +216,7 @@ def test_port_in_use_is_refused_and_nothing_is_left(own_home: Path, which: str) 
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "::", "example.org", ""])
-def test_host_that_others_reach_is_refused(own_home: Path, host: str) -> None:
+def test_host_that_others_reach_is_refused(free_ports: Ports, own_home: Path, host: str) -> None:
     with pytest.raises(ConfigError, match="no authentication"):
         up(*free_ports(), host=host)
     assert list(own_home.iterdir()) == []
@@ -234,7 +228,7 @@ def test_senseless_ports_are_refused(own_home: Path, prefect: int, mlflow: int) 
         up(prefect, mlflow)
 
 
-def test_missing_flow_is_noticed_before_anything_starts(own_home: Path) -> None:
+def test_missing_flow_is_noticed_before_anything_starts(free_ports: Ports, own_home: Path) -> None:
     with pytest.raises(ServiceError, match=r"deployments/prefect.yaml.* does not exist"):
         up(*free_ports(), source=own_home)
     write_flow(own_home)
@@ -245,7 +239,9 @@ def test_missing_flow_is_noticed_before_anything_starts(own_home: Path) -> None:
     assert not home.services_file().exists()
 
 
-def test_a_server_that_dies_takes_the_others_with_it(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_dies_takes_the_others_with_it(
+    free_ports: Ports, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_flow(own_home)
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "sqlite:////proc/nowhere/mlflow.db")
     with pytest.raises(FedloraError, match=r"(?s)MLflow server stopped while starting.*/proc/nowhere"):
@@ -254,7 +250,7 @@ def test_a_server_that_dies_takes_the_others_with_it(own_home: Path, monkeypatch
     assert not home.services_file().exists()
 
 
-def test_unwritable_home_is_one_line(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_home_is_one_line(free_ports: Ports, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (own_home / "file").touch()
     monkeypatch.setenv("FEDLORA_HOME", str(own_home / "file" / "below"))
     with pytest.raises(ServiceError, match="FEDLORA_HOME"):
@@ -297,7 +293,7 @@ def test_a_damaged_record_is_no_record(own_home: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("limits", [{"cpu_runs": 0}, {"cpu_runs": -1}, {"gpu_runs": -1}])
-def test_a_pool_without_room_is_refused(own_home: Path, limits: dict[str, int]) -> None:
+def test_a_pool_without_room_is_refused(free_ports: Ports, own_home: Path, limits: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=r"runs at a time in .pu-workers: expected a whole number"):
         up(*free_ports(), **limits)  # type: ignore[arg-type]
     assert not home.services_file().exists()

@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
-from fedlora import configfile, home, sweeps
+from fedlora import comparison, configfile, home, sweeps
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.sweepfolder import SweepFolder
 from flows.presets import PRESETS, SWEEPS
@@ -184,3 +185,15 @@ def test_a_pool_without_worker_or_without_room_is_one_clear_line(deployed, monke
         client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=2))
         handover._check_room(name)
         client.delete_flow_run(own.id)
+
+
+def test_of_equals_on_the_leaderboard_the_first_stays_first_and_each_links_to_its_runs():
+    from flows import outcome
+
+    names = ["fedit", "svd", "svd", "a|b"]
+    rows = {name: [0.5, 0.7, 0.3, 0.9] for name in comparison.COLUMNS}
+    table = pd.DataFrame({"strategy": names, "seed": [0, 0, 1, 0], **rows, "page": ["#a", "#b", "#c", "#d"]})
+    lines = outcome._leaderboard(["strategy", "seed"], table)[2:]
+    assert [line.split(" | ")[:3] for line in lines] == [
+        ["| 1", "a\\|b", "[0](#d)"], ["| 2", "fedit", "[0](#a)"], ["| 3", "svd", "[0](#b) [1](#c)"]
+    ]  # fmt: skip

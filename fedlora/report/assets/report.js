@@ -120,7 +120,9 @@
       button.textContent = title.textContent;
       title.replaceChildren(button);
       button.addEventListener("click", () => {
-        const up = title.getAttribute("aria-sort") === "descending";
+        const before = title.getAttribute("aria-sort");
+        const numbers = [...body.rows].some(row => "order" in row.cells[column].dataset);
+        const up = before ? before === "descending" : !numbers;  // the highest number first, but words from A
         table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
         title.setAttribute("aria-sort", up ? "ascending" : "descending");
         const value = row => {

@@ -6,13 +6,14 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora import jobs, rounds, workers
 from fedlora.config import RunConfig
 from fedlora.runfolder import RunFolder
-from fedlora.sweeps import Sweep
+from fedlora.sweeps import Cell
 from fedlora.workers import Pool
 
 _STEPS = 8
@@ -50,15 +51,15 @@ class Cost:
     """Bytes of all its workers together."""
 
 
-def sweep(plan: Sweep) -> dict[str, Cost]:
-    """The cost of every run of a sweep, by digest; runs alike in what takes the time share one trial.
+def sweep(cells: Iterable[Cell]) -> dict[str, Cost]:
+    """The cost of runs of a sweep, by digest; runs alike in what takes the time share one trial.
 
     Raises:
         FedloraError: whatever would stop the run itself.
     """
     paces: dict[str, Pace] = {}
     costs = {}
-    for cell in plan.cells:
+    for cell in cells:
         key = _kind(cell.config)
         if key not in paces:
             paces[key] = pace(cell.config)

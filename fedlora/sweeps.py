@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Cell:
     """One run of a sweep."""
 
     settings: Settings
-    """Value of every varied key in this run: what tells it from the others."""
+    """Value of every key that tells this run from the others."""
     changes: Settings
     """Everything on top of the base, by dotted key."""
     config: RunConfig
@@ -180,10 +180,10 @@ def _resolve(source: str, file: SweepFile, base: str, overrides: Settings, prese
     if not cells:
         raise ConfigError(f"{source}: all {len(skipped)} runs are left out; the first, because: {skipped[0].reason}")
     _check_twice(source, cells)
+    varied = _telling(keys, cells)
+    cells = [replace(cell, settings={key: cell.settings[key] for key in varied}) for cell in cells]
     fixed = {key: value for key, value in {**start, **common}.items() if key not in (*keys, *_NEUTRAL)}
-    return Sweep(
-        file.name, base, common, grid, _telling(keys, cells), cells, skipped, _hash([file.name, fixed]), file.champion
-    )
+    return Sweep(file.name, base, common, grid, varied, cells, skipped, _hash([file.name, fixed]), file.champion)
 
 
 def _combinations(grid: Mapping[str, Sequence[Any]], any_grid: bool) -> Iterator[Settings]:
@@ -206,9 +206,11 @@ def _check_twice(source: str, cells: Sequence[Cell]) -> None:
 
 
 def _telling(keys: Sequence[str], cells: Sequence[Cell]) -> list[str]:
-    """The keys that have more than one value; all of them where there is one run only."""
-    found = [key for key in keys if len({json.dumps(cell.settings[key]) for cell in cells}) > 1]
-    return found or list(keys)
+    """The keys that tell runs apart, and the strategy; all of them where there is one run only."""
+    if len(cells) == 1:
+        return list(keys)
+    values = {key: {json.dumps(cell.settings[key]) for cell in cells} for key in keys}
+    return [key for key in keys if key == "strategy" or len(values[key]) > 1]
 
 
 def _value(values: Settings, key: str) -> Any:

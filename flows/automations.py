@@ -66,7 +66,7 @@ def crashed_without_heartbeat(silent_for: timedelta = SILENT_FOR) -> AutomationC
             ChangeFlowRunState(
                 state=StateType.CRASHED,
                 message=f"no heartbeat for {silent_for.total_seconds():.0f} s: its process is gone. Continue it with "
-                "`prefect flow-run retry` or `fedlora resume`; what is finished is kept.",
+                "`prefect flow-run retry`, or by running the same again; what is finished is kept.",
             )
         ],
     )

@@ -111,6 +111,7 @@ def handed_over(
         told: hears when nobody works.
     """
     post = handover.Post.at(pool, owner, told)
+    told.say(f"{len(todo)} runs for {post.deployment} in work pool '{pool}'")
     waiting = list(todo)
     under_way: dict[UUID, Cell] = {}
     try:

@@ -113,7 +113,10 @@ def _list(plan: Sweep, parallel: int | None) -> None:
 
     known = SweepFolder.latest(home.sweeps(), plan)
     stands = {str(state.digest): str(state.status) for state in known.cells} if known else {}
-    costs = estimate.sweep(plan)
+    todo = [cell for cell in plan.cells if stands.get(cell.digest, "waiting") == "waiting"]
+    if todo:
+        print("trying a little of it", flush=True)
+    costs = estimate.sweep(todo)
     tables.planned(plan, stands, costs, parallel or 1, sys.stdout)
 
 

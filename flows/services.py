@@ -227,7 +227,7 @@ def _start(services: Services, plan: _Plan, report: Report) -> None:
     registering = deploying.begin(services.prefect_url, plan.source)
     try:
         _wait(services, workers, deadline, report)
-        deploying.finish(registering, deadline)
+        deploying.finish(registering, time.monotonic() + deploying.PATIENCE)
     finally:
         deploying.end(registering)
 

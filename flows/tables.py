@@ -62,11 +62,13 @@ def planned(plan: Sweep, stands: Mapping[str, str], costs: Mapping[str, Cost], p
     table = Table(*plan.varied, "state", "about", "memory", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
     todo = 0.0
     for cell in plan.cells:
-        state, cost = stands.get(cell.digest, "to run"), costs[cell.digest]
-        state = "to run" if state == "waiting" else state
-        todo += cost.seconds if state == "to run" else 0
+        state, cost = stands.get(cell.digest, "waiting"), costs.get(cell.digest)
         names = [str(cell.settings[key]) for key in plan.varied]
-        table.add_row(*names, state, _duration(cost.seconds), f"{cost.memory / 1e9:.1f} GB")
+        if cost is None:
+            table.add_row(*names, state, "", "")
+            continue
+        todo += cost.seconds
+        table.add_row(*names, "to run", _duration(cost.seconds), f"{cost.memory / 1e9:.1f} GB")
     console(stream).print(table)
     for left in plan.skipped:
         print(f"skipped: {left.label}: {left.reason}", file=stream)

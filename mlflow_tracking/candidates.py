@@ -125,7 +125,7 @@ def best(found: Iterable[Entrant], sweep: str) -> Candidate:
     most = max(map(len, groups.values()))
     settings = [as_candidate(group, sweep) for group in groups.values() if len(group) == most]
     if len({setting.data for setting in settings}) > 1:
-        raise FedloraError(f"the runs of sweep {sweep} were tested on different data, so none of them is the best")
+        raise FedloraError(f"the runs of sweep {sweep} had different data or partitions, so none of them is the best")
     return max(settings, key=lambda setting: setting.accuracy)
 
 
@@ -164,7 +164,9 @@ def entrant_of(run: Any, settings: Mapping[str, Any]) -> Entrant | None:
     if _ACCURACY not in metrics or _DATA not in tags or not datasets:
         return None
     examples = json.loads(datasets[0].dataset.profile)["examples"]["test"]
-    score = Score(int(run.data.params["seed"]), float(metrics[_ACCURACY]), tags[_DATA])
+    # Of another partition of the same data an adapter may be better because the task was easier.
+    tested = " ".join(filter(None, (tags[_DATA], tags.get("partition.hash"))))
+    score = Score(int(run.data.params["seed"]), float(metrics[_ACCURACY]), tested)
     found = run.info.run_id, str(run.info.experiment_id), tags["strategy"]
     return Entrant(*found, dict(settings), score, int(examples), tags.get("partition.hash", ""))
 

@@ -148,7 +148,7 @@ class _Registry:
 
     def _of_other_data(self, candidate: Candidate, champion: str) -> Decision:
         """Test sets that differ tell no champion, and nightly runs on other data must not pile up versions either."""
-        said = f"{candidate} cannot be compared with {champion}: they were tested on different data"
+        said = f"{candidate} cannot be compared with {champion}: they had different data or partitions"
         known = self._version_of(candidate)
         if known:
             return self._decide(known, f"{said}; it is version {known} already")

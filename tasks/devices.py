@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,11 @@ from fedlora.config import RunnerConfig
 
 
 def limit_name(device: str) -> str:
-    """The name of the limit that guards a device of this machine."""
+    """The name of the limit that guards a device of this machine, whatever number this process knows it by."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and index.isdigit() and int(index) < len(visible):
+        device = f"cuda-{visible[int(index)]}"
     return re.sub(r"[^a-z0-9-]+", "-", f"fedlora-{socket.gethostname()}-{device}".lower())
 
 

@@ -43,7 +43,9 @@ def test_cells_are_further_runs_shown_with_the_same_settings(load):
     assert found.cells[0].label == "fedit seed=0 lora.rank=8"
     alone = load("name: mine\ncells:\n  - {strategy: svd}\n  - {strategy: svd, rounds: 3}\n")
     assert [cell.settings["rounds"] for cell in alone.cells] == [8, 3]
-    assert alone.varied == ["rounds"]
+    assert [cell.label for cell in alone.cells] == ["svd rounds=8", "svd rounds=3"]
+    one_left = load(GRID + "cells:\n  - {strategy: flora, lora.rank: 2}\nskip: [{strategy: flora}]\n")
+    assert one_left.cells[0].label == "fedit seed=0"  # the rank tells nothing any more
 
 
 def test_conditions_leave_runs_out_and_their_reason_is_kept(load):

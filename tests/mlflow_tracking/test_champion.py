@@ -132,7 +132,7 @@ def test_runs_of_different_test_sets_have_no_best_but_those_of_seeds_that_draw_t
     drawn = [entrant(f"{c['strategy']}{c['seed']}", c, a, data=f"drawn by seed {c['seed']}") for c, a in cells]
     assert candidates.best(drawn, "mine").strategy == "svd"
     others = [entrant(f"{c['strategy']}{c['seed']}", c, a, data=f"of {c['strategy']}") for c, a in cells]
-    with pytest.raises(FedloraError, match="sweep mine were tested on different data"):
+    with pytest.raises(FedloraError, match="sweep mine had different data or partitions"):
         candidates.best(others, "mine")
 
 
@@ -192,7 +192,7 @@ def test_another_test_set_is_registered_for_a_person_to_decide_but_not_piled_up(
     other = candidate(runs[1], *LOW, data="d2")
     found = champion.consider(uri, name, other)
     assert (found.version, found.promoted) == (2, False)
-    assert "tested on different data; registered as version 2, for you to give it the alias champion" in found.reason
+    assert "had different data or partitions; registered as version 2, for you to give it the alias champion" in found.reason
     assert champion.consider(uri, name, other).version == 2
     assert champion.consider(uri, name, candidate(runs[2], *LOW, data="d2")).version is None
     assert champion.consider(uri, name, candidate(runs[3], *HIGH, data="d2")).version == 3
@@ -244,7 +244,8 @@ def test_a_champion_registered_by_hand_is_compared_by_its_run(uri, track, runs, 
     client.create_registered_model(name)
     client.create_model_version(name, f"{client.get_run(own).info.artifact_uri}/adapter", own)
     client.set_registered_model_alias(name, "champion", "1")
-    data = client.get_run(own).data.tags["data.digest"]
+    tags = client.get_run(own).data.tags
+    data = f"{tags['data.digest']} {tags['partition.hash']}"  # the same task: the same data, dealt the same way
     found = champion.consider(uri, name, candidate(runs[0], 0.9, data=data))
     assert found.promoted
     assert "champion fedit (0.5000, one seed), version 1: +0.4000" in found.reason

@@ -60,3 +60,12 @@ def test_a_missing_limit_is_an_error_and_not_a_free_pass(server):
         devices.held(RunnerConfig(exclusive=True), "cuda:nowhere"),
     ):
         pytest.fail("entered without a limit")
+
+
+def test_a_gpu_has_one_limit_whatever_a_process_calls_it(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    second = devices.limit_name("cuda:1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, 3")
+    assert devices.limit_name("cuda:0") == second
+    assert devices.limit_name("cuda:1").endswith("cuda-3")
+    assert devices.limit_name("cpu").endswith("-cpu")

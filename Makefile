@@ -40,7 +40,7 @@ types: setup-dev
 	$(BIN)/mypy benchmarks/*.py
 
 test: lint types
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # What the pages of MLflow, Prefect and the report show, in Debian's Chromium (apt-get install chromium).
 test-browser: setup-dev

@@ -39,10 +39,11 @@ def test_a_trial_measures_the_run_and_leaves_nothing(tiny, tmp_path):
     text = "name: mine\nset:\n" + "".join(f"  {key}: {value!r}\n" for key, value in tiny.items() if value is not None)
     (tmp_path / "mine.yaml").write_text(text + "grid: {strategy: [fedit, svd], seed: [0, 1]}\n")
     plan = sweeps.load(str(tmp_path / "mine.yaml"), None, PRESETS, SWEEPS)
+    before = set(home.runs().glob("*"))
     costs = estimate.sweep(plan.cells)
     assert costs.keys() == {cell.digest for cell in plan.cells}
     assert len(set(costs.values())) == 1  # one trial for all
     only = next(iter(costs.values()))
     assert 0.1 < only.seconds < 600
     assert 10**8 < only.memory < 10**10
-    assert not list(home.runs().glob("*"))
+    assert set(home.runs().glob("*")) == before

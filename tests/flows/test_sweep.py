@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
@@ -137,7 +138,8 @@ def pool(deployed, tmp_path):
         )
         handover.check(name, patience=90)
         yield name
-        worker.terminate()
+        for process in [*psutil.Process(worker.pid).children(recursive=True), worker]:
+            process.kill()  # Prefect's worker takes its time to leave when it is asked to
         worker.wait(30)
 
 

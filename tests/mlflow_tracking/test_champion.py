@@ -192,7 +192,10 @@ def test_another_test_set_is_registered_for_a_person_to_decide_but_not_piled_up(
     other = candidate(runs[1], *LOW, data="d2")
     found = champion.consider(uri, name, other)
     assert (found.version, found.promoted) == (2, False)
-    assert "had different data or partitions; registered as version 2, for you to give it the alias champion" in found.reason
+    assert (
+        "had different data or partitions; registered as version 2, for you to give it the alias champion"
+        in found.reason
+    )
     assert champion.consider(uri, name, other).version == 2
     assert champion.consider(uri, name, candidate(runs[2], *LOW, data="d2")).version is None
     assert champion.consider(uri, name, candidate(runs[3], *HIGH, data="d2")).version == 3

@@ -1,10 +1,9 @@
-"""What a run will take: measured on a little of it, scaled by arithmetic."""
+"""What a run will take: the arithmetic; the trial itself is seen in `fedlora sweep --dry-run` (tests/flows)."""
 
 import pytest
 
-from fedlora import configfile, estimate, home, sweeps
+from fedlora import configfile, estimate
 from fedlora.estimate import Pace
-from flows.presets import PRESETS, SWEEPS
 
 PACE = Pace(setup=3.0, step=0.1, example=0.01, worker_bytes=10**9, test=100, train=800, local_test=10.0)
 
@@ -33,17 +32,3 @@ def test_each_setting_counts():
     assert seconds(runner__slots=1) > 1.5 * seconds()
     epochs = {"training__local_steps": None, "training__local_epochs": 1, "training__batch_size": 10}
     assert seconds(**epochs) == pytest.approx(seconds())  # 800 / 8 / 10 = ten steps
-
-
-def test_a_trial_measures_the_run_and_leaves_nothing(tiny, tmp_path):
-    text = "name: mine\nset:\n" + "".join(f"  {key}: {value!r}\n" for key, value in tiny.items() if value is not None)
-    (tmp_path / "mine.yaml").write_text(text + "grid: {strategy: [fedit, svd], seed: [0, 1]}\n")
-    plan = sweeps.load(str(tmp_path / "mine.yaml"), None, PRESETS, SWEEPS)
-    before = set(home.runs().glob("*"))
-    costs = estimate.sweep(plan.cells)
-    assert costs.keys() == {cell.digest for cell in plan.cells}
-    assert len(set(costs.values())) == 1  # one trial for all
-    only = next(iter(costs.values()))
-    assert 0.1 < only.seconds < 600
-    assert 10**8 < only.memory < 10**10
-    assert set(home.runs().glob("*")) == before

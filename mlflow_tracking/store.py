@@ -93,8 +93,7 @@ def experiment_id(store: MlflowClient, uri: str, name: str) -> str:
                 )
             return str(found.experiment_id)
         try:
-            kind = {"mlflow.experimentKind": "custom_model_development"}  # else the pages are those for chat agents
-            return str(store.create_experiment(name, artifact_location=_artifact_location(uri, name), tags=kind))
+            return str(store.create_experiment(name, artifact_location=_artifact_location(uri, name)))
         except MlflowException as error:
             if "already exists" not in str(error).lower():
                 raise

@@ -55,7 +55,7 @@ _TASKS: Any = ThreadPoolTaskRunner(max_workers=16)
 
 @flow(name="federated", task_runner=_TASKS, validate_parameters=True)
 def federated(
-    preset: Annotated[str, form.name_or_file(form.files(PRESETS), "preset")] = "demo",
+    preset: Annotated[str, form.name_or_file(configfile.preset_names(PRESETS), "preset")] = "demo",
     strategy: Annotated[StrategyName | None, form.one_of(registry.names())] = form.AS_IN_PRESET,
     rounds: Annotated[int | None, Field(ge=1)] = None,
     clients: Annotated[int | None, Field(ge=1)] = None,

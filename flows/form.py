@@ -7,7 +7,6 @@ choice that may be left to the preset has a word for that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic.json_schema import WithJsonSchema
 
@@ -24,8 +23,3 @@ def name_or_file(names: Sequence[str], title: str) -> WithJsonSchema:
 def one_of(names: Sequence[str]) -> WithJsonSchema:
     """A drop-down of names, with `AS_IN_PRESET` first."""
     return WithJsonSchema({"type": "string", "enum": [AS_IN_PRESET, *names]})
-
-
-def files(folder: Path) -> list[str]:
-    """Names of the YAML files of a folder."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))

@@ -14,7 +14,7 @@ environment.prepare()
 from prefect import flow, runtime  # noqa: E402 (the environment must be ready first)
 from pydantic import Field  # noqa: E402
 
-from fedlora import home, lock, sweeps  # noqa: E402
+from fedlora import configfile, home, lock, sweeps  # noqa: E402
 from fedlora.errors import FedloraError  # noqa: E402
 from fedlora.sweepfolder import SweepFolder  # noqa: E402
 from fedlora.sweeps import Cell, Sweep  # noqa: E402
@@ -27,7 +27,7 @@ from mlflow_tracking.parents import Parent  # noqa: E402
 
 @flow(name="sweep", validate_parameters=True)
 def run_sweep(
-    sweep: Annotated[str, form.name_or_file(form.files(SWEEPS), "sweep")] = "demo",
+    sweep: Annotated[str, form.name_or_file(configfile.preset_names(SWEEPS), "sweep")] = "demo",
     overrides: dict[str, Any] | None = None,
     parallel: Annotated[int | None, Field(ge=1)] = None,
     pool: str | None = None,

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 LATEST = "latest"
 _EXPERIMENT = "experiment:"
 _PARENT, _SWEEP, _INSTANCE = "mlflow.parentRunId", "sweep", "fedlora.sweep"
-_PAGE = 1000
 _UNFINISHED = {
     "RUNNING": "it is under way, or its process died without a word",
     "SCHEDULED": "it has not begun",
@@ -82,7 +81,9 @@ def load(experiment: str, *, sweep: str | None = None, uri: str | None = None) -
         found = _experiment(client, where, experiment)
         parents = _parents(client, [found])
         if sweep is None:
-            return table([run for run in _search(client, [found], "") if _SWEEP not in run.data.tags], parents)
+            return table(
+                [run for run in store.search_runs(client, [found], "") if _SWEEP not in run.data.tags], parents
+            )
         parent = _parent(parents, sweep)
         if parent is None:
             names = [name for run in parents for name in _names(run)]
@@ -134,7 +135,7 @@ def gather(source: str | Source, uri: str | None = None) -> Comparison:
         client = store.client(where)
         if found.parent is None:
             cells: list[dict[str, Any]] = []
-            every = [run for run in _search(client, [found.experiment], "") if _SWEEP not in run.data.tags]
+            every = [run for run in store.search_runs(client, [found.experiment], "") if _SWEEP not in run.data.tags]
             parents = _parents(client, [found.experiment])
         else:
             cells, parents = _cells(client, found.parent), [found.parent]
@@ -208,22 +209,9 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
     return f" There are: {', '.join(known[:most])}{more}" if known else " There are none yet"
 
 
-def _search(client: MlflowClient, experiments: Sequence[str], query: str) -> list[Any]:
-    """All runs that match, the latest first."""
-    found: list[Any] = []
-    token = None
-    while experiments:
-        page = client.search_runs(list(experiments), query, max_results=_PAGE, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            break
-    return found
-
-
 def _parents(client: MlflowClient, experiments: Sequence[str]) -> list[Any]:
     """The parent runs of sweeps, the latest first."""
-    return _search(client, experiments, f"tags.`{_SWEEP}` LIKE '%'")
+    return store.search_runs(client, experiments, f"tags.`{_SWEEP}` LIKE '%'")
 
 
 def _names(parent: Any) -> list[str]:
@@ -251,21 +239,10 @@ def _cells(client: MlflowClient, parent: Any) -> list[dict[str, Any]]:
 
 def _members(client: MlflowClient, parent: Any, cells: Sequence[dict[str, Any]]) -> list[Any]:
     """The finished runs that a sweep's cells name, where they are still there; without cells, the parent's children."""
-    from mlflow.exceptions import MlflowException
-
     if cells:
-        found = []
-        for cell in cells:
-            try:
-                run = client.get_run(cell["run"]) if _is_finished(cell) else None
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                continue
-            if run is not None and run.info.lifecycle_stage != "deleted":
-                found.append(run)
-        return found
-    return _search(client, [parent.info.experiment_id], f"tags.`{_PARENT}` = '{parent.info.run_id}'")
+        named = (store.find_run(client, cell["run"]) for cell in cells if _is_finished(cell))
+        return [run for run in named if run is not None]
+    return store.search_runs(client, [parent.info.experiment_id], f"tags.`{_PARENT}` = '{parent.info.run_id}'")
 
 
 def _finished(runs: Sequence[Any]) -> tuple[list[Any], list[Excluded]]:

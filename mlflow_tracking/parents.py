@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 INSTANCE = "fedlora.sweep"
 """Tag of a parent: the execution of the sweep that it belongs to."""
-_AT_MOST = 1000
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def there(parent: Parent) -> bool:
     """
     store.check(parent.uri)
     with store.errors(parent.uri):
-        return store.is_there(store.client(parent.uri), parent.run)
+        return store.find_run(store.client(parent.uri), parent.run) is not None
 
 
 def resume(parent: Parent) -> None:
@@ -73,9 +72,9 @@ def finished(parent: Parent) -> dict[str, str]:
         TrackingError: the store does not answer.
     """
     with store.errors(parent.uri):
-        children = _search(
+        children = store.search_runs(
             store.client(parent.uri),
-            parent,
+            [parent.experiment],
             f"tags.`mlflow.parentRunId` = '{parent.run}' and attributes.status = 'FINISHED'",
         )
     return {run.data.tags["fedlora.config"]: run.info.run_id for run in reversed(children)}
@@ -133,18 +132,6 @@ def _show_data(client: MlflowClient, parent: Parent, children: Sequence[str]) ->
     inputs = {entry.dataset.digest: entry for run in runs for entry in run.inputs.dataset_inputs}
     if inputs:
         client.log_inputs(parent.run, datasets=list(inputs.values()))
-
-
-def _search(client: MlflowClient, parent: Parent, query: str) -> list[Any]:
-    """All runs of the parent's experiment that match, the latest first."""
-    found: list[Any] = []
-    token = None
-    while True:
-        page = client.search_runs([parent.experiment], query, max_results=_AT_MOST, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return found
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedlora import home
 from fedlora.errors import TrackingError
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _ANSWER_WITHIN_S = 5
+_PAGE = 1000
+"""Runs per request."""
 
 
 def resolve_uri(configured: str | None) -> str:
@@ -100,16 +102,30 @@ def experiment_id(store: MlflowClient, uri: str, name: str) -> str:
     raise TrackingError(f"MLflow experiment '{name}' can be neither found nor created in {uri}")
 
 
-def is_there(store: MlflowClient, run: str) -> bool:
-    """Whether a run exists and was not deleted."""
+def find_run(store: MlflowClient, run: str) -> Any:
+    """A run (MLflow's `Run`), or None where there is none of this id or it was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return bool(store.get_run(run).info.lifecycle_stage != "deleted")
+        found = store.get_run(run)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
+            return None
         raise
+    return None if found.info.lifecycle_stage == "deleted" else found
+
+
+def search_runs(store: MlflowClient, experiments: Sequence[str], query: str) -> list[Any]:
+    """All runs of some experiments that match, page by page, the latest first."""
+    found: list[Any] = []
+    token = None
+    while experiments:
+        page = store.search_runs(list(experiments), query, max_results=_PAGE, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            break
+    return found
 
 
 def _artifact_location(uri: str, name: str) -> str | None:

@@ -70,7 +70,7 @@ def start(run: RunFolder, name: str, parent: str | None = None, tags: Mapping[st
     with store.errors(uri):
         client = store.client(uri)
         existing = load(run)
-        if existing and existing.uri == uri and store.is_there(client, existing.run):
+        if existing and existing.uri == uri and store.find_run(client, existing.run):
             client.update_run(existing.run, status="RUNNING")
             return existing
         experiment = store.experiment_id(client, uri, config.tracking.experiment)

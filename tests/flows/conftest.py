@@ -124,7 +124,7 @@ def labelled():
 
 
 @pytest.fixture
-def fedlora(monkeypatch, capsys, tiny, store_uri):
+def fedlora(monkeypatch, capsys):
     """`fedlora("run", …)`: call the command line in this process; its exit code, output and errors."""
 
     def call(*words):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from safetensors.torch import load_file, save, save_file
 
 from fedlora import aggregation_files
 from fedlora.errors import RunFolderError
-from flows import cli
 
 SHAPES = {"enc.q": (7, 5), "enc.deep.v": (4, 9)}
 S = 1.5
@@ -43,21 +41,6 @@ def write(folder, seed, rank=2, shared_a=False, dtype=torch.float32, common=0.0)
 def clients(tmp_path):
     """`clients((2, 3, 1))`: folders c0, c1, c2 of these ranks."""
     return lambda ranks=(2, 2, 2), **how: [write(tmp_path / f"c{u}", u, rank, **how) for u, rank in enumerate(ranks)]
-
-
-@pytest.fixture
-def fedlora(monkeypatch, capsys):
-    """`fedlora("aggregate", …)`: the command line in this process; its exit code, output and errors."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, words)])
-        before = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        signal.signal(signal.SIGTERM, before)
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def bare_loop(run: RunFolder, model: ResidentModel) -> Iterator[float]:
     state = ServerState(run.read_state(0).adapter)
     for number in range(1, config.rounds + 1):
         uploads = []
-        for chosen in rounds.select(run, number):
+        for chosen in participation.drawn(config, number):
             examples = tokens.examples(data.train, parts.train[chosen])
             turn = client.Turn(config.seed, number, chosen)
             trained = client.train(

@@ -187,6 +187,10 @@ class Adapter:
             named |= {f"{PEFT_PREFIX}{name}": self.head[name].contiguous() for name in sorted(self.head)}
         return named
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """PEFT state-dict names to shapes."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors().items()}
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Adapter:
         """The inverse of `tensors`.
@@ -242,16 +246,7 @@ class Adapter:
         Raises:
             AdapterError: naming `who` and the tensor.
         """
-        theirs, mine = other.tensors(), self.tensors()
-        for name in sorted(theirs.keys() ^ mine.keys()):
-            raise AdapterError(f"{who}: tensor '{name}' is {'missing' if name in theirs else 'not expected'}")
-        if lower_rank:
-            theirs = other.cut_like(self).tensors()
-        for name, tensor in mine.items():
-            if tensor.shape != theirs[name].shape:
-                raise AdapterError(
-                    f"{who}: tensor '{name}' has shape {tuple(tensor.shape)}, expected {tuple(theirs[name].shape)}"
-                )
+        check_shapes(self.shapes(), other.shapes(), who, lower_rank)
         self.check_finite(who, "training diverged?")
 
     def check_finite(self, who: str, hint: str) -> None:
@@ -333,6 +328,40 @@ class Layout:
             raise AdapterError(f"module '{module}' has a magnitude vector or a core, but no factors")
         special = {module: kind for module, kind in kinds.items() if kind != "linear"}
         return cls({m: (parts["B"], parts["A"]) for m, parts in halves.items()}, head, magnitudes, special, cores)
+
+
+def check_shapes(
+    mine: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], who: str, lower_rank: bool = False
+) -> None:
+    """Refuse names and shapes of an adapter's tensors that are not the expected ones.
+
+    Args:
+        mine: what there is.
+        theirs: what is expected.
+        who: whose adapter it is, for the message.
+        lower_rank: also accept modules of a lower rank, from 1; one with a core between its factors has no other rank.
+
+    Raises:
+        AdapterError: naming `who` and the tensor.
+    """
+    for name in sorted(theirs.keys() ^ mine.keys()):
+        raise AdapterError(f"{who}: tensor '{name}' is {'missing' if name in theirs else 'not expected'}")
+    expected = {**theirs, **(_at_rank_of(mine, theirs) if lower_rank else {})}
+    for name, shape in mine.items():
+        if shape != expected[name]:
+            raise AdapterError(f"{who}: tensor '{name}' has shape {shape}, expected {expected[name]}")
+
+
+def _at_rank_of(
+    mine: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the factors of `theirs` at the lower ranks of `mine`."""
+    layout, expected = Layout.of(theirs), {}
+    for module, (b, a) in layout.factors.items():
+        rank = (mine[a] or (0,))[0]
+        if module not in layout.cores and 1 <= rank < theirs[a][0]:
+            expected[a], expected[b] = (rank, *theirs[a][1:]), (theirs[b][0], rank)
+    return expected
 
 
 def wire_size(adapter: Adapter, parts: frozenset[Part]) -> tuple[int, int]:

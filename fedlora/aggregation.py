@@ -10,6 +10,7 @@ strategies that allow it.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -150,7 +151,7 @@ def aggregate(
         raise ConfigError(f"strategy {strategy} trains one client on everybody's data; there is nothing to aggregate")
     clients = tuple(open_peft_folder(Path(path)) for path in paths)
     for client in clients:
-        if (client.path / FILE).exists():
+        if os.path.lexists(client.path / FILE):
             raise AdapterError(
                 f"{client.path} has a base update ({FILE}), without which its adapter is not what was learned; "
                 "adapters that start from different bases have no mean"

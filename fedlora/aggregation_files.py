@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from fedlora.adapter import Adapter
 from fedlora.atomic import new_folder, write_atomic
 from fedlora.errors import AdapterError
+from fedlora.limits import file_within, read_json
 from fedlora.peftfolder import DESCRIPTION, PeftFolder, config_at_ranks, write_peft_folder
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _adapter(result: Aggregated, adapter: Adapter, like: PeftFolder, folder: Pat
 def _described(client: PeftFolder) -> str:
     """What a run of fedlora wrote beside its adapter, without what is of that run alone; empty for other adapters."""
     try:
-        content = json.loads((client.path / DESCRIPTION).read_text())
+        content = read_json(file_within(client.path, DESCRIPTION))
         kept = {key: content[key] for key in ("model", "labels", "max_length")}
     except (OSError, ValueError, KeyError, TypeError):
         return ""

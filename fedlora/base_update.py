@@ -7,6 +7,7 @@ effective weight is `W0 + s·B·A + left·right`. Files name the tensors `<modul
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedlora.adapter import Factors
 from fedlora.atomic import write_atomic
 from fedlora.errors import AdapterError
 from fedlora.factors import ProductSum
+from fedlora.limits import UPLOAD, clean, file_within
 from fedlora.tensorfile import read_tensors, serialise
 
 FILE = "base_delta.safetensors"
@@ -90,7 +92,13 @@ class BaseUpdate:
             AdapterError: damaged, or not a base update.
         """
         path = folder / FILE
-        return cls.from_tensors(read_tensors(path)) if path.exists() else cls()
+        try:
+            if not os.path.lexists(path):
+                return cls()
+            place = file_within(folder, FILE)
+        except OSError as error:
+            raise AdapterError(f"{folder}: {clean(error.strerror or str(error))}") from None
+        return cls.from_tensors(read_tensors(place, UPLOAD))
 
 
 def _compact(pair: Factors) -> Factors:

@@ -14,8 +14,9 @@ from fedlora import seeds
 from fedlora.adapter import Adapter, Factors, Part
 from fedlora.config import TrainingConfig
 from fedlora.data.batches import steps_for, training_batches
-from fedlora.errors import AdapterError, RunAborted
+from fedlora.errors import AdapterError, ClientFailed
 from fedlora.resident import ResidentModel
+from fedlora.seeds import Turn
 
 if TYPE_CHECKING:
     from fedlora.data.tokens import Examples
@@ -32,18 +33,6 @@ class Trained:
     adapter: Adapter
     losses: list[float]
     seconds: float
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Which client trains in which round: the key of every random draw in it."""
-
-    seed: int
-    round: int
-    client: int
-
-    def __str__(self) -> str:
-        return f"client {self.client}, round {self.round}"
 
 
 def train(
@@ -63,7 +52,7 @@ def train(
     strategy's own term of the loss; the losses that are reported are without it.
 
     Raises:
-        RunAborted: the loss, or what came of the last step, is not finite; names the client, round and step.
+        ClientFailed: the loss, or what came of the last step, is not finite; names the client, round and step.
     """
     model.load(start)
     parameters, live = model.trainable(parts), model.factors()
@@ -105,11 +94,11 @@ def _optimizer(parameters: list[nn.Parameter], training: TrainingConfig) -> torc
 def _finite(adapter: Adapter, losses: list[float], turn: Turn, start: Adapter) -> Adapter:
     for step, loss in enumerate(losses, start=1):
         if not torch.isfinite(torch.tensor(loss)):
-            raise RunAborted(
+            raise ClientFailed(
                 f"{turn}: the loss is {loss} at step {step}, so training diverged; lower training.learning_rate"
             )
     try:
         adapter.check_like(start, str(turn))
     except AdapterError as error:
-        raise RunAborted(f"{error}; lower training.learning_rate") from None
+        raise ClientFailed(f"{error}; lower training.learning_rate") from None
     return adapter

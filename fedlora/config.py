@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -22,7 +21,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from fedlora import addresses
+from fedlora.channel_config import ChannelConfig
+from fedlora.sections import Section, words
 from fedlora.strategies import registry
 
 PartitionName = Literal[
@@ -42,19 +45,6 @@ PARTITIONER_CLASSES: dict[str, str] = {
 """The class names of flwr-datasets (and ours in the same manner), accepted wherever a partition name is."""
 
 
-def _words(value: Any) -> Any:
-    """`query,value` on a command line means a list of two names."""
-    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
-
-
-class Section(BaseModel):
-    """Base of all parts of a configuration: unknown keys are errors, docstrings are help texts, values are frozen."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
-    )
-
-
 class ModelConfig(Section):
     """The frozen base model."""
 
@@ -68,6 +58,9 @@ class ModelConfig(Section):
     """Precision of the frozen base and its arithmetic. Adapters and heads are always trained and sent in fp32."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id; empty for the default branch."""
+    trust_remote_code: bool = False
+    """Run the Python files that a model brings along, with all your rights, where it needs them. A model that does is
+    refused otherwise. Read them first, and set `revision` to the commit that you have read."""
 
 
 class DataConfig(Section):
@@ -148,7 +141,7 @@ _EXPECTED_RANKS = (
 def _ranks(value: Any) -> Any:
     """`4,8,8` on a command line means a list; a mapping is a rule where it holds its keys, otherwise shares."""
     if isinstance(value, str):
-        value = _words(value)
+        value = words(value)
     if value is None or isinstance(value, RankRule):
         return value
     if value == {}:
@@ -187,7 +180,7 @@ class LoraConfig(Section):
     these were put in the order of the singular values of their product."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
-    target_modules: Annotated[list[str] | None, BeforeValidator(_words)] = None
+    target_modules: Annotated[list[str] | None, BeforeValidator(words)] = None
     """Names (or name endings) of the linear layers or embeddings to adapt. Empty: PEFT's choice for the architecture,
     mostly the query and value projections, or these where PEFT has none."""
 
@@ -288,6 +281,9 @@ class RunnerConfig(Section):
     yes for GPUs, no for the CPU."""
     retries: int = Field(2, ge=0)
     """How often a client's task is tried again, with growing pauses, when its worker fails."""
+    timeout_s: float | None = Field(None, gt=0)
+    """Seconds after which a worker process that trains a client is taken for hung and ended (then `retries` apply).
+    Empty: wait for it. Needs `runner.kind=processes`."""
 
     @field_validator("device")
     @classmethod
@@ -305,9 +301,17 @@ class TrackingConfig(Section):
     experiment: str = Field("fedlora", min_length=1)
     """MLflow experiment that the run is logged to."""
     uri: str | None = None
-    """Tracking store. Empty: $MLFLOW_TRACKING_URI, else a server of `fedlora up`, else the local SQLite file."""
+    """Tracking store, without password. Empty: $MLFLOW_TRACKING_URI, else a server of `fedlora up`, else the local
+    SQLite file."""
     adapter_every: int | None = Field(None, ge=1)
     """Also log the global adapter every N rounds. Empty: the final adapter only."""
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value and addresses.holds_secret(value):  # of this type, because others are shown with the value
+            raise PydanticCustomError("secret", f"tracking.uri holds a password; {addresses.advice(value)}")
+        return value
 
 
 class RunConfig(Section):
@@ -329,12 +333,16 @@ class RunConfig(Section):
     """Weight of a client in every mean: its share of the examples, or the same for all."""
     seed: int = Field(0, ge=0)
     """Everything random follows from it."""
+    keep_rounds: int | None = Field(2, ge=1)
+    """Rounds whose uploads and server states stay in the run folder: the points to which a damaged run can go back.
+    Metrics, tables and the final adapter always stay. Empty: all rounds."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     lora: LoraConfig = LoraConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    channel: ChannelConfig = ChannelConfig()
     runner: RunnerConfig = RunnerConfig()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -360,11 +368,34 @@ class RunConfig(Section):
             raise ValueError(
                 f"lora.ranks lists {len(self.lora.ranks)} ranks for clients={self.clients}; one per client"
             )
+        self._check_channel()
         registry.check_options(self.strategy, self.strategy_options)
         lora, svd_order = self.lora, self.lora.truncation == "svd"
         if lora.variant in ("dora", "hira") or lora.mixed_ranks or svd_order:
             registry.check_combination(self.strategy, lora.variant, lora.mixed_ranks, svd_order)
         return self
+
+    def _check_channel(self) -> None:
+        channel, most = self.channel, self.clients_per_round
+        if channel.min_clients > most:
+            raise ValueError(f"channel.min_clients={channel.min_clients}, but a round has {most} clients")
+        if channel.over_selection and most == self.clients:
+            raise ValueError(
+                f"channel.over_selection={channel.over_selection:g} asks for more clients than a round needs, but a "
+                f"round already has all {most}; set fraction below one"
+            )
+        if channel.deadline_s and channel.faults.delay == "none":
+            raise ValueError(
+                f"channel.deadline_s={channel.deadline_s:g} looks at virtual delays, and there are none; set "
+                "channel.faults.delay (for workers that hang there is runner.timeout_s)"
+            )
+        if self.runner.timeout_s and self.runner.kind != "processes":
+            raise ValueError("runner.timeout_s ends a worker process, so it needs runner.kind=processes")
+
+    @property
+    def clients_asked(self) -> int:
+        """How many clients are asked in a round: with over-selection, more than take part."""
+        return min(self.clients, math.ceil(self.clients_per_round * (1 + self.channel.over_selection) - 1e-9))
 
     @property
     def clients_per_round(self) -> int:
@@ -373,8 +404,19 @@ class RunConfig(Section):
 
     def digest(self) -> str:
         """Hash of everything that decides the run's numbers: equal digests mean equal results on one machine."""
-        content = self.model_dump(mode="json", exclude={"name": True, "tracking": True, "runner": _NEUTRAL_RUNNER_KEYS})
+        content = self.model_dump(mode="json", exclude=_NEUTRAL)
+        # So that runs made before there were these keys are found again.
+        if self.channel == ChannelConfig():
+            del content["channel"]
+        if not self.model.trust_remote_code:
+            del content["model"]["trust_remote_code"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-_NEUTRAL_RUNNER_KEYS = {"kind", "slots", "exclusive", "retries"}
+_NEUTRAL: Any = {
+    "name": True,
+    "keep_rounds": True,
+    "tracking": True,
+    "runner": {"kind", "slots", "exclusive", "retries", "timeout_s"},
+}
+"""What does not change a run's numbers."""

@@ -9,13 +9,15 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fedlora.config import RunConfig, Section
+from fedlora import yamltext
+from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, StrategyRefusal, did_you_mean
+from fedlora.limits import clean, read_text, short
+from fedlora.sections import Section
 
 Overrides = Mapping[str, Any]
 
-_SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The safe loader, in its fast form where the platform has it."""
+_LONGEST_MESSAGE = 800
 
 
 def load(source: str | Path | None, overrides: Overrides | None = None, presets: Path | None = None) -> RunConfig:
@@ -32,13 +34,13 @@ def build(values: Overrides) -> RunConfig:
     known = set(dotted_keys())
     for dotted in values:
         if dotted not in known and not dotted.startswith("strategy_options."):
-            raise ConfigError(f"unknown key '{dotted}'.{_nearest_key(dotted, known)}")
+            raise ConfigError(f"unknown key '{clean(str(dotted))}'.{_nearest_key(dotted, known)}")
     try:
         return RunConfig.model_validate(nest(values))
     except ValidationError as error:
         cause = error.errors()[0].get("ctx", {}).get("error")
         kind = StrategyRefusal if isinstance(cause, StrategyRefusal) else ConfigError
-        raise kind(_describe(error, values)) from None
+        raise kind(clean(_describe(error, values), _LONGEST_MESSAGE)) from None
 
 
 def read_flat(source: str | Path | None, presets: Path | None = None) -> dict[str, Any]:
@@ -71,15 +73,19 @@ def preset_names(presets: Path | None) -> list[str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping (safe loader; an empty file is an empty mapping)."""
+    """A YAML file that holds a mapping of plain values (an empty file is an empty mapping).
+
+    Raises:
+        ConfigError: it cannot be read, or is not such YAML (see `fedlora.yamltext`).
+    """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_SAFE_LOADER)  # noqa: S506 (a safe loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path} is not valid YAML:{where} {error.problem or ''}".rstrip()) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+        text = read_text(path, yamltext.LARGEST)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {clean(str(error))}") from None
+    try:
+        content = yamltext.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -93,17 +99,17 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     for word in words:
         dotted, equals, text = word.partition("=")
         if not equals or not dotted:
-            raise ConfigError(f"'{word}' is not of the form key=value, for example lora.rank=4")
+            raise ConfigError(f"'{clean(word)}' is not of the form key=value, for example lora.rank=4")
         try:
             values[dotted] = _value(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"the value of '{dotted}' cannot be read: {text}") from None
+        except ValueError as error:
+            raise ConfigError(f"the value of '{clean(dotted)}' cannot be read: {clean(text)} ({error})") from None
     return flatten(nest(values)) | {dotted: value for dotted, value in values.items() if value == {}}
 
 
 def _value(text: str) -> Any:
     """A value as YAML reads it, except that only `true` and `false` are truth values: `yes` may be a column's name."""
-    value = yaml.safe_load(text)
+    value = yamltext.parse(text)
     return text if isinstance(value, bool) and text.strip().lower() not in ("true", "false") else value
 
 
@@ -185,6 +191,8 @@ def _describe(error: ValidationError, values: Overrides) -> str:
     first = error.errors(include_url=False)[0]
     dotted = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "secret":
+        return message
     if not dotted or (first["type"] == "value_error" and dotted not in values):
         return message if not dotted else f"{dotted}: {message}"
     hint = ""
@@ -193,7 +201,7 @@ def _describe(error: ValidationError, values: Overrides) -> str:
         message, hint = f"allowed: {', '.join(allowed)}", did_you_mean(first["input"], allowed)
     if dotted == "strategy" and isinstance(first["input"], str):
         hint = did_you_mean(first["input"], message.partition("known: ")[2].split(", "))
-    return f"{dotted}={first['input']!r} is not allowed: {message}.{hint}"
+    return f"{dotted}={short(first['input'])} is not allowed: {message}.{hint}"
 
 
 def _choices(dotted: str) -> tuple[str, ...]:

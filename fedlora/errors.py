@@ -64,6 +64,14 @@ class RunAborted(FedloraError):
     """A run stopped part-way; what was finished is kept in its folder."""
 
 
+class ClientFailed(RunAborted):
+    """A client could not train, for a reason of its own; the round may go on without it."""
+
+
+class UpdateRejected(FedloraError):
+    """A client's update is not what was asked for, so it does not reach the aggregate."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint ` Did you mean 'x'?` with the nearest of `known`, or an empty string when nothing is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

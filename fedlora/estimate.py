@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora import jobs, rounds, workers
+from fedlora import jobs, workers
+from fedlora.channel_config import ChannelConfig
 from fedlora.config import RunConfig
 from fedlora.runfolder import RunFolder
 from fedlora.sweeps import Cell
@@ -76,7 +77,7 @@ def _kind(config: RunConfig) -> str:
 def cost(config: RunConfig, pace: Pace) -> Cost:
     """Seconds and memory of a run whose workers have this pace."""
     slots = len(workers.slot_devices(config.runner))
-    chosen = config.clients_per_round
+    chosen = config.clients_asked
     steps = config.training.local_steps or math.ceil(
         (config.training.local_epochs or 1) * pace.train / config.clients / config.training.batch_size
     )
@@ -99,11 +100,12 @@ def pace(config: RunConfig) -> Pace:
         summary = pool.run(jobs.prepare_data, run.path)
         pool.run(jobs.initialise, run.path)
         setup = time.perf_counter() - begun
-        trained = [pool.run(jobs.fine_tune, run.path, 1, client) for client in rounds.select(run, 1)]
+        trained = [pool.run(jobs.fine_tune, run.path, 1, client) for client in range(min(2, trial.clients))]
         examples, scoring = _score(pool, run)
         memory = pool.run(jobs.peak_memory)
         test = run.need_json("setup.json")["examples"]["test"]
-    step = trained[-1]["seconds"] / len(trained[-1]["losses"])
+    last = trained[-1] or {}
+    step = last["seconds"] / len(last["losses"])
     local = sum(summary["test_sizes"]) / len(summary["test_sizes"])
     return Pace(setup, step, scoring / examples, memory, test, sum(summary["sizes"]), local)
 
@@ -122,6 +124,7 @@ def _trial(config: RunConfig) -> RunConfig:
             "training": training,
             "evaluation": config.evaluation.model_copy(update={"local": False}),
             "lora": config.lora.model_copy(update={"truncation": "first"}),
+            "channel": ChannelConfig(),
             "runner": config.runner.model_copy(update={"slots": 1, "kind": "processes"}),
         }
     )

@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fedlora import metrics, plots, rounds
+from fedlora import plots, rounds
 from fedlora.adapter import Adapter
 from fedlora.atomic import write_atomic
 from fedlora.config import RunConfig
 from fedlora.errors import saving
-from fedlora.evaluation import Scores
 from fedlora.peftfolder import DESCRIPTION, config_at_ranks, write_peft_folder
 from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
@@ -28,8 +25,8 @@ def final(run: RunFolder) -> None:
     """
     with saving(run.path):
         adapter(run, run.config.rounds, run.path / "adapter")
-        run.write_json("tables/divergence.json", divergence_table(run))
-        run.write_json("tables/clients.json", clients_table(run))
+        run.write_json("tables/divergence.json", table(run, "divergence"))
+        run.write_json("tables/clients.json", table(run, "clients"))
         records = {run.config.strategy: rounds.records(run)}
         plots.rounds_figure(records, run.path / "figures" / "rounds.png")
         plots.conditions_figure(records, run.path / "figures" / "conditions.png")
@@ -59,6 +56,7 @@ def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path,
     write_peft_folder(weights, folder, peft_config, _card(run, number, peft_config))
     content = {"model": run.config.model.model_dump(mode="json"), "labels": setup["labels"], "round": number}
     content |= {"max_length": run.config.data.max_length, "strategy": run.config.strategy}
+    content["provenance"] = {"model": setup.get("model"), "data": setup["data"]}
     write_atomic(folder / DESCRIPTION, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -109,39 +107,7 @@ def _kind(config: RunConfig, peft_config: Mapping[str, Any]) -> str:
     return f"{config.lora.variant}, rank {peft_config['r']}{alpha}{ranks}"
 
 
-def divergence_table(run: RunFolder) -> list[dict[str, Any]]:
-    """A row per round and module: ρ, floor, excess, effective clients, R, P, Q."""
-    rows = []
-    for number in run.finished_rounds()[1:]:
-        outcome = run.need_json(f"{run.state_stem(number)}.json")
-        for module, values in outcome["divergence"].items():
-            kept = ("rho", "floor", "excess", "effective_clients", "R", "P", "Q", "dispersion")
-            rows.append({"round": number, "module": module, **{name: values[name] for name in kept}})
-    return rows
-
-
-def clients_table(run: RunFolder) -> list[dict[str, Any]]:
-    """A row per round and client: examples, rank, first and last loss, local accuracy, seconds, bytes, status."""
-    rows = []
-    for record in rounds.records(run)[1:]:
-        for client in record.clients:
-            entry = run.need_json(f"{run.client_stem(record.round, client)}.json")
-            scores = Scores.from_json(entry["local"]) if entry["local"] else None
-            sent = metrics.Bytes(**entry["bytes"])
-            rows.append(
-                {
-                    "round": record.round,
-                    "client": client,
-                    "examples": entry["examples"],
-                    "rank": entry["rank"],
-                    "loss_first": entry["losses"][0],
-                    "loss": float(np.mean(entry["losses"][-5:])),
-                    "accuracy": scores.accuracy if scores and scores.examples else None,
-                    "seconds": entry["seconds"],
-                    "bytes": sent.total,
-                    "bytes_up": sent.up_adapter + sent.up_head,
-                    "bytes_down": sent.down_adapter + sent.down_head + sent.down_base,
-                    "status": "completed",
-                }
-            )
-    return rows
+def table(run: RunFolder, name: str) -> list[dict[str, Any]]:
+    """The rows of all rounds after training began: `clients` or `divergence` (see `fedlora.rows`)."""
+    closed = (run.need_json(run.record_name(number)) for number in run.finished_rounds()[1:])
+    return [row for record in closed for row in record["rows"][name]]

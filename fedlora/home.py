@@ -45,6 +45,16 @@ def mlflow_artifacts() -> Path:
     return home() / "mlartifacts"
 
 
+def mlflow_auth_database() -> Path:
+    """SQLite file with the users of MLflow, and hashes of their passwords, where `fedlora up` asks for them."""
+    return home() / "mlflow-auth.db"
+
+
+def mlflow_auth_file() -> Path:
+    """Settings of MLflow's authentication; holds no password."""
+    return home() / "mlflow-auth.ini"
+
+
 def prefect_database() -> Path:
     """SQLite file of the default Prefect server."""
     return home() / "prefect.db"

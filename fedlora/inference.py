@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fedlora import model as models
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError, ModelError, first_line
+from fedlora.limits import clean, file_within, read_json
 from fedlora.peftfolder import DESCRIPTION
 
 
@@ -28,23 +28,25 @@ def load_base(name: str, labels: int | list[str], **options: Any) -> Any:
     return models.load_base(config, names, models.load_tokenizer(config).pad_token_id)
 
 
-def load_adapter(folder: str | Path) -> tuple[Any, Any, list[str]]:
+def load_adapter(folder: str | Path, trust_remote_code: bool = False) -> tuple[Any, Any, list[str]]:
     """The model with the adapter in `folder` on it, its tokenizer and the names of its labels, ready for inference.
 
+    Where the base model needs Python files of its own, `trust_remote_code` allows them to run: what the folder says
+    about it does not count.
+
     Raises:
-        AdapterError: the folder was not written by fedlora.
+        AdapterError: the folder was not written by fedlora, or the adapter does not fit the model.
         ModelError: the base model cannot be loaded.
     """
-    from peft import PeftModel
-
-    from fedlora.merging import apply_base_update
+    from fedlora.merging import apply_base_update, attach
 
     path = Path(folder)
     config, content = description(path)
+    config = config.model_copy(update={"trust_remote_code": trust_remote_code})
     tokenizer = models.load_tokenizer(config)
     base: Any = models.load_base(config, content["labels"], tokenizer.pad_token_id)
     apply_base_update(base, path)
-    return PeftModel.from_pretrained(base, str(path)).eval(), tokenizer, content["labels"]
+    return attach(base, path).eval(), tokenizer, content["labels"]
 
 
 def description(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -54,17 +56,29 @@ def description(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         AdapterError: it is not there or not readable.
     """
     try:
-        content = json.loads((path / DESCRIPTION).read_text())
-        return ModelConfig.model_validate(content["model"]), content
-    except (OSError, ValueError, KeyError) as error:
+        content = read_json(file_within(path, DESCRIPTION))
+        return _described(content), content
+    except (OSError, ValueError) as error:
         if clients := sorted(path.glob("client-*")):
             raise AdapterError(
                 f"{path} holds an adapter per client and no global one; choose one, such as {clients[0]}"
             ) from None
+        reason = clean(getattr(error, "strerror", None) or first_line(error))
         raise AdapterError(
-            f"{path} holds no readable {DESCRIPTION} ({error}); for adapters from elsewhere use "
+            f"{path} holds no readable {DESCRIPTION} ({reason}); for adapters from elsewhere use "
             "PeftModel.from_pretrained(base, folder) with your own base"
         ) from None
+
+
+def _described(content: Any) -> ModelConfig:
+    """The base model of a description whose other values are what they should be, too."""
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError("it does not say which model the adapter is for")
+    labels = content.get("labels")
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+        raise ValueError("its labels are not a list of names")
+    # Whoever wrote the folder is not who may allow a model's code to run.
+    return ModelConfig.model_validate({**content["model"], "trust_remote_code": False})
 
 
 def from_pretrained(kind: Any, name: str) -> Any:
@@ -74,7 +88,7 @@ def from_pretrained(kind: Any, name: str) -> Any:
         ModelError: it cannot be loaded.
     """
     try:
-        return kind.from_pretrained(name, use_safetensors=True)
+        return kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"base model '{name}' cannot be loaded: {first_line(error)}") from error
 

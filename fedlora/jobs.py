@@ -16,19 +16,20 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from fedlora import client, evaluation, home, ranks
-from fedlora.adapter import Adapter, wire_size
+from fedlora import channel, client, evaluation, home, provenance, ranks
+from fedlora.adapter import Adapter
 from fedlora.data import sources, tokens
 from fedlora.data.partition import Partition, partition
 from fedlora.data.picture import draw
 from fedlora.errors import DataError
-from fedlora.metrics import Bytes
 from fedlora.model import check_length, load_tokenizer
 from fedlora.resident import ResidentModel
-from fedlora.rounds import examples_of, missed_base
-from fedlora.runfolder import FORMAT, RunFolder
+from fedlora.rounds import examples_of
+from fedlora.runfolder import RunFolder
+from fedlora.seeds import Turn
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
+from fedlora.traffic import crossing
 from fedlora.workers import Workbench
 
 
@@ -52,16 +53,21 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
 
     Raises:
         DataError: the data cannot be read, or not be partitioned as asked.
-        ModelError: the tokenizer cannot be loaded, or `data.max_length` is more than the model reads.
+        ModelError: the tokenizer cannot be loaded, `data.max_length` is more than the model reads, or the model is no
+            longer the one that the run began with.
     """
     run = RunFolder(folder)
     config = run.config
     summary = run.read_json("partition.json")
-    if isinstance(summary, dict) and (run.path / "partition.npz").is_file() and _data_is_there(run):
+    made = (run.path / name for name in ("partition.npz", "figures/partition.png"))
+    if isinstance(summary, dict) and all(file.is_file() for file in made) and _data_is_there(run):
+        provenance.check(config.model, run.need_json("setup.json").get("model"))
         return summary
-    check_length(config.model, config.data.max_length)
+    origin = provenance.of_model(config.model)
+    base = provenance.pinned(config.model, origin)
+    check_length(base, config.data.max_length)
     text = sources.load(config.data, config.seed)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(base)
     path = tokens.tokenise(text, tokenizer, config.data.max_length, home.cache())
     data = bench.keep("data", path, lambda: tokens.open_tokens(path))
     parts = partition(
@@ -80,12 +86,12 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
     run.write_json(
         "setup.json",
         {
-            "format": FORMAT,
             "tokens": str(path),
             "labels": list(data.labels),
             "pad_token_id": data.pad_token_id,
             "padding_side": tokenizer.padding_side,
             "data": {"name": data.name, "origin": data.origin, "digest": data.digest},
+            "model": origin,
             "examples": {"train": len(data.train), "test": len(data.test)},
         },
     )
@@ -108,10 +114,18 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
     """Attach a fresh adapter to the base model and save it as the state before training; returns its size.
 
     Raises:
+        DataError: the data is not the one that the run began with.
         ModelError: the model cannot be loaded, or the adapter does not fit it.
     """
     run = RunFolder(folder)
-    if record := run.read_record(run.state_stem(0)):
+    dealt_data = run.need_json("partition.json")["hash"]
+    record = run.read_record(run.state_stem(0))
+    if record and record["partition"] != dealt_data:
+        raise DataError(
+            f"the data or its partition is not the one that the run in {run.path} began with (hash {dealt_data[:12]}, "
+            f"then {record['partition'][:12]}): restore the data, or choose another --run-dir"
+        )
+    if record and run.read_json("adapter_config.json"):
         return record
     model = bench.renew("model", _model_key(run, bench), lambda: _build(run, bench))
     run.write_json("adapter_config.json", model.peft_config())
@@ -127,6 +141,7 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
     return run.write_state(
         begun,
         {
+            "partition": dealt_data,
             "modules": shapes,
             "adapter_parameters": sum(p.A.numel() + p.B.numel() for p in adapter.factors.values()),
             "head_parameters": sum(tensor.numel() for tensor in adapter.head.values()),
@@ -135,17 +150,22 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
     )
 
 
-def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int) -> dict[str, Any]:
-    """Train one client in round `number` (from 1) and score its model on its own test examples; returns its record.
+def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attempt: int = 0) -> dict[str, Any] | None:
+    """Train one client in round `number` (from 1) and score its model on its own test examples; returns its record, or
+    None where its update would not arrive in time (`channel.faults`), so that there is no use in training it.
 
     Raises:
-        RunAborted: training diverged.
+        ClientFailed: training diverged.
     """
     run = RunFolder(folder)
     stem = run.client_stem(number, client_id)
     if record := run.read_record(stem):
         return record
-    config, state = run.config, _state(run, bench, number - 1)
+    config, turn = run.config, Turn(run.config.seed, number, client_id, attempt)
+    fate = channel.fate(config, turn)
+    if not fate.arrives(config.channel.deadline_s):
+        return None
+    state = _state(run, bench, number - 1)
     strategy = registry.make(config.strategy, config.strategy_options)
     start, plan = strategy.broadcast(state, client_id), strategy.plan(number)
     data, model = _data(run, bench), _model(run, bench, state, number - 1)
@@ -156,31 +176,31 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int) -> di
         start,
         tokens.examples(data.train, rows),
         own.training(config.training),
-        client.Turn(config.seed, number, client_id),
+        turn,
         plan.trains,
         data.pad_token_id,
         data.padding_side,
         strategy.penalty,
     )
     upload = strategy.after_training(start, trained.adapter)
-    down, up = wire_size(start, plan.down), wire_size(upload, plan.up)
-    base = missed_base(run, number, client_id)
-    sent = Bytes(up_adapter=up[0], up_head=up[1], down_adapter=down[0], down_head=down[1], down_base=base)
-    return run.write_tensors(
-        stem,
+    message = channel.Message(
         upload.tensors(),
         {
             "round": number,
             "client": client_id,
+            "ticket": channel.ticket(turn),
             "examples": len(rows),
             "rank": upload.rank,
             "losses": trained.losses,
             "seconds": trained.seconds,
-            "bytes": asdict(sent),
+            "bytes": asdict(crossing(run, strategy, turn, start, upload)),
             "validation": _score(bench, run, data.train, held_out) if len(held_out) else None,
             "local": _score(bench, run, data.test, own.test) if config.evaluation.local else None,
         },
     )
+    if fate.damage:
+        message = channel.damaged(message, fate.damage, start, turn)
+    return run.write_tensors(stem, message.tensors, message.record, message.on_the_way)
 
 
 def evaluate(bench: Workbench, folder: Path, number: int, part: dict[str, Any]) -> dict[str, Any]:
@@ -244,10 +264,12 @@ def _loaded(run: RunFolder, bench: Workbench) -> ResidentModel:
 def _model_key(run: RunFolder, bench: Workbench) -> str:
     config = run.config
     adapter = {**config.lora.model_dump(mode="json"), "ranks": config.lora.highest_rank, "truncation": None}
-    return f"{config.model.model_dump_json()} {adapter} {_setup(run, bench)['labels']}"
+    setup = _setup(run, bench)
+    return f"{config.model.model_dump_json()} {setup.get('model')} {adapter} {setup['labels']}"
 
 
 def _build(run: RunFolder, bench: Workbench) -> ResidentModel:
     transformers_logging.disable_progress_bar()  # it would break the lines of a log, or an error's one line
     config, setup, device = run.config, _setup(run, bench), torch.device(bench.device)
-    return ResidentModel.build(config.model, config.lora, setup["labels"], setup["pad_token_id"], config.seed, device)
+    base = provenance.pinned(config.model, setup.get("model"))
+    return ResidentModel.build(base, config.lora, setup["labels"], setup["pad_token_id"], config.seed, device)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from fedlora.errors import RunFolderError, saving
 
+FILE = "lock"
+
 
 @contextmanager
 def held(folder: Path, what: str, instead: str) -> Iterator[None]:
-    """Hold `folder/lock` within.
+    """Hold the lock file of a folder within.
 
     Args:
         folder: made if it is not there.
@@ -25,7 +27,7 @@ def held(folder: Path, what: str, instead: str) -> Iterator[None]:
     """
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a+")
+        file = (folder / FILE).open("a+")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,16 +7,23 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fedlora import export, jobs, rounds
+from fedlora import export, jobs, participation, recovery, rounds
 from fedlora.config import RunConfig
+from fedlora.errors import ClientFailed, WorkerError
 from fedlora.metrics import RoundRecord
+from fedlora.participation import Ask
 from fedlora.rounds import Timings
 from fedlora.runfolder import RunFolder
 from fedlora.workers import Pool, open_pool
 
+Say = Callable[[str], None]
+
 
 def train(
-    config: RunConfig, path: str | Path, report: Callable[[RoundRecord], None] | None = None
+    config: RunConfig,
+    path: str | Path,
+    report: Callable[[RoundRecord], None] | None = None,
+    say: Say = lambda line: None,
 ) -> list[RoundRecord]:
     """Run (or continue) a federated run in the folder `path`; returns the record of every round.
 
@@ -24,43 +31,63 @@ def train(
         config: the run.
         path: its folder; one that was interrupted is continued where it stopped.
         report: called with each round's record as it is finished.
+        say: called with a line when something is worth one: damage that was found, clients that did not complete.
 
     Raises:
         FedloraError: whatever the user can mend, in one line.
     """
     run = RunFolder.create(Path(path), config)
-    with open_pool(config.runner) as pool, ThreadPoolExecutor(len(pool.slots)) as threads:
+    with run.held(), open_pool(config.runner) as pool, ThreadPoolExecutor(len(pool.slots)) as threads:
+        for line in recovery.mend(run):
+            say(line)
         pool.run(jobs.prepare_data, run.path)
         pool.run(jobs.initialise, run.path)
         for number in rounds.unfinished(run):
             begun = trained = time.perf_counter()
-            clients: list[int] = []
             if number:
-                clients = rounds.select(run, number)
-                list(threads.map(lambda client, n=number: pool.run(jobs.fine_tune, run.path, n, client), clients))
+                _ask_clients(run, pool, threads, number, say)
                 trained = time.perf_counter()
-                rounds.aggregate(run, number, clients)
+                rounds.aggregate(run, number)
             spent = Timings(train=trained - begun, aggregate=time.perf_counter() - trained)
-            _close_round(run, pool, threads, number, clients, begun, spent, report)
-    export.final(run)
+            record = _close_round(run, pool, threads, number, begun, spent)
+            recovery.prune(run, number)
+            if report:
+                report(record)
+        export.final(run)
     return rounds.records(run)
 
 
+def _ask_clients(run: RunFolder, pool: Pool, threads: ThreadPoolExecutor, number: int, say: Say) -> None:
+    """Let clients train until enough of their updates are there."""
+    while ask := participation.next_ask(run, number):
+        outcomes = threads.map(lambda client, ask=ask: _why_failed(run, pool, ask, client), ask.clients)
+        failed = {client: why for client, why in zip(ask.clients, outcomes, strict=True) if why}
+        roll = participation.receive(run, ask, failed)
+        if line := roll.told(ask):
+            say(line)
+
+
+def _why_failed(run: RunFolder, pool: Pool, ask: Ask, client: int) -> str | None:
+    """Train a client, more than once where its worker dies; why it could not, if it could not."""
+    for left in reversed(range(run.config.runner.retries + 1)):
+        try:
+            pool.run(jobs.fine_tune, run.path, ask.round, client, ask.attempt)
+        except ClientFailed as error:
+            return str(error)
+        except WorkerError as error:
+            if not left:
+                return str(error)
+        else:
+            break
+    return None
+
+
 def _close_round(
-    run: RunFolder,
-    pool: Pool,
-    threads: ThreadPoolExecutor,
-    number: int,
-    clients: list[int],
-    begun: float,
-    spent: Timings,
-    report: Callable[[RoundRecord], None] | None,
-) -> None:
+    run: RunFolder, pool: Pool, threads: ThreadPoolExecutor, number: int, begun: float, spent: Timings
+) -> RoundRecord:
     evaluating = time.perf_counter()
     parts = rounds.evaluation_parts(run, number)
     scores = list(threads.map(lambda part: pool.run(jobs.evaluate, run.path, number, part), parts))
     now = time.perf_counter()
     timings = Timings(spent.train, spent.aggregate, now - evaluating, now - begun)
-    record = rounds.finish(run, number, clients, parts, scores, timings)
-    if report:
-        report(record)
+    return rounds.finish(run, number, parts, scores, timings)

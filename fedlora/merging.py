@@ -14,20 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from fedlora import inference
 from fedlora import model as models
+from fedlora.adapter import check_shapes
 from fedlora.aggregation_files import check_free
 from fedlora.atomic import new_folder, write_atomic
 from fedlora.base_update import FILE, BaseUpdate
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError
-from fedlora.peftfolder import CONFIGURATION, DESCRIPTION, weights_file
+from fedlora.limits import UPLOAD, clean
+from fedlora.peftconfig import read_configuration
+from fedlora.peftfolder import DESCRIPTION, PeftFolder, open_peft_folder
 from fedlora.resident import add_to_weight
-from fedlora.tensorfile import StoredTensors, serialise
+from fedlora.tensorfile import read_tensors, serialise
+from fedlora.tensorheader import read_header
 
 _CLASSIFIER = "classifier.safetensors"
 _APPLIED = "_fedlora_base_updates"
@@ -122,7 +125,7 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
     transformers_logging.disable_progress_bar()
     model, tokenizer, description = _base_of(source, base)
     apply_base_update(model, source)
-    attached = _attached(model, source)
+    attached = attach(model, source)
     layers = dict(_plain(attached).named_modules())
     for name, layer in layers.items():
         if hasattr(layer, "get_base_layer") and hasattr(layer, "merge"):
@@ -139,24 +142,40 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
             write_atomic(draft / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
 
 
-def _attached(model: Any, folder: Path) -> Any:
-    """The model with the adapter on it; PEFT itself only warns of what it does not find."""
+def attach(model: Any, folder: Path) -> Any:
+    """The model with an adapter from anyone on it: PEFT sees a configuration of checked values in which every module is
+    named, and no tensor of the adapter is passed over.
+
+    Raises:
+        AdapterError: the folder is not that of a LoRA or HiRA adapter, or does not fit the model.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
-    stored = StoredTensors(weights_file(folder))
+    opened = open_peft_folder(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            attached = PeftModel.from_pretrained(model, str(folder))
+            attached = PeftModel.from_pretrained(model, str(folder), config=_peft_config(opened))
     except Exception as error:
-        reason = " ".join((str(error).strip() or type(error).__name__).split())
-        raise AdapterError(f"{folder} does not fit the base model: {reason[:300]}") from error
+        raise AdapterError(f"{folder} does not fit the base model: {clean(_words(error))}") from error
     wanted = {name.removesuffix(".weight") for name in get_peft_model_state_dict(attached, save_embedding_layers=False)}
-    given = {name.removesuffix(".weight") for name in stored if not name.endswith(".base_layer.weight")}
+    given = {name.removesuffix(".weight") for name in opened.stored if not name.endswith(".base_layer.weight")}
     for name in sorted(given ^ wanted):
         state = "is not in the base model" if name in given else "is missing"
         raise AdapterError(f"{folder} does not fit the base model: tensor '{name}' {state}")
     return attached
+
+
+def _words(error: Exception) -> str:
+    return " ".join((str(error).strip() or type(error).__name__).split())
+
+
+def _peft_config(folder: PeftFolder) -> Any:
+    """PEFT's own object; never made from the file, whose other keys PEFT would act upon."""
+    import peft
+
+    content = {key: value for key, value in folder.peft_content().items() if key != "peft_type"}
+    return (peft.HiraConfig if folder.variant == "hira" else peft.LoraConfig)(**content)
 
 
 def _write_classifier(model: models.PooledClassifier, folder: Path) -> None:
@@ -166,11 +185,17 @@ def _write_classifier(model: models.PooledClassifier, folder: Path) -> None:
     write_atomic(folder / "1_Pooling" / "config.json", json.dumps(pooling).encode())
 
 
+def _read_classifier(classifier: nn.Module, path: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in classifier.state_dict().items()}
+    check_shapes({name: tensor.shape for name, tensor in read_header(path).items()}, expected, str(path))
+    classifier.load_state_dict(read_tensors(path, UPLOAD))
+
+
 def load_merged(folder: str | Path) -> tuple[Any, Any, list[str]]:
     """The plain model that `merge` wrote of a fedlora adapter, its tokenizer and the names of its labels.
 
     Raises:
-        AdapterError: the folder was not written by `merge`.
+        AdapterError: the folder was not written by `merge`, or its classifier is damaged.
         ModelError: the model cannot be loaded.
     """
     path = Path(folder)
@@ -179,7 +204,7 @@ def load_merged(folder: str | Path) -> tuple[Any, Any, list[str]]:
     tokenizer = models.load_tokenizer(here)
     model = models.load_base(here, content["labels"], tokenizer.pad_token_id)
     if isinstance(model, models.PooledClassifier):
-        model.classifier.load_state_dict(load_file(path / _CLASSIFIER))
+        _read_classifier(model.classifier, path / _CLASSIFIER)
     return model.eval(), tokenizer, content["labels"]
 
 
@@ -210,12 +235,9 @@ _CLASSES = {
 def _from_hub_or_folder(folder: Path, base: str | Path | None) -> tuple[Any, Any]:
     import transformers
 
-    try:
-        config = json.loads((folder / CONFIGURATION).read_text())
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{folder} is no PEFT adapter folder: {CONFIGURATION} cannot be read ({error})") from None
+    config = read_configuration(folder)
     name, task = base or config.get("base_model_name_or_path"), config.get("task_type")
-    if not name or task not in _CLASSES:
+    if not name or task is None:
         raise AdapterError(
             f"{folder}: its configuration does not say which model it is for (base {name}, task_type {task}); "
             "give the model itself: fedlora.merge(folder, out, base=model)"

@@ -36,6 +36,7 @@ TIME_TRAIN = "time/train_s"
 TIME_AGGREGATE = "time/aggregate_s"
 TIME_EVALUATE = "time/evaluate_s"
 TIME_ROUND = "time/round_s"
+TIME_VIRTUAL = "time/virtual_s"
 
 Metrics = Mapping[str, float]
 
@@ -103,6 +104,16 @@ def of_bytes(sent: Bytes, before: float) -> dict[str, float]:
         "bytes/down_base": sent.down_base,
         BYTES_TOTAL: before + sent.total,
     }
+
+
+def of_participation(counts: Mapping[str, int]) -> dict[str, float]:
+    """Clients selected and completed, and how many of the others crashed, came late or were rejected, … where any did.
+
+    Args:
+        counts: by what became of them; `completed` is one of them.
+    """
+    others = {f"clients/{status}": float(count) for status, count in counts.items() if status != "completed"}
+    return {CLIENTS_SELECTED: sum(counts.values()), CLIENTS_COMPLETED: counts.get("completed", 0), **others}
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def pooling_of(config: ModelConfig) -> str:
         return config.pooling
     if config.name in KNOWN:
         return KNOWN[config.name].pooling
-    declared = _model_file(resolve(config.name), "1_Pooling/config.json", config.revision)
+    declared = model_file(resolve(config.name), "1_Pooling/config.json", config.revision)
     if declared is None:
         return "head"
     content = json.loads(Path(declared).read_text())
@@ -132,7 +132,8 @@ def pooling_of(config: ModelConfig) -> str:
     raise ModelError(f"model.name={config.name} declares a pooling other than mean or cls; set model.pooling yourself")
 
 
-def _model_file(location: str, name: str, revision: str | None) -> str | None:
+def model_file(location: str, name: str, revision: str | None) -> str | None:
+    """A file of a model, from its folder, the cache or the hub; None where there is none."""
     from transformers.utils.hub import cached_file
 
     found = cached_file(
@@ -155,7 +156,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(config.name), revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(config.name), **_source(config))
     except Exception as error:
         raise _cannot_load(config, "tokenizer", error) from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # Transformers makes one up from nothing
@@ -177,7 +178,7 @@ def check_length(config: ModelConfig, tokens: int) -> None:
     from transformers import AutoConfig
 
     try:
-        declared = AutoConfig.from_pretrained(resolve(config.name), revision=config.revision).get_text_config()
+        declared = AutoConfig.from_pretrained(resolve(config.name), **_source(config)).get_text_config()
     except Exception as error:
         raise _cannot_load(config, "configuration", error) from error
     positions = getattr(declared, "max_position_embeddings", None) or 0
@@ -203,7 +204,7 @@ def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | No
     location, pooling = resolve(config.name), pooling_of(config)
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     seeds.seed_torch(seed, "head")
-    common: dict[str, Any] = {"revision": config.revision, "dtype": dtype, "use_safetensors": True}
+    common: dict[str, Any] = {**_source(config), "dtype": dtype, "use_safetensors": True}
     try:
         if pooling != "head":
             return PooledClassifier(AutoModel.from_pretrained(location, **common), len(labels), pooling)
@@ -229,7 +230,18 @@ def _positions(labels: Sequence[str]) -> dict[str, int]:
     return {label: index for index, label in enumerate(labels)}
 
 
+def _source(config: ModelConfig) -> dict[str, Any]:
+    """What every load is told. Not left out where false: Transformers would then ask on the terminal."""
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
 def _cannot_load(config: ModelConfig, what: str, error: Exception) -> ModelError:
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"model.name={config.name} needs Python files that come with it, which are not run; read them, then set "
+            "model.trust_remote_code=true, which runs them with all your rights (and model.revision to what you read), "
+            "or choose a model that Transformers knows"
+        )
     return ModelError(
         f"model.name={config.name}: its {what} cannot be loaded: {first_line(error)} "
         "(expected a packaged name, a folder, or a reachable Hugging Face id, with safetensors weights)"

@@ -1,4 +1,4 @@
-"""The server's side of a round: who takes part, what comes of their uploads, what is measured.
+"""The server's side of a round: what comes of the uploads, what is measured, how it is closed.
 
 Everything here reads from and writes to the run folder and may be repeated without harm.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fedlora import metrics, probe, ranks, seeds
+from fedlora import metrics, participation, probe, ranks, rows
 from fedlora.adapter import Adapter
-from fedlora.config import TrainingConfig
+from fedlora.config import RunConfig, TrainingConfig
 from fedlora.data.batches import steps_for
 from fedlora.data.partition import Partition
 from fedlora.data.partitioners import Rows
@@ -23,6 +23,7 @@ from fedlora.divergence import Divergence, measure
 from fedlora.errors import RunAborted
 from fedlora.evaluation import Scores
 from fedlora.metrics import Bytes, RoundRecord
+from fedlora.participation import Entry, Roll
 from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState, Strategy, advance
@@ -40,15 +41,6 @@ class Timings:
     aggregate: float = 0.0
     evaluate: float = 0.0
     round: float = 0.0
-
-
-def select(run: RunFolder, number: int) -> list[int]:
-    """The clients of round `number`, drawn without replacement by (seed, round)."""
-    config = run.config
-    if registry.find(config.strategy).pools_data:
-        return [0]
-    generator = seeds.numpy_generator(config.seed, "select", number)
-    return sorted(generator.choice(config.clients, config.clients_per_round, replace=False).tolist())
 
 
 def unfinished(run: RunFolder) -> list[int]:
@@ -80,39 +72,25 @@ def examples_of(strategy: Strategy, partition: Partition, client: int) -> Exampl
     return Examples(train, test, partition.sizes)
 
 
-def missed_base(run: RunFolder, number: int, client: int) -> int:
-    """Bytes of base update that a client downloads at the start of round `number`.
-
-    All that was added since it last took part, or the whole update where that is smaller.
-    """
-    total = int(run.need_json(f"{run.state_stem(number - 1)}.json")["base_total_bytes"])
-    if not total:
-        return 0
-    took_part = (t for t in range(number - 1, 0, -1) if run.read_json(f"{run.client_stem(t, client)}.json"))
-    last = next(took_part, 1)
-    steps = (run.need_json(f"{run.state_stem(t)}.json") for t in range(last, number))
-    return min(sum(int(step["base_bytes"]) for step in steps), total)
-
-
-def aggregate(run: RunFolder, number: int, clients: Sequence[int]) -> dict[str, Any]:
-    """Combine the uploads of round `number`, save the new state, and measure the divergence of its broadcast.
+def aggregate(run: RunFolder, number: int) -> dict[str, Any]:
+    """Combine the updates that round `number` has accepted, save the new state, and measure the divergence of its
+    broadcast. The clients' weights add up to one over those who completed.
 
     Returns the record: `divergence` by module, `bytes`, `seconds` (aggregation alone) and `divergence_seconds`.
 
     Raises:
-        RunAborted: an upload is missing or damaged.
-        AdapterError: an upload does not have the shape of the broadcast, or has non-finite values.
+        RunAborted: an update is missing, or was damaged after it was accepted.
     """
     if record := run.read_record(run.state_stem(number)):
         return record
     config = run.config
     strategy = registry.make(config.strategy, config.strategy_options)
     state = run.read_state(number - 1)
-    records = [client_record(run, number, client) for client in clients]
-    uploads = [_upload(run, number, client, strategy.broadcast(state, client)) for client in clients]
+    roll = participation.read(run, number)
+    accepted = roll.having("completed")
+    records = {entry.client: _client_record(run, number, entry.client) for entry in accepted}
     updates = Updates.collect(
-        (Update(c, record["examples"], adapter) for c, record, adapter in zip(clients, records, uploads, strict=True)),
-        config.weighting,
+        (Update(e.client, records[e.client]["examples"], _upload(run, number, e)) for e in accepted), config.weighting
     )
     begun = time.perf_counter()
     new = advance(strategy, state, updates, config.lora.truncation == "svd")
@@ -120,14 +98,13 @@ def aggregate(run: RunFolder, number: int, clients: Sequence[int]) -> dict[str, 
     divergence = measure_round(strategy, new, updates)
     measured = time.perf_counter()
     probe.prepare(run, number, state, updates)
-    validation = {r["client"]: Scores.from_json(r["validation"]).loss for r in records if r["validation"]}
+    validation = {c: Scores.from_json(r["validation"]).loss for c, r in records.items() if r["validation"]}
     risen = ranks.after_round(config.lora, number, validation, config.clients)
     return run.write_state(
         replace(new, ranks={**new.ranks, **risen}),
         {
-            "clients": list(clients),
             "divergence": divergence.to_json(),
-            "bytes": asdict(_total_bytes(record["bytes"] for record in records)),
+            "bytes": asdict(_total_bytes([*(r["bytes"] for r in records.values()), *(e.bytes for e in roll.entries)])),
             "seconds": aggregated - begun,
             "divergence_seconds": measured - aggregated,
         },
@@ -148,28 +125,28 @@ def _folded(broadcasts: Sequence[Adapter]) -> list[Adapter]:
     return [folded.get(id(sent.cores), sent) for sent in broadcasts]
 
 
-def client_record(run: RunFolder, number: int, client: int) -> dict[str, Any]:
-    """A client's record of a round.
-
-    Raises:
-        RunAborted: it is not there or damaged.
-    """
-    record = run.read_record(run.client_stem(number, client))
+def _client_record(run: RunFolder, number: int, client: int) -> dict[str, Any]:
+    record = run.read_json(f"{run.client_stem(number, client)}.json")
     if record is None:
-        raise RunAborted(f"the update of client {client} in round {number} is missing or damaged in {run.path}")
-    return record
+        raise RunAborted(f"the record of client {client} in round {number} is missing or damaged in {run.path}")
+    return dict(record)
 
 
-def _upload(run: RunFolder, number: int, client: int, like: Adapter) -> Adapter:
-    adapter = Adapter.from_tensors(run.read_tensors(run.client_stem(number, client)))
-    adapter.check_like(like, f"client {client}, round {number}", lower_rank=True)
-    return adapter
+def _upload(run: RunFolder, number: int, entry: Entry) -> Adapter:
+    """An update that was accepted when it arrived: the same file, by its digest."""
+    stem = run.client_stem(number, entry.client)
+    if run.digest_of(f"{stem}.safetensors") != entry.digest:
+        raise RunAborted(
+            f"the update of client {entry.client} in round {number} is missing or was damaged after it was accepted; "
+            f"`fedlora resume {run.path}` has the client train again"
+        )
+    return Adapter.from_tensors(run.read_tensors(stem))
 
 
-def _total_bytes(parts: Iterable[dict[str, int]]) -> Bytes:
+def _total_bytes(parts: Iterable[Mapping[str, int]]) -> Bytes:
     total = dict.fromkeys(asdict(Bytes()), 0)
     for part in parts:
-        total = {name: total[name] + part[name] for name in total}
+        total = {name: total[name] + part.get(name, 0) for name in total}
     return Bytes(**total)
 
 
@@ -197,13 +174,13 @@ def evaluation_parts(run: RunFolder, number: int) -> list[dict[str, Any]]:
 def finish(
     run: RunFolder,
     number: int,
-    clients: Sequence[int],
     parts: Sequence[dict[str, Any]],
     scores: Sequence[dict[str, Any]],
     timings: Timings,
 ) -> RoundRecord:
     """Gather a round's metrics and close it: `record.json` is the mark that it is complete."""
     values: dict[str, float] = {}
+    roll = participation.read(run, number)
     by_split: dict[str, list[Scores]] = {"global": [], "local": []}
     for part, content in zip(parts, scores, strict=True):
         if part["split"] == "probe":
@@ -215,7 +192,7 @@ def finish(
     if number == 0:
         values |= metrics.of_local(by_split["local"]) | metrics.of_bytes(Bytes(), 0)
     else:
-        values |= _of_training(run, number, clients)
+        values |= _of_training(run, number, roll)
     values |= metrics.gap(values)
     values |= {
         metrics.TIME_TRAIN: timings.train,
@@ -223,23 +200,43 @@ def finish(
         metrics.TIME_EVALUATE: timings.evaluate,
         metrics.TIME_ROUND: timings.round,
     }
-    record = RoundRecord(number, int(time.time() * 1000), tuple(clients), values)
-    run.write_json(run.record_name(number), record.to_json())
+    record = RoundRecord(number, int(time.time() * 1000), tuple(roll.completed), values)
+    run.write_json(run.record_name(number), {**record.to_json(), **_kept(run, number, roll)})
     return record
 
 
-def _of_training(run: RunFolder, number: int, clients: Sequence[int]) -> dict[str, float]:
+def _kept(run: RunFolder, number: int, roll: Roll) -> dict[str, Any]:
+    """What is needed of a round when its uploads and state are gone: rows of the tables, who was asked, base bytes."""
+    outcome = run.need_json(f"{run.state_stem(number)}.json")
+    return {
+        "asked": sorted({entry.client for entry in roll.entries}),
+        "base_bytes": outcome["base_bytes"],
+        "rows": {
+            "clients": rows.of_clients(run, number, roll),
+            "divergence": rows.of_divergence(number, outcome.get("divergence", {})),
+        },
+    }
+
+
+def _of_training(run: RunFolder, number: int, roll: Roll) -> dict[str, float]:
     outcome = run.read_record(run.state_stem(number))
     before = read_record(run, number - 1)
     if outcome is None or before is None:
         raise RunAborted(f"round {number} in {run.path} is incomplete")
-    local = [client_record(run, number, client)["local"] for client in clients]
+    local = [_client_record(run, number, client)["local"] for client in roll.completed]
     return (
         metrics.of_local([Scores.from_json(content) for content in local if content is not None])
         | metrics.of_divergence(Divergence.from_json(outcome["divergence"]))
         | metrics.of_bytes(Bytes(**outcome["bytes"]), before.metrics[metrics.BYTES_TOTAL])
-        | {metrics.CLIENTS_SELECTED: len(clients), metrics.CLIENTS_COMPLETED: len(outcome["clients"])}
+        | metrics.of_participation(roll.counts())
+        | _virtual(run.config, roll)
     )
+
+
+def _virtual(config: RunConfig, roll: Roll) -> dict[str, float]:
+    if config.channel.faults.delay == "none":
+        return {}
+    return {metrics.TIME_VIRTUAL: participation.virtual_seconds(config, roll)}
 
 
 def _sum(scores: Sequence[Scores]) -> Scores:

@@ -7,9 +7,26 @@ before: this is what makes a resumed run equal to an uninterrupted one.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A client that is asked in a round: the key of every random draw in it.
+
+    `attempt` counts how often the round has asked anybody, from 0. Training does not depend on it, faults do.
+    """
+
+    seed: int
+    round: int
+    client: int
+    attempt: int = 0
+
+    def __str__(self) -> str:
+        return f"client {self.client}, round {self.round}"
 
 
 def key(seed: int, purpose: str, round_number: int = 0, client: int = 0) -> int:

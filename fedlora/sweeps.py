@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +14,26 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from fedlora import configfile, preflight
-from fedlora.config import RunConfig, Section
+from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, StrategyRefusal, did_you_mean
+from fedlora.limits import clean, short
+from fedlora.sections import Section
 
 Settings = dict[str, Any]
 
+MOST_RUNS = 10_000
+"""Runs of one sweep: a grid is combined in memory before any of them starts."""
 _REASON = "reason"
 """The key of a `skip` entry that is no condition."""
-_NEUTRAL = ("name", "runner.kind", "runner.slots", "runner.exclusive", "runner.retries")
+_NEUTRAL = (
+    "name",
+    "runner.kind",
+    "runner.slots",
+    "runner.exclusive",
+    "runner.retries",
+    "runner.timeout_s",
+    "keep_rounds",
+)
 """Keys that change neither the numbers of a run nor where it is logged."""
 
 
@@ -120,7 +133,7 @@ def load(source: str, overrides: Settings | None, presets: Path, sweeps: Path) -
         file = SweepFile.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ConfigError(f"{source}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ConfigError(f"{source}: {clean('.'.join(map(str, first['loc'])))}: {first['msg']}") from None
     _check_lists(source, file)
     return _resolve(source, file, _beside(file.base, path), overrides or {}, presets)
 
@@ -142,7 +155,10 @@ def _check_lists(source: str, file: SweepFile) -> None:
         if not values:
             raise ConfigError(f"{source}: grid.{key} is an empty list, so there is nothing to run")
         if len({json.dumps(value, sort_keys=True) for value in values}) != len(values):
-            raise ConfigError(f"{source}: grid.{key} has a value twice: {values}")
+            raise ConfigError(f"{source}: grid.{key} has a value twice: {short(values)}")
+    runs = math.prod(map(len, file.grid.values())) * bool(file.grid) + len(file.cells)
+    if runs > MOST_RUNS:
+        raise ConfigError(f"{source}: {runs} runs are too many; at most {MOST_RUNS} make one sweep")
     known = set(configfile.dotted_keys())
     for condition in map(configfile.flatten, file.skip):
         if not set(condition) - {_REASON}:
@@ -174,7 +190,7 @@ def _resolve(source: str, file: SweepFile, base: str, overrides: Settings, prese
         except StrategyRefusal as error:
             reason = str(error)
         except ConfigError as error:
-            where = f" (run {label(settings)})" if settings else ""
+            where = f" (run {clean(label(settings))})" if settings else ""
             raise ConfigError(f"{source}: {error}{where}") from None
         skipped.append(Skipped(settings, reason))
     if not cells:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedlora.errors import AdapterError
+from fedlora.limits import OWN, UPLOAD, Limits, clean
+from fedlora.tensorheader import read_header
 
 
 def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -26,46 +28,42 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None 
     return content
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, limits: Limits = OWN) -> dict[str, Tensor]:
     """All tensors of a safetensors file (never a pickle).
 
+    Args:
+        path: the file.
+        limits: what it may hold; wide, for a file that this installation wrote, or `UPLOAD` for one from anyone.
+
     Raises:
-        AdapterError: missing, truncated, or not a safetensors file.
+        AdapterError: missing, truncated, not a safetensors file, or beyond the limits; before a tensor is read.
     """
+    read_header(path, limits)
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"{path} cannot be read as safetensors: {_reason(error)}") from None
+        raise _unreadable(path, error) from None
     return tensors
 
 
-def _reason(error: Exception) -> str:
+def _unreadable(path: Path, error: Exception) -> AdapterError:
     """One line, whatever a file's header made the message quote."""
-    line = "".join(letter if letter.isprintable() else " " for letter in str(error))
-    return line if len(line) <= 300 else f"{line[:300]} …"
+    return AdapterError(f"{path} cannot be read as safetensors: {clean(str(error))}")
 
 
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a safetensors file, each read when it is asked for; nothing is kept, and no file stays open.
 
     Raises:
-        AdapterError: missing, truncated, not a safetensors file, or tensors of a type that holds no real numbers.
+        AdapterError: missing, truncated, not a safetensors file, or beyond the limits, such as tensors of a type that
+            holds no real numbers.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: Limits = UPLOAD) -> None:
         self.path = path
-        try:
-            with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-                self.dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
-        except (OSError, safetensors.SafetensorError) as error:
-            raise AdapterError(f"{path} cannot be read as safetensors: {_reason(error)}") from None
-        for name, dtype in self.dtypes.items():
-            if not name.isprintable():
-                raise AdapterError(f"{path}: tensor {name!a} has a name that cannot be printed")
-            if dtype not in ("F64", "F32", "F16", "BF16"):
-                raise AdapterError(f"{path}: tensor '{name}' is of type {dtype}; expected F32, F16, BF16 or F64")
+        header = read_header(path, limits)
+        self.shapes = {name: tensor.shape for name, tensor in header.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in header.items()}
 
     def layout(self) -> list[tuple[str, tuple[int, ...], str]]:
         """Name, shape and type of every tensor: all that the size of the file depends on."""
@@ -81,7 +79,7 @@ class StoredTensors(Mapping[str, Tensor]):
             with safe_open(self.path, framework="pt") as file:
                 return [file.get_tensor(name) for name in names]
         except (OSError, safetensors.SafetensorError) as error:
-            raise AdapterError(f"{self.path} cannot be read as safetensors: {_reason(error)}") from None
+            raise _unreadable(self.path, error) from None
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:

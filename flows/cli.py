@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from fedlora.errors import ConfigError, FedloraError
-from flows import checks, cli_sweep, environment
+from flows import cli_run, cli_sweep, environment
 
 if TYPE_CHECKING:
-    from fedlora.config import RunConfig
-    from mlflow_tracking.tracker import Tracked
+    pass
 
 app = typer.Typer(
     name="fedlora",
@@ -38,45 +34,8 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-_CONSOLE = "CRITICAL"
-"""What Prefect may print: the progress and our one line of error say the rest; its own page has the full log."""
-
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[PRESET|FILE.yaml] [KEY=VALUE]...", help="Where settings come from, and what to change."),
-]
-
-
-@app.command()
-def run(
-    words: Words = None,
-    run_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the run; one that was interrupted is continued.", metavar="DIR")
-    ] = None,
-) -> None:
-    """One federated run. DIR/adapter/ is the final adapter.
-
-    For example: fedlora run demo strategy=flora-na lora.rank=4 seed=1
-    """
-    environment.prepare(_CONSOLE)
-    from fedlora import configfile, home
-    from flows import where
-    from flows.presets import PRESETS
-
-    source, overrides = _split(words, "demo")
-    config = configfile.load(source, overrides, PRESETS)
-    checks.before_start(config)
-    folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()
-    print(f"run folder: {folder}", flush=True)
-    try:
-        tracked = _run(source, overrides, config, folder)
-    except KeyboardInterrupt:
-        again = shlex.join(["run", *(words or []), "--run-dir", str(folder)])
-        print(f"stopped; what is finished is kept. Continue: {where.command('fedlora')} {again}")
-        raise
-    _print_results(folder, config, tracked)
-
-
+app.command()(cli_run.run)
+app.command()(cli_run.resume)
 app.command()(cli_sweep.sweep)
 app.command()(cli_sweep.report)
 
@@ -215,12 +174,31 @@ def up(
     gpu_runs: Annotated[
         int | None, typer.Option(help="The same for gpu-workers, 0 for no worker; one per GPU at first.")
     ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="IPv4 address to listen on; 127.0.0.1 at first. On any other, both servers ask for a password, which "
+            "the environment must hold (docs/security.md).",
+        ),
+    ] = None,
+    authenticate: Annotated[
+        bool, typer.Option("--authenticate", help="Ask for a password on 127.0.0.1 too, as behind a proxy with TLS.")
+    ] = False,
 ) -> None:
     """Start a local Prefect server, MLflow server and workers, on loopback, and register the deployments."""
     environment.prepare()
     from flows import services
 
-    services.up(prefect_port, mlflow_port, database=database, cpu_runs=cpu_runs, gpu_runs=gpu_runs)
+    services.up(
+        prefect_port,
+        mlflow_port,
+        host,
+        database=database,
+        cpu_runs=cpu_runs,
+        gpu_runs=gpu_runs,
+        authenticate=authenticate,
+    )
 
 
 @app.command()
@@ -243,53 +221,6 @@ def _numbers(name: str, text: str | None, kind: type[Number]) -> list[Number] | 
         return [kind(word) for word in text.split(",")]
     except ValueError:
         raise ConfigError(f"--{name} {text} cannot be read; expected numbers with commas, like 3,1,2") from None
-
-
-def _split(words: list[str] | None, default: str) -> tuple[str, dict[str, Any]]:
-    """The preset or file (the first word without '=') and the overrides."""
-    from fedlora import configfile
-
-    given = list(words or [])
-    source = given.pop(0) if given and "=" not in given[0] else default
-    if source.endswith((".yaml", ".yml")):
-        source = str(Path(source).expanduser().absolute())
-    return source, configfile.absolute_paths(configfile.parse_overrides(given))
-
-
-def _new_name(config: RunConfig) -> str:
-    return f"{config.strategy}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-
-
-def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path) -> Tracked:
-    """Run the flow in this process; returns its run in MLflow."""
-    from flows.progress import shown_on
-
-    with shown_on(sys.stdout):
-        from flows import interruption, private_server
-        from flows.federated import federated, run_name
-
-        with private_server.available(), interruption.marked():
-            federated.with_options(flow_run_name=run_name(config))(
-                preset=source, overrides=overrides, run_dir=str(folder)
-            )
-    from fedlora.runfolder import RunFolder
-    from mlflow_tracking import tracker
-
-    tracked = tracker.load(RunFolder(folder))
-    if tracked is None:
-        raise FedloraError(f"{folder} holds no tracked run")
-    return tracked
-
-
-def _print_results(folder: Path, config: RunConfig, tracked: Tracked) -> None:
-    from fedlora.comparison import Result
-    from flows import tables, where
-    from mlflow_tracking import store
-
-    print()
-    tables.compared([Result.of_folder({"strategy": config.strategy}, folder)], ["strategy"], sys.stdout)
-    print(f"\nadapter           {folder / 'adapter'}\npicture           {folder / 'figures' / 'rounds.png'}")
-    print("\n".join(where.lines(tracked.uri, store.run_page(tracked.experiment, tracked.run))))
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 
+from flows import authentication
 from flows.environment import defaults, prepare
 from flows.prefect_api import POOLS
 from flows.processes import ServiceError, ending
@@ -77,9 +79,16 @@ def declared(source: Path = SOURCE) -> list[dict[str, Any]]:
 
 def begin(prefect_url: str, source: Path) -> subprocess.Popen[str]:
     """Start registering in the background; `finish` waits for it."""
+    environ = {
+        **defaults(),
+        **authentication.without(os.environ, authentication.OF_SERVERS + authentication.OF_MLFLOW),
+        **authentication.prefect_client(),
+        "PREFECT_API_URL": prefect_url,
+        "NO_PROXY": f"127.0.0.1,localhost,{httpx.URL(prefect_url).host}",
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "flows.deploying", str(source)],
-        env={**defaults(), **os.environ, "PREFECT_API_URL": prefect_url, "NO_PROXY": "127.0.0.1,localhost"},
+        env=environ,
         cwd=SOURCE,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from fedlora import home
 from fedlora.errors import FedloraError
+from flows import authentication
+
+if TYPE_CHECKING:
+    import httpx
 
 Process = tuple[int, float]
 """A process id with the time its process started, which tells it from a later process with the same id."""
@@ -27,6 +33,10 @@ class Services:
     """By name: `prefect`, `mlflow`, `worker`, `gpu-worker`."""
     database: str = ""
     """The PostgreSQL server of `up --database`, without password; empty otherwise."""
+    host: str = "127.0.0.1"
+    """The address that the servers listen on; the URLs hold one under which this machine reaches them."""
+    authenticated: bool = False
+    """Whether the servers ask who is calling: whatever is started beside them must do so too."""
 
     def save(self) -> None:
         """Write the record whole or not at all: `down` relies on it."""
@@ -62,6 +72,8 @@ def recorded_services() -> Services | None:
             str(content["mlflow_url"]),
             {str(name): (int(pid), float(started)) for name, (pid, started) in content["processes"].items()},
             str(content.get("database", "")),
+            str(content.get("host", "127.0.0.1")),
+            bool(content.get("authenticated", False)),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -105,26 +117,56 @@ def prepare(console_level: str = "ERROR") -> None:
     alive = services.alive() if services else {}
     # Each on its own: next to a live server, an ephemeral one on the same database would compete for its lock.
     if services and "prefect" in alive:
-        os.environ.setdefault("PREFECT_API_URL", services.prefect_url)
+        _use("PREFECT_API_URL", services.prefect_url, authentication.prefect_client())
     if services and "mlflow" in alive:
-        os.environ.setdefault("MLFLOW_TRACKING_URI", services.mlflow_url)
+        _use("MLFLOW_TRACKING_URI", services.mlflow_url, authentication.mlflow_client())
+
+
+def _use(variable: str, url: str, login: Mapping[str, str]) -> None:
+    """Take our server unless the user has named another, which is not told the passwords of ours."""
+    if os.environ.setdefault(variable, url).rstrip("/") == url:
+        for name, value in login.items():
+            os.environ.setdefault(name, value)
 
 
 def check_prefect() -> None:
-    """Make sure that a Prefect server which is named also answers; without one, Prefect starts its own.
+    """Make sure that a Prefect server which is named also answers, and lets us in; without one, Prefect starts its own.
 
     Raises:
-        FedloraError: it does not answer within seconds.
+        FedloraError: it does not answer within seconds, or wants another user and password.
     """
     import httpx
 
-    url = os.environ.get("PREFECT_API_URL")
+    url = os.environ.get("PREFECT_API_URL", "").rstrip("/")
     if not url:
         return
     try:
-        httpx.get(f"{url.rstrip('/')}/health", timeout=5, trust_env=False).raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        with _client(url) as client:
+            client.get(f"{url}/health").raise_for_status()
+            refused = client.get(f"{url}/admin/version").status_code == httpx.codes.UNAUTHORIZED
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         raise FedloraError(
             f"the Prefect server at {url} does not answer ({error}). Start it (`fedlora up`), or unset PREFECT_API_URL "
             "to run without one"
         ) from None
+    if refused and not os.environ.get("PREFECT_API_KEY"):
+        given = "another" if os.environ.get(authentication.PREFECT_CLIENT) else "a"
+        raise FedloraError(
+            f"the Prefect server at {url} wants {given} user and password; set {authentication.PREFECT_CLIENT} to "
+            "USER:PASSWORD in the environment"
+        )
+
+
+def _client(url: str) -> httpx.Client:
+    """For a few requests past any proxy, with Prefect's own variables for certificates and the login."""
+    import ssl
+
+    import certifi
+    import httpx
+
+    context: ssl.SSLContext | bool = True
+    if url.startswith("https:"):
+        authority = os.environ.get("PREFECT_API_SSL_CERT_FILE") or os.environ.get("SSL_CERT_FILE") or certifi.where()
+        context = ssl.create_default_context(cafile=authority)
+    headers = authentication.header(os.environ.get(authentication.PREFECT_CLIENT, ""))
+    return httpx.Client(headers=headers, verify=context, timeout=5, trust_env=False)

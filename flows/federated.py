@@ -6,7 +6,7 @@ prefect deployment run 'federated/custom' -p strategy=flora-na -p rounds=3
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,15 +20,16 @@ from prefect.futures import PrefectFuture, as_completed  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 from pydantic import Field  # noqa: E402
 
-from fedlora import configfile, home, jobs, preflight, rounds, workers  # noqa: E402
+from fedlora import configfile, home, jobs, participation, preflight, provenance, recovery, rounds, workers  # noqa: E402
 from fedlora.config import RunConfig  # noqa: E402
+from fedlora.errors import WorkerError  # noqa: E402
 from fedlora.rounds import Timings  # noqa: E402
 from fedlora.rounds import unfinished as rounds_to_do  # noqa: E402
 from fedlora.runfolder import RunFolder  # noqa: E402
 from fedlora.strategies import registry  # noqa: E402
 from flows import form, interruption, names, pages, progress  # noqa: E402
 from flows.presets import PRESETS  # noqa: E402
-from flows.progress import Progress  # noqa: E402
+from flows.progress import Delivery, Progress  # noqa: E402
 from mlflow_tracking import store, tracker  # noqa: E402
 from mlflow_tracking.tracker import Tracked  # noqa: E402
 from tasks import devices  # noqa: E402
@@ -42,6 +43,7 @@ from tasks.federated import (  # noqa: E402
     open_tracking,
     partition,
     publish,
+    receive,
     track,
 )
 
@@ -92,35 +94,62 @@ def federated(
             initialise.submit(run).result()
         finally:  # also when these fail: the MLflow run must be there before it can be closed as failed
             tracked = tracking.result()
-        describe.submit(run, tracked).result()
+        tracked, waits = describe.submit(run, tracked).result()
+        delivery = Delivery(told)
+        delivery.tell(waits)
         page = pages.RunPage(config, tracked, folder)
         for number in rounds_to_do(folder):
-            tracked = play_round(run, number, tracked, told)
+            tracked = play_round(run, number, tracked, told, delivery)
             page.update(number)
         publish.submit(run, tracked, page.note()).result()
         page.summarise()
     return str(folder.path)
 
 
-def play_round(run: Run, number: int, tracked: Tracked, told: Progress) -> Tracked:
+def play_round(run: Run, number: int, tracked: Tracked, told: Progress, delivery: Delivery) -> Tracked:
     """One round: the clients train, the server combines, the result is scored and logged. Round 0 only scores."""
     watch = _Stopwatch()
-    clients: list[int] = []
     if number:
-        clients = rounds.select(run.state, number)
-        train = fine_tune.with_options(retries=run.config.runner.retries)
-        updates = [train.submit(run, number, client) for client in clients]
-        _wait(updates, number, told)
+        _ask_clients(run, number, told)
         watch.lap("train")
-        aggregate.submit(run, number, clients).result()
+        aggregate.submit(run, number).result()
         watch.lap("aggregate")
     parts = rounds.evaluation_parts(run.state, number)
     scoring = [evaluate.submit(run, number, index, part) for index, part in enumerate(parts)]
     scores = [future.result() for future in scoring]
     watch.lap("evaluate")
-    record, tracked = track.submit(run, number, clients, parts, scores, watch.timings(), tracked).result()
+    record, tracked, waits = track.submit(run, number, parts, scores, watch.timings(), tracked).result()
+    delivery.tell(waits)
     told.round(record, run.config.rounds)
     return tracked
+
+
+def _ask_clients(run: Run, number: int, told: Progress) -> None:
+    """Let clients train until enough of their updates are there."""
+    train = fine_tune.with_options(retries=run.config.runner.retries)
+    while ask := participation.next_ask(run.state, number):
+        answers = {train.submit(run, number, client, ask.attempt): client for client in ask.clients}
+        roll = receive.submit(run, number, ask, _failures(answers, number, told)).result()
+        if line := roll.told(ask):
+            told.say(line)
+
+
+def _failures(answers: Mapping[PrefectFuture[Any], int], number: int, told: Progress) -> dict[int, str]:
+    """Wait for the clients, telling of each; why those that could not train could not.
+
+    Raises:
+        Exception: something that is no fault of a client's, and ends the round.
+    """
+    failed = {}
+    for done, future in enumerate(as_completed(list(answers)), start=1):
+        try:
+            why = future.result().get("failed")
+        except WorkerError as error:  # after the retries
+            why = str(error)
+        if why:
+            failed[answers[future]] = why
+        told.clients(number, done, len(answers))
+    return failed
 
 
 @contextmanager
@@ -128,9 +157,13 @@ def execution(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Run, Progr
     """The workers of a run, and its end: an MLflow run that did not finish is closed as killed or failed."""
     told = progress.current()
     told.begin(config, run_name(config))
+    if notice := provenance.remote_code_notice(config.model):
+        told.say(notice)
     try:
-        with workers.open_pool(config.runner) as pool:
+        with folder.held(), workers.open_pool(config.runner) as pool:
             pool.start(jobs.warm_up)
+            for line in recovery.mend(folder):
+                told.say(line)
             guarded = [slot.device for slot in pool.slots if devices.is_exclusive(config.runner, slot.device)]
             devices.ensure_limits(guarded)
             yield Run(folder.path, config.strategy), told
@@ -152,13 +185,6 @@ def run_name(config: RunConfig) -> str:
 def default_folder(config: RunConfig) -> Path:
     """A folder for the flow run under way: the same for every retry of it."""
     return home.runs() / f"{config.strategy}-seed{config.seed}-{str(runtime.flow_run.id or 'run')[:8]}"
-
-
-def _wait(updates: list[PrefectFuture[Any]], number: int, told: Progress) -> None:
-    """Wait for the clients, telling of each; the first failure ends the round."""
-    for done, future in enumerate(as_completed(updates), start=1):
-        future.result()
-        told.clients(number, done, len(updates))
 
 
 def _prefect_tags() -> dict[str, str]:

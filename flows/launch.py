@@ -11,24 +11,27 @@ from pathlib import Path
 import httpx
 
 from fedlora import home
-from flows import database
+from flows import authentication, database
 from flows.database import Databases
 from flows.environment import Services, defaults
 from flows.prefect_api import CPU_POOL, GPU_POOL
 
 WORKERS = {"worker": CPU_POOL, "gpu-worker": GPU_POOL}
 """The pool that each worker serves."""
+_OF_FLOW_RUNS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+"""Secrets that neither server has a use for."""
 
 
 def commands(services: Services) -> dict[str, list[str]]:
     """What to start, by name of the process. No secret is among the words: every user of the machine can read them."""
-    prefect, mlflow = httpx.URL(services.prefect_url), httpx.URL(services.mlflow_url)
-    module = [sys.executable, "-m"]
+    module, host = [sys.executable, "-m"], services.host
+    prefect, mlflow = (str(httpx.URL(url).port) for url in (services.prefect_url, services.mlflow_url))
     worker = [*module, "prefect", "worker", "start", "--type", "process"]
+    asking = ["--app-name", "basic-auth"] if services.authenticated else []
     return {
-        "prefect": [*module, "prefect", "server", "start", "--host", prefect.host, "--port", str(prefect.port)],
+        "prefect": [*module, "prefect", "server", "start", "--host", host, "--port", prefect],
         # One server process: requests run in its threads, and SQLite has one writer in any case.
-        "mlflow": [*module, "mlflow", "server", "--host", mlflow.host, "--port", str(mlflow.port), "--workers", "1"],
+        "mlflow": [*module, "mlflow", "server", "--host", host, "--port", mlflow, "--workers", "1", *asking],
         **{
             name: [*worker, "--pool", pool, "--name", f"{name}-{socket.gethostname()}"]
             for name, pool in WORKERS.items()
@@ -38,42 +41,55 @@ def commands(services: Services) -> dict[str, list[str]]:
 
 def environments(services: Services, databases: Databases) -> dict[str, dict[str, str]]:
     """The environment of each process, stores and passwords included; each gets only those that it needs."""
-    common = {
-        **defaults(),
-        **os.environ,
-        "FEDLORA_HOME": str(home.home()),
-        "PREFECT_API_URL": services.prefect_url,
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",  # their console is a log file
-        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"])),
-    }
-    common["no_proxy"] = common["NO_PROXY"]
-    common.pop("FEDLORA_NOTIFY_URL", None)  # is kept in a block of the Prefect server
+    common = _common(services)
     prefect = {
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         **_writable_ui_folder(),
-        **common,
+        **authentication.without(common, authentication.OF_MLFLOW + _OF_FLOW_RUNS),
+        **authentication.prefect_client(),
         **databases.prefect,
     }
     mlflow = {
         "MLFLOW_DEFAULT_ARTIFACT_ROOT": str(home.mlflow_artifacts()),
         "MLFLOW_ARTIFACTS_DESTINATION": str(home.mlflow_artifacts()),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # jobs of LLM evaluation: more processes, unused here
-        **common,
+        **authentication.without(common, authentication.OF_PREFECT + _OF_FLOW_RUNS),
         **databases.mlflow,
     }
+    if services.authenticated:
+        prefect.setdefault("PREFECT_SERVER_UI_API_URL", "/api")  # of whatever address the browser has called
+        mlflow |= authentication.mlflow_server(services.host, httpx.URL(services.mlflow_url).port or 80)
     if database.PREFECT_URL in databases.prefect:
         prefect.pop("PREFECT_API_DATABASE_CONNECTION_URL", None)  # the older name of the same setting
     if databases.postgres:  # neither server may see the other's
         prefect.pop(database.MLFLOW_URL, None)
         mlflow.pop(database.PREFECT_URL, None)
-        common = {name: value for name, value in common.items() if name not in database.SECRETS}
+        common = authentication.without(common, database.SECRETS)
     mlflow.pop("MLFLOW_TRACKING_URI", None)
     worker = {
         "MLFLOW_TRACKING_URI": services.mlflow_url,
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # by default a run waits up to ten seconds to be picked up
-        **common,
+        **authentication.without(common, authentication.OF_SERVERS),
+        **authentication.prefect_client(),
+        **authentication.mlflow_client(),
     }
     return {"prefect": prefect, "mlflow": mlflow, "worker": _without_gpus(worker), "gpu-worker": worker}
+
+
+def _common(services: Services) -> dict[str, str]:
+    """What all processes get."""
+    near = f"127.0.0.1,localhost,{httpx.URL(services.prefect_url).host}"
+    common = {
+        **defaults(),
+        **os.environ,
+        "FEDLORA_HOME": str(home.home()),
+        "PREFECT_API_URL": services.prefect_url,
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",  # their console is a log file
+        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), near])),
+    }
+    common["no_proxy"] = common["NO_PROXY"]
+    common.pop("FEDLORA_NOTIFY_URL", None)  # is kept in a block of the Prefect server
+    return common
 
 
 def _without_gpus(environ: dict[str, str]) -> dict[str, str]:

@@ -1,25 +1,48 @@
-"""Where the servers may listen: loopback only, on ports that are free. Checked before anything starts."""
+"""Where the servers may listen: an address of this machine, on ports that are free. Checked before anything starts."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Mapping
 
 from fedlora.errors import ConfigError
+from flows.authentication import EVERYWHERE, addresses
+
+LOOPBACK = "127.0.0.1"
+_EXPECTED = f"expected 127.0.0.1, {EVERYWHERE} for every IPv4 address, or an IPv4 address of this machine"
 
 
-def loopback(host: str) -> str:
-    """The address to listen on.
+def address(host: str) -> str:
+    """The address to listen on, as a server is told it.
 
     Raises:
-        ConfigError: `host` could be reached from another machine.
+        ConfigError: `host` is a name, an IPv6 address, or none of this machine.
     """
-    if host in ("127.0.0.1", "localhost"):
-        return "127.0.0.1"
-    raise ConfigError(
-        f"host {host!r}: the servers have no authentication yet and listen on 127.0.0.1 only. "
-        "From another machine, use a tunnel: ssh -L 4200:127.0.0.1:4200 -L 5000:127.0.0.1:5000 THIS_MACHINE"
-    )
+    if host == "localhost":
+        return LOOPBACK
+    try:
+        found = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        raise ConfigError(f"--host {host!r} is no address; {_EXPECTED} (a name can mean several)") from None
+    if found.version == 6:
+        raise ConfigError(
+            f"--host {host}: IPv6 is not supported; {_EXPECTED}, and put a proxy that speaks IPv6 in front"
+        )
+    if found.is_multicast or _trouble(str(found), 0):
+        there = ", ".join(addresses()) or "none but 127.0.0.1"
+        raise ConfigError(f"--host {host} is no address of this machine, which has {there}; {_EXPECTED}")
+    return str(found)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    return ipaddress.ip_address(host).is_loopback
+
+
+def reached_at(host: str) -> str:
+    """The address under which this machine reaches a server that listens on `host`."""
+    return LOOPBACK if host == EVERYWHERE else host
 
 
 def check_ports(host: str, ports: Mapping[str, int]) -> None:

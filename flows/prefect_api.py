@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import httpx
 
+from flows import authentication
 from flows.processes import ServiceError
 
 CPU_POOL, GPU_POOL = "cpu-workers", "gpu-workers"
@@ -16,9 +15,8 @@ POOLS = (CPU_POOL, GPU_POOL)
 
 
 def call(method: str, url: str, body: Any = None) -> httpx.Response:
-    """One request to a server of ours, past any proxy, with Prefect's basic authentication if the user has set it."""
-    secret = os.environ.get("PREFECT_API_AUTH_STRING")
-    headers = {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"} if secret else {}
+    """One request to a Prefect server of ours, past any proxy, with user and password if the environment has them."""
+    headers = authentication.header(authentication.prefect_login())
     return httpx.request(method, url, json=body, headers=headers, timeout=2.0, trust_env=False)
 
 
@@ -37,7 +35,7 @@ def ensure_pools(prefect_url: str, limits: Mapping[str, int | None], usual: Mapp
         usual: What a new pool gets.
 
     Raises:
-        ServiceError: the server refuses.
+        ServiceError: the server refuses, perhaps because it wants a password.
     """
     for pool, limit in limits.items():
         new = {"name": pool, "type": "process", "concurrency_limit": usual[pool] if limit is None else limit}
@@ -48,6 +46,11 @@ def ensure_pools(prefect_url: str, limits: Mapping[str, int | None], usual: Mapp
             elif limit is not None:
                 call("PATCH", f"{prefect_url}/work_pools/{pool}", {"concurrency_limit": limit}).raise_for_status()
         except httpx.HTTPError as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+                raise ServiceError(
+                    f"the Prefect server at {prefect_url} wants a user and password; set "
+                    f"{authentication.PREFECT_CLIENT} to USER:PASSWORD in the environment"
+                ) from None
             raise ServiceError(
                 f"the Prefect server at {prefect_url} did not create the work pool {pool}: {error}"
             ) from error

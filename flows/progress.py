@@ -120,6 +120,21 @@ class BarProgress(Progress):
         self._bars.stop()
 
 
+class Delivery:
+    """Tells when MLflow stops taking what is logged, and when it takes it again: once each."""
+
+    def __init__(self, told: Progress) -> None:
+        self._told, self._away = told, False
+
+    def tell(self, waits: str) -> None:
+        """Something was offered to MLflow; `waits` says why not all of it was taken."""
+        if waits and not self._away:
+            self._told.say(f"{waits}. The run goes on; what MLflow has not taken waits in the run folder")
+        if self._away and not waits:
+            self._told.say("MLflow answers again and has all rounds")
+        self._away = bool(waits)
+
+
 _current: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
 

@@ -1,7 +1,8 @@
 """A Prefect server, an MLflow server and workers on this machine: `fedlora up`, `fedlora down` and what runs now.
 
-They listen on the loopback interface only, since neither server asks who is calling. Databases, artifacts and logs lie
-under `fedlora.home` and outlive the servers: the next `up` continues with them.
+They listen on the loopback interface and ask nobody for a password, unless told otherwise: on an address that others
+reach, both must ask who is calling (`flows.authentication`), or nothing starts. Databases, artifacts and logs lie under
+`fedlora.home` and outlive the servers: the next `up` continues with them.
 
 **Artifacts.** The MLflow server hands clients an absolute folder as artifact root, so that a client on this machine
 writes there itself instead of sending every file through the server. Adapters are then copied once, the server stays
@@ -19,18 +20,17 @@ import os
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
 
 from fedlora import home
 from fedlora.errors import ConfigError
-from flows import database, deploying, gpus, launch
+from flows import authentication, database, deploying, gpus, launch, ports, verifying
 from flows.database import Databases
 from flows.deploying import PATIENCE, SOURCE
 from flows.environment import Process, Services, is_alive, recorded_services
-from flows.ports import check_ports, loopback
 from flows.prefect_api import CPU_POOL, GPU_POOL, call, ensure_pools, has_worker
 from flows.processes import ServiceError, ending, log_file, spawn, stop, stop_children
 
@@ -70,18 +70,21 @@ class _Plan:
     limits: dict[str, int | None]
     names: list[str]
     """Of the processes that belong to it."""
+    host: str
+    authenticated: bool
 
 
 def up(
     prefect_port: int = 4200,
     mlflow_port: int = 5000,
-    host: str = "127.0.0.1",
+    host: str | None = None,
     report: Report = print,
     *,
     source: Path = SOURCE,
     database: str | None = None,
     cpu_runs: int | None = None,
     gpu_runs: int | None = None,
+    authenticate: bool = False,
 ) -> Services:
     """Start what does not run yet of Prefect server, MLflow server and workers, and return when all of them answer.
 
@@ -90,25 +93,28 @@ def up(
     Args:
         prefect_port: Of the Prefect server.
         mlflow_port: Of the MLflow server.
-        host: Loopback.
+        host: IPv4 address to listen on. None: where the servers already listen, or loopback. Any address but a loopback
+            one needs what `flows.authentication` lists in the environment.
         report: Told what happens, line by line.
         source: Folder with `deployments/prefect.yaml` and the flows that it names.
         database: PostgreSQL server for both, `postgresql://user@host:port`. None: what the variables of
             `flows.database` say, or SQLite files.
         cpu_runs: Flow runs at a time in the pool cpu-workers. None: as it is; 2 at first.
         gpu_runs: The same for gpu-workers, 0 for no GPU worker. None: as it is; as many as there are GPUs at first.
+        authenticate: Ask callers for a password on loopback too, as behind a proxy that others reach.
 
     Raises:
-        ConfigError: `host` is not loopback, a port or number is invalid, in use or given twice, or the servers run on
-            another database.
+        ConfigError: others could reach a server that asks for no password, `host` is not an address of this machine, a
+            port or number is invalid, in use or given twice, or the servers run otherwise (address, database).
         FedloraError: the database cannot be reached or made.
-        ServiceError: a process died or did not answer within two minutes; its last log lines follow the first line.
+        ServiceError: a process died or did not answer within two minutes (its last log lines follow the first line), or
+            a server that should ask for a password does not.
     """
-    host = loopback(host)
+    reach = _reach(host, authenticate)
     with _alone():
         before = recorded_services() or Services("", "", {})
         alive = before.alive()
-        plan = _plan(before, alive, source, database, {CPU_POOL: cpu_runs, GPU_POOL: gpu_runs})
+        plan = _plan(before, alive, source, database, {CPU_POOL: cpu_runs, GPU_POOL: gpu_runs}, reach)
         if alive.keys() >= set(plan.names):
             report("already running (`fedlora down` stops it):")
             _wait(before, SERVERS, time.monotonic() + PATIENCE, report)
@@ -116,18 +122,46 @@ def up(
         else:
             stop(_without(before.processes, alive))  # children that outlived them
             wanted = {"prefect": prefect_port, "mlflow": mlflow_port}
-            check_ports(host, {name: port for name, port in wanted.items() if name not in alive})
-            prefect_url = before.prefect_url if "prefect" in alive else f"http://{host}:{prefect_port}/api"
-            mlflow_url = before.mlflow_url if "mlflow" in alive else f"http://{host}:{mlflow_port}"
+            ports.check_ports(plan.host, {name: port for name, port in wanted.items() if name not in alive})
+            at = f"http://{ports.reached_at(plan.host)}"
+            prefect_url = before.prefect_url if "prefect" in alive else f"{at}:{prefect_port}/api"
+            mlflow_url = before.mlflow_url if "mlflow" in alive else f"{at}:{mlflow_port}"
             _prepare(plan, report)
-            now = Services(prefect_url, mlflow_url, alive, plan.databases.server)
+            now = Services(prefect_url, mlflow_url, alive, plan.databases.server, plan.host, plan.authenticated)
             before = _complete(before, now, plan, report)
         _announce(before, report)
         return before
 
 
+def _reach(host: str | None, authenticate: bool) -> tuple[str, bool]:
+    """Where the servers are to listen, and whether they ask who is calling. Checked before anything is touched."""
+    at = ports.address(ports.LOOPBACK if host is None else host)
+    asking = authenticate or not ports.is_loopback(at)
+    if asking:
+        authentication.check(at)
+    return at if host is not None else "", asking
+
+
+def _reach_now(before: Services, running: bool, all_there: bool, reach: tuple[str, bool]) -> tuple[str, bool]:
+    """The same beside servers that run: what they do counts, and asking for something else is refused."""
+    at, asking = reach
+    if not running:
+        return at or ports.LOOPBACK, asking
+    if (at and at != before.host) or (asking and not before.authenticated):
+        how = "ask for a password" if before.authenticated else "ask for no password"
+        raise ConfigError(f"the servers already run on {before.host} and {how}; stop them first with `fedlora down`")
+    if before.authenticated and not all_there:
+        authentication.check(before.host)
+    return before.host, before.authenticated
+
+
 def _plan(
-    before: Services, alive: dict[str, Process], source: Path, option: str | None, limits: dict[str, int | None]
+    before: Services,
+    alive: dict[str, Process],
+    source: Path,
+    option: str | None,
+    limits: dict[str, int | None],
+    reach: tuple[str, bool],
 ) -> _Plan:
     """Check what can be checked before anything starts."""
     for pool, limit in limits.items():
@@ -136,7 +170,8 @@ def _plan(
                 f"{limit} runs at a time in {pool}: expected a whole number from {1 - (pool == GPU_POOL)}"
             )
     asked = database.choose(option)
-    if any(name in alive for name in SERVERS):
+    running = any(name in alive for name in SERVERS)
+    if running:
         if option and asked.server != before.database:
             raise ConfigError(
                 f"the servers already run on {before.database or 'the databases they were started with'}, not on "
@@ -146,11 +181,14 @@ def _plan(
             asked = database.choose(before.database)
     found = gpus.count() if limits[GPU_POOL] is None else limits[GPU_POOL]
     names = [name for name in TITLES if name != "gpu-worker" or found or name in alive]
-    return _Plan(source, asked, limits, names)
+    host, authenticated = _reach_now(before, running, alive.keys() >= set(names), reach)
+    return _Plan(source, asked, limits, names, host, authenticated)
 
 
 def _prepare(plan: _Plan, report: Report) -> None:
     deploying.check_source(plan.source)
+    if plan.authenticated:
+        authentication.prepare_files()
     created = database.prepare(plan.databases)
     if created:
         report(f"created the database{'s' if len(created) > 1 else ''} {_listing(created)}")
@@ -192,10 +230,10 @@ def status() -> list[ServiceStatus]:
 
 def _complete(before: Services, services: Services, plan: _Plan, report: Report) -> Services:
     """Add to `services` the processes it lacks; on any failure go back to what `before` still has running."""
-    moved = (services.prefect_url, services.mlflow_url) != (before.prefect_url, before.mlflow_url)
+    now, then = ((each.prefect_url, each.mlflow_url, each.authenticated) for each in (services, before))
     workers = [name for name in launch.WORKERS if name in services.processes]
-    if moved and workers:
-        stop({name: services.processes.pop(name) for name in workers})  # they know the old addresses
+    if now != then and workers:
+        stop({name: services.processes.pop(name) for name in workers})  # they know the old addresses and passwords
     kept = dict(services.processes)
     try:
         _start(services, plan, report)
@@ -221,6 +259,8 @@ def _start(services: Services, plan: _Plan, report: Report) -> None:
     report(f"starting the {_listing(TITLES[name] for name in missing)} (logs in {home.logs()})")
     begin(name for name in missing if name in SERVERS)
     _wait(services, SERVERS, deadline, report)
+    if services.authenticated:
+        verifying.verify(services)
     _limit(services, plan)
     workers = [name for name in missing if name in launch.WORKERS]
     begin(workers)
@@ -258,7 +298,7 @@ def _answers(name: str, services: Services) -> bool:
     """Whether a server answers its health check, or the worker has told the server that it is there."""
     try:
         if name == "mlflow":
-            return call("GET", f"{services.mlflow_url}/health").is_success
+            return httpx.get(f"{services.mlflow_url}/health", timeout=2.0, trust_env=False).is_success
         if name == "prefect":
             return call("GET", f"{services.prefect_url}/health").is_success
         return has_worker(services.prefect_url, launch.WORKERS[name])
@@ -284,9 +324,26 @@ def _announce(services: Services, report: Report) -> None:
     idle = "" if "gpu-worker" in services.processes else f"; {GPU_POOL} has none (no GPU found, or --gpu-runs 0)"
     report(f"workers  {served}{idle}")
     report(f"to use them from a terminal: export PREFECT_API_URL={services.prefect_url}")
+    for line in _who_may(services):
+        report(line)
     for name, ours in {"PREFECT_API_URL": services.prefect_url, "MLFLOW_TRACKING_URI": services.mlflow_url}.items():
         if os.environ.get(name, ours).rstrip("/") != ours:
             report(f"note: {name} is set in your environment and wins over the server above; unset it to use that")
+
+
+def _who_may(services: Services) -> list[str]:
+    """Where others find the servers, what they need, and what does not protect them."""
+    if not services.authenticated:
+        return []
+    api, tracking = (httpx.URL(url) for url in (services.prefect_url, services.mlflow_url))
+    others = authentication.addresses() if services.host == authentication.EVERYWHERE else []
+    logins = f"{authentication.PREFECT_CLIENT}, {authentication.USER} and {authentication.PASSWORD}"
+    lines = [f"from other machines: http://{each}:{api.port} and http://{each}:{tracking.port}" for each in others]
+    lines.append(f"both ask for user and password, in a terminal from {logins}")
+    if ports.is_loopback(services.host):
+        return [*lines, "for others, put a proxy with TLS in front: docs/deployments.md, 'TLS in front'"]
+    warning = "warning: they speak plain HTTP, so the network between can read passwords and adapters"
+    return [*lines, f"{warning}; put TLS in front: docs/deployments.md, 'TLS in front'"]
 
 
 def _without(processes: dict[str, Process], names: Container[str]) -> dict[str, Process]:
@@ -297,7 +354,7 @@ def _record(services: Services) -> None:
     """Write down what runs, or remove the record when nothing does."""
     alive = services.alive()
     if alive:
-        Services(services.prefect_url, services.mlflow_url, alive, services.database).save()
+        replace(services, processes=alive).save()
     else:
         home.services_file().unlink(missing_ok=True)
 
@@ -306,7 +363,8 @@ def _record(services: Services) -> None:
 def _alone() -> Iterator[None]:
     """Keep a second `up` or `down` out; the lock ends with this process, however it ends."""
     try:
-        home.home().mkdir(parents=True, exist_ok=True)
+        # A new one is this user's alone: Prefect keeps the key to its secret blocks in the same database as these.
+        home.home().mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (home.home() / "services.lock").open("w")
     except OSError as error:
         raise ServiceError(

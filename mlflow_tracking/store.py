@@ -7,27 +7,37 @@ would silently open an orphan run.
 from __future__ import annotations
 
 import os
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora import home
-from fedlora.errors import TrackingError
+from fedlora import addresses, home
+from fedlora.errors import TrackingError, first_line
 
 if TYPE_CHECKING:
+    import requests
     from mlflow import MlflowClient
 
 _ANSWER_WITHIN_S = 5
+_CHEAP = "/api/2.0/mlflow/experiments/search?max_results=1"
+"""A request that needs a login where there is one."""
 _PAGE = 1000
 """Runs per request."""
 
 
 def resolve_uri(configured: str | None) -> str:
-    """The tracking URI: the configured one, $MLFLOW_TRACKING_URI, or the SQLite file under `fedlora.home`."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.mlflow_database()}"
+    """The tracking URI: the configured one, $MLFLOW_TRACKING_URI, or the SQLite file under `fedlora.home`.
+
+    Raises:
+        TrackingError: it holds a password, which would be written to the run folder. The message does not hold it.
+    """
+    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.mlflow_database()}"
+    if addresses.holds_secret(uri):
+        what = "tracking.uri" if configured else "MLFLOW_TRACKING_URI"
+        raise TrackingError(f"{what} holds a password, which would be written down; {addresses.advice(uri)}")
+    return uri
 
 
 def is_server(uri: str) -> bool:
@@ -60,14 +70,54 @@ def check(uri: str) -> None:
 
 
 def _check_server(uri: str) -> None:
+    """Whether a server is there, and takes the user and password that MLflow would send."""
+    import requests
+
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_ANSWER_WITHIN_S):  # noqa: S310 (http only)
-            return
-    except (urllib.error.URLError, OSError, ValueError) as error:
+        answer = _get(f"{uri.rstrip('/')}/health")
+        if answer.status_code != requests.codes.unauthorized:
+            answer.raise_for_status()
+            answer = _get(f"{uri.rstrip('/')}{_CHEAP}")
+    except (requests.RequestException, OSError, ValueError) as error:
         raise TrackingError(
-            f"the MLflow server at {uri} does not answer ({getattr(error, 'reason', error)}). Start it (`fedlora up`), "
+            f"the MLflow server at {uri} does not answer ({_reason(error)}). Start it (`fedlora up`), "
             "or unset MLFLOW_TRACKING_URI / tracking.uri to use the local SQLite file"
         ) from None
+    if answer.status_code == requests.codes.unauthorized and not _logs_in_otherwise():
+        given = "another" if _login() else "a"
+        raise TrackingError(
+            f"the MLflow server at {uri} wants {given} user and password; set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD in the environment"
+        )
+    if answer.status_code == requests.codes.forbidden and "Host header" in answer.text:
+        raise TrackingError(
+            f"the MLflow server at {uri} does not go by this name; add it to MLFLOW_SERVER_ALLOWED_HOSTS where it runs"
+        )
+
+
+def _get(url: str) -> requests.Response:
+    import requests
+
+    insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
+    trusted = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure
+    return requests.get(url, auth=_login(), verify=trusted, timeout=_ANSWER_WITHIN_S)
+
+
+def _reason(error: Exception) -> str:
+    """Why there was no answer, in few words: requests wraps the cause in several other errors."""
+    cause = getattr(error.args[0], "reason", None) if error.args else None
+    return str(cause).rpartition(": ")[2] if cause else first_line(error)
+
+
+def _login() -> tuple[str, str] | None:
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
+    return (user, password) if user and password else None
+
+
+def _logs_in_otherwise() -> bool:
+    """Whether MLflow has a login that is not looked at here: a token, a plug-in, its file of credentials."""
+    named = any(os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("TOKEN", "AUTH"))
+    return named or Path("~/.mlflow/credentials").expanduser().exists()
 
 
 def client(uri: str) -> MlflowClient:

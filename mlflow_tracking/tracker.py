@@ -1,24 +1,33 @@
 """One federated run in MLflow: parameters, tags, data, a batch of metrics per round, artifacts.
 
 Everything is idempotent: the MLflow run's id and how far it got are kept in the run folder, points carry the timestamp
-of the round's record, so that a retry or a late delivery adds nothing twice.
+of the round's record, so that a retry or a late delivery adds nothing twice. While the store does not answer, rounds
+wait in the run folder; they are delivered in order when it does.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import fedlora
-from fedlora import configfile, export, metrics, plots, rounds
+from fedlora import configfile, export, metrics, plots, provenance, rounds
+from fedlora.errors import TrackingError
 from fedlora.metrics import RoundRecord
 from fedlora.runfolder import RunFolder
 from mlflow_tracking import store
 
+PATIENCE_S = 120.0
+"""How long the end of a run waits for a store that is away."""
+
+_ASK_AGAIN_S = 2.0
 _FILE = "tracking.json"
+_RUN_ID = "fedlora.run"
+"""Tag: the id of the run folder."""
 
 FINALS = {
     metrics.GLOBAL_ACCURACY: "final/accuracy",
@@ -35,12 +44,15 @@ FINALS = {
 
 @dataclass(frozen=True)
 class Tracked:
-    """A federated run's counterpart in MLflow; `logged` is the last round that was delivered (-1: none)."""
+    """A federated run's counterpart in MLflow."""
 
     uri: str
     experiment: str
     run: str
     logged: int = -1
+    """The last round that was delivered; -1: none."""
+    described: bool = False
+    """Whether configuration, data and partition have been."""
 
     def save(self, run: RunFolder) -> None:
         run.write_json(_FILE, asdict(self))
@@ -53,7 +65,7 @@ def load(run: RunFolder) -> Tracked | None:
 
 
 def start(run: RunFolder, name: str, parent: str | None = None, tags: Mapping[str, str] | None = None) -> Tracked:
-    """Open the MLflow run of a run folder, or go on with the one it already has.
+    """Open the MLflow run of a run folder, or go on with the one it already has (also while the store is away).
 
     Args:
         run: the run folder.
@@ -62,46 +74,77 @@ def start(run: RunFolder, name: str, parent: str | None = None, tags: Mapping[st
         tags: further tags.
 
     Raises:
-        TrackingError: the store does not answer, or its experiment was deleted.
+        TrackingError: the store does not answer and the run is new, or its experiment was deleted.
     """
-    config = run.config
+    config, existing = run.config, load(run)
     uri = store.resolve_uri(config.tracking.uri)
+    if existing and existing.uri == uri:
+        try:
+            return _again(run, existing) or _new(run, uri, name, parent, tags or {})
+        except TrackingError:
+            return existing
+    return _new(run, uri, name, parent, tags or {})
+
+
+def _again(run: RunFolder, existing: Tracked) -> Tracked | None:
+    """The run that the folder knows of; None where somebody deleted it."""
+    store.check(existing.uri)
+    with store.errors(existing.uri):
+        client = store.client(existing.uri)
+        if not store.find_run(client, existing.run):
+            return None
+        client.update_run(existing.run, status="RUNNING")
+    return existing
+
+
+def _new(run: RunFolder, uri: str, name: str, parent: str | None, tags: Mapping[str, str]) -> Tracked:
+    """A new run; or the one that was opened before the folder could take note of it."""
+    config = run.config
     store.check(uri)
     with store.errors(uri):
         client = store.client(uri)
-        existing = load(run)
-        if existing and existing.uri == uri and store.find_run(client, existing.run):
-            client.update_run(existing.run, status="RUNNING")
-            return existing
         experiment = store.experiment_id(client, uri, config.tracking.experiment)
-        created = client.create_run(experiment, tags=_tags(run, parent) | dict(tags or {}), run_name=name)
+        opened = store.search_runs(client, [experiment], f"tags.`{_RUN_ID}` = '{run.id}'")
+        created = opened[0] if opened else client.create_run(experiment, {**_tags(run, parent), **tags}, run_name=name)
         tracked = Tracked(uri, experiment, created.info.run_id)
         _log_params(client, tracked, run)
         tracked.save(run)
     return tracked
 
 
-def describe(run: RunFolder, tracked: Tracked) -> None:
-    """Log what is known once the data is partitioned: configuration, data set, partition and its picture.
+def _describe(client: Any, run: RunFolder, tracked: Tracked) -> None:
+    """Log what is known once the data is partitioned: configuration, data set, partition and its picture."""
+    _log_data(client, tracked, run)
+    for name, folder in (("config.yaml", None), ("partition.json", None), ("figures/partition.png", "figures")):
+        client.log_artifact(tracked.run, str(run.path / name), folder)
 
-    Raises:
-        TrackingError: the store does not answer.
+
+def offer(run: RunFolder, tracked: Tracked) -> tuple[Tracked, str]:
+    """Deliver what can be delivered; returns how far it got, and why not everything was taken (mostly nothing).
+
+    What was not taken waits in the run folder for the next call.
     """
-    with store.errors(tracked.uri):
-        client = store.client(tracked.uri)
-        _log_data(client, tracked, run)
-        for name, folder in (("config.yaml", None), ("partition.json", None), ("figures/partition.png", "figures")):
-            client.log_artifact(tracked.run, str(run.path / name), folder)
+    try:
+        store.check(tracked.uri)  # seconds, where MLflow itself would try for minutes
+        return deliver(run, tracked), ""
+    except TrackingError as error:
+        return load(run) or tracked, str(error)
 
 
 def deliver(run: RunFolder, tracked: Tracked) -> Tracked:
-    """Log every finished round that is not in MLflow yet, one batch each, in order; returns how far it got.
+    """Log what is not in MLflow yet: the run's description, then every finished round, one batch each, in order.
+
+    Returns how far it got.
 
     Raises:
         TrackingError: the store does not answer; what is missing is delivered by the next call.
     """
     with store.errors(tracked.uri):
         client = store.client(tracked.uri)
+        if not tracked.described:
+            _describe(client, run, tracked)
+            tracked = replace(tracked, described=True)
+            tracked.save(run)
         for record in rounds.records(run):
             if record.round > tracked.logged:
                 _log_metrics(client, tracked, record, record.metrics)
@@ -111,12 +154,36 @@ def deliver(run: RunFolder, tracked: Tracked) -> Tracked:
     return tracked
 
 
-def finish(run: RunFolder, tracked: Tracked, note: str) -> None:
-    """Log the results and artifacts of a finished run and close it.
+def finish(run: RunFolder, tracked: Tracked, note: str, patience_s: float = PATIENCE_S) -> None:
+    """Deliver what is missing, log the results and artifacts of a finished run, and close it.
+
+    A store that is away is waited for.
+
+    Args:
+        run: the run folder, complete.
+        tracked: its counterpart.
+        note: shown on its page.
+        patience_s: seconds to wait.
 
     Raises:
-        TrackingError: the store does not answer.
+        TrackingError: it does not answer for so long; says how to deliver the run later.
     """
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            store.check(tracked.uri)
+            _close(run, deliver(run, load(run) or tracked), note)
+            return
+        except TrackingError as error:
+            if time.monotonic() >= until:
+                raise TrackingError(
+                    f"the run is complete in {run.path}, but not in MLflow: {error}. `fedlora resume {run.path}` "
+                    "delivers it when MLflow answers again"
+                ) from error
+            time.sleep(_ASK_AGAIN_S)
+
+
+def _close(run: RunFolder, tracked: Tracked, note: str) -> None:
     last = rounds.records(run)[-1]
     with store.errors(tracked.uri):
         client = store.client(tracked.uri)
@@ -137,7 +204,10 @@ def _tags(run: RunFolder, parent: str | None) -> dict[str, str]:
         "fedlora.version": fedlora.__version__,
         "fedlora.config": config.digest(),
         "fedlora.run_folder": str(run.path),
+        _RUN_ID: run.id,
     }
+    if config.model.trust_remote_code:
+        tags["fedlora.trust_remote_code"] = "true"
     return tags | ({"mlflow.parentRunId": parent} if parent else {})
 
 
@@ -177,7 +247,8 @@ def _log_data(client: Any, tracked: Tracked, run: RunFolder) -> None:
     )
     client.log_inputs(tracked.run, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
     client.set_tag(tracked.run, "partition.hash", partition["hash"])
-    client.set_tag(tracked.run, "data.digest", data["digest"])
+    for name, value in {"data.digest": data["digest"], **provenance.tags(setup.get("model"))}.items():
+        client.set_tag(tracked.run, name, value)
 
 
 def _log_round_adapter(client: Any, tracked: Tracked, run: RunFolder, number: int) -> None:

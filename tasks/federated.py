@@ -16,11 +16,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
-from fedlora import export, jobs, rounds, workers
+from fedlora import export, jobs, participation, recovery, rounds, workers
 from fedlora.config import RunConfig
-from fedlora.errors import FedloraError, WorkerError
+from fedlora.errors import ClientFailed, FedloraError, WorkerError
 from fedlora.evaluation import Scores
 from fedlora.metrics import RoundRecord
+from fedlora.participation import Ask, Roll
 from fedlora.rounds import Timings
 from fedlora.runfolder import RunFolder
 from mlflow_tracking import tracker
@@ -80,11 +81,16 @@ def initialise(run: Run) -> dict[str, Any]:
 
 
 @_round_step("fine-tune", " client {client}")
-def fine_tune(run: Run, number: int, client: int) -> dict[str, Any]:
-    """Train one client in the next free slot; its mean loss, local accuracy and seconds."""
+def fine_tune(run: Run, number: int, client: int, attempt: int) -> dict[str, Any]:
+    """Train one client in the next free slot; its mean loss, local accuracy and seconds, or why it could not."""
     runner = run.config.runner
-    with workers.current_pool(runner).slot() as slot, held(runner, slot.device):
-        record = slot.run(jobs.fine_tune, run.folder, number, client)
+    try:
+        with workers.current_pool(runner).slot() as slot, held(runner, slot.device):
+            record = slot.run(jobs.fine_tune, run.folder, number, client, attempt)
+    except ClientFailed as error:
+        return {"client": client, "failed": str(error)}
+    if record is None:
+        return {"client": client, "sent": False}
     local = Scores.from_json(record["local"]) if record["local"] else None
     return {
         "client": client,
@@ -94,10 +100,16 @@ def fine_tune(run: Run, number: int, client: int) -> dict[str, Any]:
     }
 
 
+@_round_step("receive")
+def receive(run: Run, number: int, ask: Ask, failed: dict[int, str]) -> Roll:
+    """Inspect what the clients have sent, and write down what became of each."""
+    return participation.receive(run.state, ask, failed)
+
+
 @_round_step("aggregate")
-def aggregate(run: Run, number: int, clients: list[int]) -> float:
-    """Combine the uploads, save the new state, measure its divergence; the seconds that aggregation took."""
-    return float(rounds.aggregate(run.state, number, clients)["seconds"])
+def aggregate(run: Run, number: int) -> float:
+    """Combine the updates, save the new state, measure its divergence; the seconds that aggregation took."""
+    return float(rounds.aggregate(run.state, number)["seconds"])
 
 
 @_round_step("evaluate", " part {index}")
@@ -113,25 +125,26 @@ def open_tracking(run: Run, name: str, parent: str | None, tags: dict[str, str])
 
 
 @_step("describe")
-def describe(run: Run, tracked: Tracked) -> None:
-    """Log configuration, data set and partition."""
-    tracker.describe(run.state, tracked)
+def describe(run: Run, tracked: Tracked) -> tuple[Tracked, str]:
+    """Log configuration, data set and partition; how far that got, and why it got no further."""
+    return tracker.offer(run.state, tracked)
 
 
 @_round_step("track")
 def track(
     run: Run,
     number: int,
-    clients: list[int],
     parts: list[dict[str, Any]],
     scores: list[dict[str, Any]],
     timings: Timings,
     tracked: Tracked,
-) -> tuple[RoundRecord, Tracked]:
-    """Close the round and log it, with every earlier round that MLflow has not got yet."""
+) -> tuple[RoundRecord, Tracked, str]:
+    """Close the round and log it, with every earlier round that MLflow has not got yet; why it waits, if it does."""
     state = run.state
-    record = rounds.read_record(state, number) or rounds.finish(state, number, clients, parts, scores, timings)
-    return record, tracker.deliver(state, tracked)
+    record = rounds.read_record(state, number) or rounds.finish(state, number, parts, scores, timings)
+    tracked, waits = tracker.offer(state, tracked)
+    recovery.prune(state, tracked.logged)  # what MLflow has not got may be needed for it
+    return record, tracked, waits
 
 
 @_step("publish")

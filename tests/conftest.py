@@ -33,6 +33,7 @@ TINY = {
     "training.local_steps": 2,
     "training.batch_size": 8,
     "partition.min_size": 2,
+    "keep_rounds": None,
     "runner.kind": "threads",
     "runner.device": "cpu",
 }

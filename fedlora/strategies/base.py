@@ -22,9 +22,9 @@ from torch import Tensor
 
 from fedlora.adapter import EVERY_PART, Adapter, Factors, Part
 from fedlora.base_update import BaseUpdate
-from fedlora.config import Section
 from fedlora.errors import AdapterError
 from fedlora.factors import keep_trainable, truncated_svd
+from fedlora.sections import Section
 from fedlora.updates import Updates
 
 NOTHING: frozenset[Part] = frozenset()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Factors
-from fedlora.config import Section
+from fedlora.sections import Section
 from fedlora.strategies.base import ServerState
 from fedlora.strategies.core import CoreStrategy, orthonormal, with_fixed
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from fedlora.adapter import Factors
-from fedlora.config import Section
+from fedlora.sections import Section
 from fedlora.strategies.base import Family, ServerState, Strategy
 from fedlora.strategies.energy import directions_for
 from fedlora.updates import Updates

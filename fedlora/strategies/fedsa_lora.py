@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from fedlora.adapter import Adapter, Factors, Part
-from fedlora.config import Section
+from fedlora.sections import Section
 from fedlora.strategies.base import Family, Plan, ServerState, Strategy
 from fedlora.updates import Updates
 

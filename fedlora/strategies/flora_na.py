@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedlora.adapter import Factors
-from fedlora.config import Section
 from fedlora.factors import mean, mean_factors
+from fedlora.sections import Section
 from fedlora.strategies.base import Family, ServerState, Strategy
 from fedlora.strategies.simplex import minimise_on_simplex, project_to_simplex
 from fedlora.updates import Updates

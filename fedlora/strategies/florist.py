@@ -7,7 +7,7 @@ from typing import cast
 from pydantic import Field
 
 from fedlora.adapter import Factors
-from fedlora.config import Section
+from fedlora.sections import Section
 from fedlora.strategies.base import Family, Plan, ServerState, Strategy
 from fedlora.strategies.energy import directions_for
 from fedlora.strategies.flora import fresh_factors

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Factors
-from fedlora.config import Section
 from fedlora.factors import mean_factors, product_norm
+from fedlora.sections import Section
 from fedlora.strategies.base import Family, ServerState, Strategy
 from fedlora.updates import Updates
 

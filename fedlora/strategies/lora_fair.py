@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedlora.adapter import Factors
-from fedlora.config import Section
+from fedlora.sections import Section
 from fedlora.strategies.base import Family, ServerState, Strategy
 from fedlora.updates import Updates
 

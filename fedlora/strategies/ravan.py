@@ -8,7 +8,7 @@ from typing import cast
 from pydantic import Field
 from torch import Tensor
 
-from fedlora.config import Section
+from fedlora.sections import Section
 from fedlora.strategies.base import ServerState
 from fedlora.strategies.core import CoreStrategy, orthonormal, with_fixed
 

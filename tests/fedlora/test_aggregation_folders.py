@@ -17,7 +17,8 @@ from torch import nn
 
 import fedlora
 from fedlora.errors import AdapterError, ConfigError
-from fedlora.peftfolder import Pattern, open_peft_folder
+from fedlora.peftfolder import open_peft_folder
+from fedlora.peftpattern import Pattern
 from fedlora.strategies import registry
 from fedlora.tensorfile import StoredTensors
 
@@ -212,9 +213,21 @@ class TestPatterns:
         check_exact(tmp_path / "out", folders)
 
     def test_the_card_says_what_the_configuration_said_and_no_more(self, client, tmp_path):
-        changed(client("a"), base_model_name_or_path="x\ntags: [evil]\n---\n# Run me")
+        changed(client("a"), base_model_name_or_path='x" tags: [evil] # Run me')
         fedlora.aggregate([tmp_path / "a"]).save(tmp_path / "out")
-        assert r'base_model: "x\ntags: [evil]\n---\n# Run me"' in (tmp_path / "out/README.md").read_text()
+        assert r'base_model: "x\" tags: [evil] # Run me"' in (tmp_path / "out/README.md").read_text()
+        changed(client("b"), base_model_name_or_path="x\ntags: [evil]\n---\n# Run me")
+        with pytest.raises(AdapterError, match=r"base_model_name_or_path is 'x\\ntags: .*; expected one line"):
+            fedlora.aggregate([tmp_path / "b"])
+
+    def test_what_peft_would_act_upon_is_not_handed_on(self, client, tmp_path):
+        """Modules to import, a tokenizer to fetch, weights to draw anew: keys that no adapter needs."""
+        alien = {"auto_mapping": {"parent_library": "os"}, "megatron_config": {"a": 1}, "megatron_core": "megatron.x"}
+        alien |= {"tokenizer_kwargs": {"trust_remote_code": True}, "init_lora_weights": "eva", "eva_config": {"rho": 9}}
+        changed(client("a"), **alien)
+        fedlora.aggregate([tmp_path / "a"]).save(tmp_path / "out", per_client=True)
+        for folder in (tmp_path / "out", tmp_path / "out/client-000"):
+            assert not alien.keys() & config_of(folder).keys()
 
 
 class TestFolders:
@@ -224,13 +237,32 @@ class TestFolders:
         check_exact(tmp_path / "out", [one, other, one])
 
     def test_links_as_in_the_cache_of_the_hub(self, client, tmp_path):
-        folder, cached = client("a"), tmp_path / "snapshot"
-        cached.mkdir()
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (cached / name).symlink_to(folder / name)
+        folder, cached, blobs = client("a"), tmp_path / "hub/snapshots/1f", tmp_path / "hub/blobs"
+        cached.mkdir(parents=True)
+        blobs.mkdir()
+        for index, name in enumerate(("adapter_config.json", "adapter_model.safetensors")):
+            (blobs / str(index)).write_bytes((folder / name).read_bytes())
+            (cached / name).symlink_to(f"../../blobs/{index}")
         (tmp_path / "link").symlink_to(cached)
         fedlora.aggregate([tmp_path / "link"], "svd").save(tmp_path / "out")
         check_exact(tmp_path / "out", [folder])
+
+    @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "base_delta.safetensors"])
+    def test_links_out_of_the_folder_are_refused(self, client, tmp_path, name):
+        """A client's archive could name any file of the server's."""
+        folder = client("a")
+        (tmp_path / "theirs").mkdir()
+        if (folder / name).exists():
+            (folder / name).rename(tmp_path / "theirs" / name)
+        (folder / name).symlink_to(tmp_path / "theirs" / name)
+        with pytest.raises(AdapterError, match=r"leads out of the folder|has a base update"):
+            fedlora.aggregate([folder], "svd")
+
+    def test_a_link_within_the_folder(self, client, tmp_path):
+        folder = client("a")
+        (folder / "adapter_config.json").rename(folder / "other.json")
+        (folder / "adapter_config.json").symlink_to("other.json")
+        fedlora.aggregate([folder], "svd").save(tmp_path / "out")
 
     def test_a_rank_above_the_smaller_side(self, client, tmp_path):
         """PEFT allows it: rank 3 on a layer of two rows."""

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel, GPT2Config, LlamaConfig
 
 import fedlora
-from fedlora import client, model, rounds
+from fedlora import client, model, participation, rounds
 from fedlora.adapter import Adapter, Factors
 from fedlora.config import ModelConfig
 from fedlora.data import tokens
@@ -323,13 +323,13 @@ def test_a_fraction_of_the_clients_is_drawn_by_seed_and_round(configure, finishe
     assert len(set(drawn)) > 1
     again = RunFolder.create(tmp_path / "again", configure(changes))
     other = RunFolder.create(tmp_path / "other", configure({**changes, "seed": 1}))
-    assert [tuple(rounds.select(again, number)) for number in (4, 3, 2, 1)] == drawn[::-1]
-    assert [tuple(rounds.select(other, number)) for number in (1, 2, 3, 4)] != drawn
+    assert [participation.next_ask(again, number).clients for number in (4, 3, 2, 1)] == drawn[::-1]
+    assert [participation.next_ask(other, number).clients for number in (1, 2, 3, 4)] != drawn
 
 
 def test_at_least_one_client_takes_part(configure, tmp_path):
     run = RunFolder.create(tmp_path / "run", configure({"fraction": 0.01}))
-    assert len(rounds.select(run, 1)) == 1
+    assert len(participation.next_ask(run, 1).clients) == 1
 
 
 # -- other models

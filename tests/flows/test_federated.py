@@ -197,7 +197,7 @@ def test_a_run_that_is_interrupted_is_marked_killed_and_can_be_continued(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("flows.federated.rounds.select", interrupt)
+        patched.setattr("flows.federated.participation.next_ask", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_flow({"strategy": "fedit"}, run_dir=tmp_path / "run")
     tracked = tracker.load(RunFolder(tmp_path / "run"))

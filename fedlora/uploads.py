@@ -1,0 +1,48 @@
+"""A client's upload as it arrives: its header is compared with what is expected before any of its tensors is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from fedlora.adapter import Adapter, check_shapes
+from fedlora.limits import UPLOAD, Limits
+from fedlora.tensorfile import read_tensors
+from fedlora.tensorheader import Stored, read_header
+
+SENT = frozenset({"F32"})
+"""Adapters and heads are sent in fp32."""
+
+
+def inspect(path: Path, like: Adapter, who: str, dtypes: frozenset[str] = SENT, limits: Limits = UPLOAD) -> Adapter:
+    """The adapter in a client's file, if it is one like that which the client was sent.
+
+    First the header alone is looked at: its size, the names, types and shapes of the tensors, where a module may be of
+    a lower rank than in `like`. Only then are the tensors read, and their values looked at.
+
+    Args:
+        path: the safetensors file.
+        like: what the client was sent: its modules and their kinds, head, magnitudes and cores.
+        who: whose file it is, for the message.
+        dtypes: the types in which it may be, as safetensors names them.
+        limits: the largest header, and the largest file.
+
+    Raises:
+        AdapterError: names `who` and the tensor: one that is missing, not expected, of another shape or type, or with
+            values that are not finite; or names the file: not readable, not safetensors, beyond the limits.
+    """
+    limits = replace(limits, dtypes=dtypes)
+    check_header(read_header(path, limits), like, who)
+    adapter = Adapter.from_tensors(read_tensors(path, limits))
+    adapter.check_finite(who, "training diverged?")
+    return adapter
+
+
+def check_header(header: Mapping[str, Stored], like: Adapter, who: str) -> None:
+    """Refuse a header whose names and shapes are not those of `like`, at its ranks or lower ones.
+
+    Raises:
+        AdapterError: names `who` and the tensor.
+    """
+    check_shapes({name: tensor.shape for name, tensor in header.items()}, like.shapes(), who, lower_rank=True)

@@ -1,0 +1,130 @@
+"""The commands `fedlora run` and `fedlora resume`; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedlora.errors import FedloraError
+from flows import checks, environment
+
+if TYPE_CHECKING:
+    from fedlora.config import RunConfig
+    from mlflow_tracking.tracker import Tracked
+
+_CONSOLE = "CRITICAL"
+"""What Prefect may print: the progress and our one line of error say the rest; its own page has the full log."""
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[PRESET|FILE.yaml] [KEY=VALUE]...", help="Where settings come from, and what to change."),
+]
+
+
+def run(
+    words: Words = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run; one that was interrupted is continued.", metavar="DIR")
+    ] = None,
+) -> None:
+    """One federated run. DIR/adapter/ is the final adapter.
+
+    For example: fedlora run demo strategy=flora-na lora.rank=4 seed=1
+    """
+    environment.prepare(_CONSOLE)
+    from fedlora import configfile, home
+    from flows.presets import PRESETS
+
+    source, overrides = _split(words, "demo")
+    config = configfile.load(source, overrides, PRESETS)
+    checks.before_start(config)
+    folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()
+    print(f"run folder: {folder}", flush=True)
+    _run_and_show(source, overrides, config, folder)
+
+
+def resume(
+    what: Annotated[
+        str, typer.Argument(metavar="RUN|DIR", help="A run folder or its name, or the run's id in MLflow or Prefect.")
+    ],
+) -> None:
+    """Continue an interrupted run: it ends as if nothing had happened.
+
+    For example: fedlora resume fedit-seed0-20261121-101500-4711
+    """
+    environment.prepare(_CONSOLE)
+    from fedlora import preflight
+    from fedlora.runfolder import RunFolder
+    from flows import resuming
+
+    folder = resuming.folder_of(what)
+    config = RunFolder.open(folder).config
+    preflight.check(config)
+    environment.check_prefect()
+    print(f"run folder: {folder}", flush=True)
+    _run_and_show(str(folder / "config.yaml"), {}, config, folder)
+
+
+def _run_and_show(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path) -> None:
+    from flows import where
+
+    try:
+        tracked = _run(source, overrides, config, folder)
+    except KeyboardInterrupt:
+        again = shlex.join(["resume", str(folder)])
+        print(f"stopped; what is finished is kept. Continue: {where.command('fedlora')} {again}")
+        raise
+    _print_results(folder, config, tracked)
+
+
+def _split(words: list[str] | None, default: str) -> tuple[str, dict[str, Any]]:
+    """The preset or file (the first word without '=') and the overrides."""
+    from fedlora import configfile
+
+    given = list(words or [])
+    source = given.pop(0) if given and "=" not in given[0] else default
+    if source.endswith((".yaml", ".yml")):
+        source = str(Path(source).expanduser().absolute())
+    return source, configfile.absolute_paths(configfile.parse_overrides(given))
+
+
+def _new_name(config: RunConfig) -> str:
+    return f"{config.strategy}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path) -> Tracked:
+    """Run the flow in this process; returns its run in MLflow."""
+    from flows.progress import shown_on
+
+    with shown_on(sys.stdout):
+        from flows import interruption, private_server
+        from flows.federated import federated, run_name
+
+        with private_server.available(), interruption.marked():
+            federated.with_options(flow_run_name=run_name(config))(
+                preset=source, overrides=overrides, run_dir=str(folder)
+            )
+    from fedlora.runfolder import RunFolder
+    from mlflow_tracking import tracker
+
+    tracked = tracker.load(RunFolder(folder))
+    if tracked is None:
+        raise FedloraError(f"{folder} holds no tracked run")
+    return tracked
+
+
+def _print_results(folder: Path, config: RunConfig, tracked: Tracked) -> None:
+    from fedlora.comparison import Result
+    from flows import tables, where
+    from mlflow_tracking import store
+
+    print()
+    tables.compared([Result.of_folder({"strategy": config.strategy}, folder)], ["strategy"], sys.stdout)
+    print(f"\nadapter           {folder / 'adapter'}\npicture           {folder / 'figures' / 'rounds.png'}")
+    print("\n".join(where.lines(tracked.uri, store.run_page(tracked.experiment, tracked.run))))

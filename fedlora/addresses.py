@@ -18,7 +18,9 @@ def holds_secret(address: str) -> bool:
         before = address.partition("://")[2].rpartition("@")[0]
         if parts.scheme in ("sqlite", "file", ""):  # a path, in which both mean themselves
             return False
-        if parts.password is not None or ":" in before or parts.username and parts.scheme in ("http", "https"):
+        if parts.password is not None or ":" in before:
+            return True
+        if parts.username and parts.scheme in ("http", "https"):  # a token
             return True
         return any(word in key.lower() for key, _ in parse_qsl(parts.query) for word in _SECRET_WORDS)
     except ValueError:
@@ -30,5 +32,5 @@ def advice(address: str) -> str:
     if address.startswith("postgres"):
         return "leave it out of the address and set PGPASSWORD, or a line in ~/.pgpass"
     if address.startswith("http"):
-        return "leave user and password out of the address and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        return "leave both out of the address and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     return "leave it out of the address; `mlflow server` in front of the database needs none"

@@ -46,7 +46,8 @@ def check(host: str) -> None:
     if problems:
         raise ConfigError(
             f"on {host} both servers must ask who is calling, but {'; '.join(problems)}. Set this in the environment "
-            "(never on a command line), or listen on 127.0.0.1 without --authenticate and use a tunnel: docs/security.md"
+            "(never on a command line), or listen on 127.0.0.1 without --authenticate and use a tunnel "
+            "(docs/security.md)"
         )
 
 

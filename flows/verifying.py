@@ -1,4 +1,4 @@
-"""Whether servers that are meant to ask who is calling do so: tried at every start, since nothing else would show it."""
+"""Whether servers that are to ask who is calling do so: tried at every start, since nothing else would show it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def verify(services: Services) -> None:
         "MLflow server",
         f"{services.mlflow_url}/api/2.0/mlflow/experiments/search?max_results=1",
         ":".join(mlflow) if mlflow else "",
-        f"its users and their passwords are in {home.mlflow_auth_database()} since its first start, which later ones do "
-        f"not change: set {authentication.USER} and {authentication.PASSWORD} to one of them",
+        f"its users and their passwords are in {home.mlflow_auth_database()} since its first start, and later ones do "
+        f"not change them: set {authentication.USER} and {authentication.PASSWORD} to one of them",
     )
 
 

@@ -104,8 +104,9 @@ def _new(run: RunFolder, uri: str, name: str, parent: str | None, tags: Mapping[
     with store.errors(uri):
         client = store.client(uri)
         experiment = store.experiment_id(client, uri, config.tracking.experiment)
+        given = {**_tags(run, parent), **tags}
         opened = store.search_runs(client, [experiment], f"tags.`{_RUN_ID}` = '{run.id}'")
-        created = opened[0] if opened else client.create_run(experiment, {**_tags(run, parent), **tags}, run_name=name)
+        created = opened[0] if opened else client.create_run(experiment, tags=given, run_name=name)
         tracked = Tracked(uri, experiment, created.info.run_id)
         _log_params(client, tracked, run)
         tracked.save(run)

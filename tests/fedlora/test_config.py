@@ -30,6 +30,7 @@ OTHER = {
     "model.pooling": "cls",
     "model.dtype": "bf16",
     "model.revision": "main",
+    "model.trust_remote_code": True,
     "data.name": "glue",
     "data.subset": "rte",
     "data.text": "sentence1",
@@ -70,6 +71,19 @@ OTHER = {
     "runner.threads": 2,
     "runner.exclusive": True,
     "runner.retries": 0,
+    "runner.timeout_s": 60.0,
+    "keep_rounds": 5,
+    "channel.min_clients": 2,
+    "channel.too_few": "stop",
+    "channel.attempts": 1,
+    "channel.over_selection": 0.5,
+    "channel.deadline_s": 20.0,
+    "channel.max_norm": 3.0,
+    "channel.faults.crash": 0.1,
+    "channel.faults.delay": "exponential",
+    "channel.faults.delay_s": 3.0,
+    "channel.faults.corrupt": 0.2,
+    "channel.faults.kinds": ["nan", "norm"],
     "tracking.experiment": "another",
     "tracking.uri": "sqlite:///x.db",
     "tracking.adapter_every": 2,
@@ -81,10 +95,12 @@ NEEDS = {
     "training.local_epochs": {"training.local_steps": None, "training.local_epochs": 1.0},
     "training.momentum": {"training.optimizer": "sgd"},
     "lora.ranks": {"strategy": "svd", "clients": 2},
+    "channel.over_selection": {"fraction": 0.5},
+    "channel.deadline_s": {"channel.faults.delay": "lognormal"},
 }
 """What must be set with it."""
 
-NEUTRAL = {"name", "runner.kind", "runner.slots", "runner.exclusive", "runner.retries"} | {
+NEUTRAL = {"name", "runner.kind", "runner.slots", "runner.exclusive", "runner.retries", "runner.timeout_s", "keep_rounds"} | {
     key for key in KEYS if key.startswith("tracking.")
 }
 """Keys that cannot change a number of the results."""

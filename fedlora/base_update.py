@@ -98,7 +98,11 @@ class BaseUpdate:
             place = file_within(folder, FILE)
         except OSError as error:
             raise AdapterError(f"{folder}: {clean(error.strerror or str(error))}") from None
-        return cls.from_tensors(read_tensors(place, UPLOAD))
+        tensors = read_tensors(place, UPLOAD)
+        try:
+            return cls.from_tensors(tensors)
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error}") from None
 
 
 def _compact(pair: Factors) -> Factors:

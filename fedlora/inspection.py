@@ -38,7 +38,8 @@ def inspect(run: RunFolder, turn: Turn, start: Adapter, most_examples: int) -> A
     try:
         upload = uploads.inspect(run.path / f"{stem}.safetensors", start, str(turn))
     except AdapterError as error:
-        raise UpdateRejected(str(error)) from None
+        said = str(error)
+        raise UpdateRejected(said if said.startswith(str(turn)) else f"{turn}: {said}") from None
     _check_norm(upload, start, run.config.channel.max_norm, turn)
     return upload
 

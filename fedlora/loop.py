@@ -71,7 +71,7 @@ def _why_failed(run: RunFolder, pool: Pool, ask: Ask, client: int) -> str | None
     """Train a client, more than once where its worker dies; why it could not, if it could not."""
     for left in reversed(range(run.config.runner.retries + 1)):
         try:
-            pool.run(jobs.fine_tune, run.path, ask.round, client, ask.attempt)
+            pool.run_within(run.config.runner.timeout_s, jobs.fine_tune, run.path, ask.round, client, ask.attempt)
         except ClientFailed as error:
             return str(error)
         except WorkerError as error:

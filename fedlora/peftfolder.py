@@ -43,7 +43,12 @@ def read_peft_folder(folder: Path) -> Adapter:
     Raises:
         AdapterError: no `adapter_model.safetensors`, or not an adapter's content.
     """
-    return Adapter.from_tensors(read_tensors(folder / WEIGHTS, UPLOAD))
+    path = folder / WEIGHTS
+    tensors = read_tensors(path, UPLOAD)
+    try:
+        return Adapter.from_tensors(tensors)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -48,16 +48,17 @@ def _rounds(run: RunFolder) -> list[str]:
     numbers = sorted(int(folder.name) for folder in (run.path / "rounds").glob("[0-9]*"))
     closed = run.finished_rounds()
     last = next((t for t in reversed(closed) if run.read_record(run.state_stem(t))), -1)
-    lost = [t for t in numbers if t > last and (run.path / run.record_name(t)).exists()]
-    if not lost:
+    newest = numbers[-1] if numbers else 0
+    if last == newest or (last == newest - 1 and not (run.path / run.record_name(newest)).exists()):
         return []
+    damaged = closed[-1] if closed and closed[-1] > last else last + 1
     for number in (t for t in numbers if t > last):
         if number == last + 1:  # its uploads may be whole, and then nobody trains again
             _reopen(run, number)
         else:
             shutil.rmtree(run.round_folder(number))
     back = f"round {last}" if last > 0 else "the beginning"
-    return [f"round {lost[0]} in {run.path} is damaged; going back to {back}, the last point that is whole"]
+    return [f"round {damaged} in {run.path} is damaged; going back to {back}, the last point that is whole"]
 
 
 def _reopen(run: RunFolder, number: int) -> None:

@@ -74,7 +74,10 @@ class RunFolder:
         folder._check_format()
         try:
             folder._check_same(configfile.load(folder.path / _CONFIG))
+            whole = folder.read_json(_RUN) is not None
         except ConfigError:
+            whole = False
+        if not whole:
             folder._describe(folder.config)
         return folder
 

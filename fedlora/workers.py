@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,16 +113,33 @@ class ProcessSlot:
         Raises:
             WorkerError: the process died; the job may be tried again.
         """
+        return self.run_within(None, job, *args, **kwargs)
+
+    def run_within(self, seconds: float | None, job: Job[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same; a process that takes longer than `seconds` is taken for hung and ended.
+
+        Raises:
+            WorkerError: the process died, or was ended; the job may be tried again.
+        """
+        future = self._submit(job, args, kwargs)
         try:
-            return self._submit(job, args, kwargs).result()
-        except BrokenProcessPool as error:
-            if self._closed:
-                raise RunAborted("stopped") from None
-            self._executor = self._start()
-            raise WorkerError(
-                f"the worker process on {self.device} died during {job.__name__}{args[1:]} "
-                "(killed, or out of memory: try fewer runner.slots or a smaller training.batch_size)"
-            ) from error
+            return future.result(seconds)
+        except BrokenProcessPool:
+            why = "died (killed, or out of memory: try fewer runner.slots or a smaller training.batch_size)"
+        except FutureTimeout:
+            if future.done():
+                raise  # the job's own
+            for process in self._processes():
+                process.kill()
+            why = f"was ended after {seconds} s (runner.timeout_s)"
+        if self._closed:
+            raise RunAborted("stopped")
+        self._executor.shutdown()
+        self._executor = self._start()
+        raise WorkerError(f"the worker process on {self.device}, during {job.__name__}{args[1:]}, {why}")
+
+    def _processes(self) -> list[Any]:
+        return list((getattr(self._executor, "_processes", None) or {}).values())
 
     def _submit(self, job: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[T]:
         if self._closed:
@@ -135,7 +153,7 @@ class ProcessSlot:
     def close(self, *, now: bool = False) -> None:
         """End the worker; `now` does not wait for the job under way: it is asked to leave it, then killed."""
         self._closed = True
-        processes = list((getattr(self._executor, "_processes", None) or {}).values()) if now else []
+        processes = self._processes() if now else []
         for process in processes:
             process.terminate()
         self._executor.shutdown(wait=not now, cancel_futures=True)
@@ -155,6 +173,10 @@ class ThreadSlot:
     def run(self, job: Job[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `job(workbench, *args)` here."""
         return job(self._bench, *args, **kwargs)
+
+    def run_within(self, seconds: float | None, job: Job[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same: a thread cannot be ended (so that the configuration refuses a time for it)."""
+        return self.run(job, *args, **kwargs)
 
     def start(self, job: Job[[], None]) -> None:
         """Nothing to begin early: this process would only be kept busy."""
@@ -193,8 +215,12 @@ class Pool:
 
     def run(self, job: Job[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a job in the next free slot."""
+        return self.run_within(None, job, *args, **kwargs)
+
+    def run_within(self, seconds: float | None, job: Job[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a job in the next free slot; one that takes longer than `seconds` there is ended."""
         with self.slot() as slot:
-            return slot.run(job, *args, **kwargs)
+            return slot.run_within(seconds, job, *args, **kwargs)
 
     def start(self, job: Job[[], None]) -> None:
         """Let every worker process begin `job(workbench)` without waiting for it."""

@@ -120,11 +120,21 @@ def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path
 
 
 def _print_results(folder: Path, config: RunConfig, tracked: Tracked) -> None:
+    from fedlora import recovery
     from fedlora.comparison import Result
+    from fedlora.runfolder import RunFolder
     from flows import tables, where
     from mlflow_tracking import store
 
     print()
     tables.compared([Result.of_folder({"strategy": config.strategy}, folder)], ["strategy"], sys.stdout)
-    print(f"\nadapter           {folder / 'adapter'}\npicture           {folder / 'figures' / 'rounds.png'}")
+    size = recovery.size(RunFolder(folder)) / 1e6
+    print(f"\nrun folder        {folder} ({size:.1f} MB{_kept(config)})")
+    print(f"adapter           {folder / 'adapter'}\npicture           {folder / 'figures' / 'rounds.png'}")
     print("\n".join(where.lines(tracked.uri, store.run_page(tracked.experiment, tracked.run))))
+
+
+def _kept(config: RunConfig) -> str:
+    """Which rounds can still be gone back to."""
+    keep = config.keep_rounds
+    return "" if keep is None or keep >= config.rounds else f"; uploads and states of the last {keep} rounds"

@@ -86,7 +86,7 @@ def fine_tune(run: Run, number: int, client: int, attempt: int) -> dict[str, Any
     runner = run.config.runner
     try:
         with workers.current_pool(runner).slot() as slot, held(runner, slot.device):
-            record = slot.run(jobs.fine_tune, run.folder, number, client, attempt)
+            record = slot.run_within(runner.timeout_s, jobs.fine_tune, run.folder, number, client, attempt)
     except ClientFailed as error:
         return {"client": client, "failed": str(error)}
     if record is None:

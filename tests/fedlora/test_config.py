@@ -100,9 +100,15 @@ NEEDS = {
 }
 """What must be set with it."""
 
-NEUTRAL = {"name", "runner.kind", "runner.slots", "runner.exclusive", "runner.retries", "runner.timeout_s", "keep_rounds"} | {
-    key for key in KEYS if key.startswith("tracking.")
-}
+NEUTRAL = {
+    "name",
+    "runner.kind",
+    "runner.slots",
+    "runner.exclusive",
+    "runner.retries",
+    "runner.timeout_s",
+    "keep_rounds",
+} | {key for key in KEYS if key.startswith("tracking.")}
 """Keys that cannot change a number of the results."""
 
 

@@ -174,7 +174,9 @@ class TestTooFew:
         assert asked_again
 
     def test_the_run_stops_and_says_what_became_of_them(self, configure, tmp_path):
-        with pytest.raises(RunAborted, match=r"^round 1: \d of 8 clients completed, fewer than channel.min_clients=8: "):
+        with pytest.raises(
+            RunAborted, match=r"^round 1: \d of 8 clients completed, fewer than channel.min_clients=8: "
+        ):
             train(configure({**FAULTY, "channel.min_clients": 8, "channel.too_few": "stop"}), tmp_path / "run")
 
     def test_attempts_end(self, configure, tmp_path):

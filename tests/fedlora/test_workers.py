@@ -38,6 +38,9 @@ def die(bench, folder, number, client):
 def fail(bench):
     raise ValueError("an error of the job itself")
 
+def time_out(bench):
+    raise TimeoutError("of the job itself")
+
 def sleep(bench, seconds, mark):
     open(mark, "w").write(str(os.getpid()))
     time.sleep(seconds)
@@ -130,10 +133,23 @@ def test_an_error_of_the_job_arrives_as_itself_and_costs_no_worker(slot, jobs):
 
 def test_a_killed_worker_is_named_and_the_next_job_gets_a_new_one(slot, jobs):
     before = slot.run(jobs.pid)
-    with pytest.raises(WorkerError, match=r"worker process on cpu died during die\(3, 7\) .*out of memory"):
+    with pytest.raises(WorkerError, match=r"worker process on cpu, during die\(3, 7\), died .*out of memory"):
         slot.run(jobs.die, "/folder", 3, 7)
     assert slot.run(jobs.pid) != before
     assert slot.run(jobs.count, 1) == 1  # a new bench: the old one is lost
+
+
+def test_a_worker_that_hangs_is_ended_and_the_next_job_gets_a_new_one(slot, jobs, tmp_path):
+    before = slot.run(jobs.pid)
+    with pytest.raises(WorkerError, match=r"during sleep\(.*, was ended after 0.5 s \(runner.timeout_s\)"):
+        slot.run_within(0.5, jobs.sleep, 600, str(tmp_path / "mark"))
+    assert not psutil.pid_exists(before)
+    assert slot.run_within(60, jobs.pid) != before
+
+
+def test_a_jobs_own_timeout_is_an_error_of_the_job(slot, jobs):
+    with pytest.raises(TimeoutError, match="of the job itself"):
+        slot.run_within(60, jobs.time_out)
 
 
 def test_closing_now_ends_a_job_under_way_and_refuses_the_next(jobs, tmp_path):

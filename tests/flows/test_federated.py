@@ -163,19 +163,21 @@ def test_running_again_in_the_same_folder_adds_nothing(finished_flow, run_flow, 
     assert client.get_run(mlflow_run.info.run_id).info.status == "FINISHED"
 
 
-def die_once(bench, folder, number, client_id):
+def die_once(bench, folder, number, client_id, attempt):
     """A client's job whose worker process is killed the first time that client 1 trains."""
     mark = folder / "died"
     if client_id == 1 and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return jobs.fine_tune(bench, folder, number, client_id)
+    return jobs.fine_tune(bench, folder, number, client_id, attempt)
 
 
 def test_a_dead_worker_is_replaced_and_the_client_tried_again(run_flow, finished_flow, monkeypatch):
-    real = workers.ProcessSlot.run
+    real = workers.ProcessSlot.run_within
     monkeypatch.setattr(
-        workers.ProcessSlot, "run", lambda slot, job, *a: real(slot, die_once if job is jobs.fine_tune else job, *a)
+        workers.ProcessSlot,
+        "run_within",
+        lambda slot, seconds, job, *a: real(slot, seconds, die_once if job is jobs.fine_tune else job, *a),
     )
     folder = run_flow({"strategy": "fedit", "runner.kind": "processes", "runner.slots": 1})
     assert (folder.path / "died").exists()

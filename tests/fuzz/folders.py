@@ -85,7 +85,8 @@ def _put(path, kind):
 
 # -- valid folders ------------------------------------------------------------------------------------------------
 
-SHAPES = {"enc.q": (7, 5), "enc.v": (4, 6), "layers.0.mlp": (3, 9)}
+SHAPES = {"enc.q": (7, 5), "enc.v": (4, 6), "layers.0.mlp": (3, 9), "wide": (1, 600), "tall": (600, 1)}
+"""Of the last two, a product is far larger than its factors."""
 
 
 def draft(variant="lora", rank=2, modules=3, head=True, dtype="F32"):

@@ -8,7 +8,9 @@ from fedlora import configfile
 from fedlora.strategies import registry
 from tests.fuzz.folders import long
 
-KEYS = st.sampled_from([*configfile.dotted_keys(), "lora", "training", "strategy_options.heads", "strategy_options.energy"])
+KEYS = st.sampled_from(
+    [*configfile.dotted_keys(), "lora", "training", "strategy_options.heads", "strategy_options.energy"]
+)
 # fmt: off
 ODD = st.sampled_from([
     None, True, False, 0, 1, 2, 3, -1, 0.5, 1.0, 2.5, 10**20, 10**400, 1e-300, 1e300, float("nan"), float("inf"), "", "x",
@@ -54,17 +56,18 @@ def put(content, key, value):
 
 def put_within(content, part, key, value):
     """A key and value in one part of a sweep file."""
+    there = content.get(part)
     if part in ("set", "grid"):
-        value = value if part == "set" else [long(value), 1]
-        content[part] = {**(content.get(part) or {}), key: long(value)}
+        value = long(value) if part == "set" else [long(value), 1]
+        content[part] = {**(there if isinstance(there, dict) else {}), key: value}
     else:
-        content[part] = [*(content.get(part) or []), {key: long(value)}]
+        content[part] = [*(there if isinstance(there, list) else []), {key: long(value)}]
 
 
 def insert(text, at, snippet, keep):
     at %= len(text) + 1
     for piece in snippet.split("<") if " × " in snippet else ():
-        letters, mark, rest = piece.partition(">")
+        letters, mark, _ = piece.partition(">")
         if mark and " × " in letters:
             snippet = snippet.replace(f"<{letters}>", long(f"<{letters}>"))
     return text[:at] + snippet + text[at + keep :]
@@ -83,7 +86,9 @@ SWEEP_CHANGES = st.lists(
     | st.tuples(st.just(put), PARTS, ODD),
     max_size=2,
 )
-TEXT_CHANGES = st.lists(st.tuples(st.just(insert), PLACE, SNIPPETS | st.text(max_size=6), st.integers(0, 12)), max_size=2)
+TEXT_CHANGES = st.lists(
+    st.tuples(st.just(insert), PLACE, SNIPPETS | st.text(max_size=6), st.integers(0, 12)), max_size=2
+)
 BYTE_CHANGES = st.just([]) | st.lists(st.tuples(st.just(flip), PLACE, st.integers(0, 7)), max_size=2)
 
 
@@ -115,6 +120,9 @@ def word(key, value):
 
 
 WORDS = st.lists(
-    st.builds(word, KEYS, ODD) | st.builds(word, KEYS, SNIPPETS) | st.builds(word, st.text(max_size=6), ODD) | st.text(max_size=12),
+    st.builds(word, KEYS, ODD)
+    | st.builds(word, KEYS, SNIPPETS)
+    | st.builds(word, st.text(max_size=6), ODD)
+    | st.text(max_size=12),
     max_size=4,
 )

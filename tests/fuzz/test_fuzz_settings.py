@@ -4,7 +4,7 @@ import pytest
 from hypothesis import strategies as st
 
 from fedlora import configfile, sweeps
-from flows.presets import PRESETS
+from flows.presets import PRESETS, SWEEPS
 from tests.fuzz import campaign, settings
 
 pytestmark = pytest.mark.timeout(0)  # its timer is the one that watches a case
@@ -39,9 +39,7 @@ def test_files_of_sweeps_are_read_or_refused(shard, place):
     def check(case):
         content, words = case
         path.write_bytes(settings.made(content))
-        found = campaign.outcome(
-            lambda: sweeps.load(str(path), configfile.parse_overrides(words), PRESETS, PRESETS.parent / "sweeps")
-        )
+        found = campaign.outcome(lambda: sweeps.load(str(path), configfile.parse_overrides(words), PRESETS, SWEEPS))
         for cell in found.cells if found else ():
             assert cell.name
             assert cell.digest

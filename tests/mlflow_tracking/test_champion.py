@@ -43,7 +43,6 @@ def track(finished, tmp_path_factory):
         with pytest.MonkeyPatch.context() as environ:
             environ.setenv("MLFLOW_TRACKING_URI", uri)
             begun = tracker.start(run, "a run")
-        tracker.describe(run, begun)
         tracker.finish(run, begun, "## note")
         if accuracy is not None:
             MlflowClient(uri).log_metric(begun.run, "final/accuracy", accuracy, step=3)

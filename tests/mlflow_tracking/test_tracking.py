@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import uuid
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -25,7 +26,9 @@ def uri(tmp_path_factory):
 def run(finished, tmp_path, uri, monkeypatch):
     """A copy of a finished two-round run, and a store that it is not in yet."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    return RunFolder(shutil.copytree(finished(), tmp_path / "run"))
+    copy = RunFolder(shutil.copytree(finished(), tmp_path / "run"))
+    copy.write_json("run.json", {**copy.read_json("run.json"), "id": uuid.uuid4().hex})
+    return copy
 
 
 def points(uri, tracked, name=metrics.GLOBAL_ACCURACY):

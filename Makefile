@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two busy cores: threads that wait must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup setup-dev standard demo test test-browser screenshots lint types up down format clean
+.PHONY: setup setup-dev standard demo test test-browser fuzz screenshots lint types audit up down format clean
 
 # Installed again whenever the requirements change.
 setup: $(VENV)/.installed
@@ -41,6 +41,20 @@ types: setup-dev
 
 test: lint types
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# Known vulnerabilities of the tested set (SECURITY.md). Fails where one cannot be looked up: that is not an all-clear.
+# AUDIT=osv asks osv.dev instead of the package index.
+AUDIT ?= pypi
+audit: $(VENV)/audit/bin/pip-audit
+	$< --vulnerability-service $(AUDIT) --strict --no-deps --disable-pip --requirement constraints.txt
+$(VENV)/audit/bin/pip-audit:
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3'
+
+# 100,000 cases against every reader of files and settings (docs/fuzzing.md): others each time, or those of FUZZ_SEED.
+fuzz: setup-dev
+	@seed=$${FUZZ_SEED:-$$(date +%s)}; echo "FUZZ_SEED=$$seed"; \
+	  FUZZ_SEED=$$seed FUZZ_CASES=$${FUZZ_CASES:-100000} $(BIN)/pytest -q -n 2 --dist load tests/fuzz
 
 # What the pages of MLflow, Prefect and the report show, in Debian's Chromium (apt-get install chromium).
 test-browser: setup-dev

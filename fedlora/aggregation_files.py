@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from fedlora.adapter import Adapter
 from fedlora.atomic import new_folder, write_atomic
 from fedlora.errors import AdapterError
-from fedlora.limits import file_within, read_json
+from fedlora.limits import clean, file_within, read_json
 from fedlora.peftfolder import DESCRIPTION, PeftFolder, config_at_ranks, write_peft_folder
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def check_target(out: Path, personal: bool, per_client: bool, report: Path | Non
         AdapterError: says what to do.
     """
     check_free(out)
-    if report is not None and (report.is_dir() or report.absolute() == out.absolute() or not _has_room(report)):
+    if report is not None and (_is_folder(report) or report.absolute() == out.absolute() or not _has_room(report)):
         raise AdapterError(f"the report cannot be written to {report}; choose a file in a folder that can be written")
     if personal and not per_client:
         raise AdapterError("this strategy keeps one adapter per client and has no global one; add --per-client")
@@ -41,11 +41,23 @@ def check_free(out: Path) -> None:
     Raises:
         AdapterError: choose another.
     """
-    empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    empty = _is_folder(out) and not out.is_symlink() and not any(out.iterdir())
     if os.path.lexists(out) and not empty:
         raise AdapterError(f"{out} is there already; choose another output folder")
     if not _has_room(out):
         raise AdapterError(f"{out} cannot be made: {_nearest(out)} is no folder that can be written; choose another")
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is one; what no file can be called is refused when it is to be made.
+
+    Raises:
+        AdapterError: the name is too long.
+    """
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise AdapterError(f"{clean(str(path))}: {error.strerror}; choose another") from None
 
 
 def _has_room(path: Path) -> bool:

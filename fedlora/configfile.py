@@ -53,16 +53,19 @@ def read_flat(source: str | Path | None, presets: Path | None = None) -> dict[st
 
 def find(source: str, presets: Path | None, kind: str = "preset") -> Path:
     """The file that a name in the folder `presets` (of presets, or whatever `kind` says) or a path means."""
-    path = Path(source).expanduser()
-    if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
-            return path
-        raise ConfigError(f"no such file: {source}")
+    if source.endswith((".yaml", ".yml")):
+        try:
+            path = Path(source).expanduser()
+            if path.is_file():
+                return path
+        except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, a home of nobody
+            raise ConfigError(f"no such file: {clean(source)} ({clean(str(error))})") from None
+        raise ConfigError(f"no such file: {clean(source)}")
     names = preset_names(presets)
     if source in names and presets is not None:
         return presets / f"{source}.yaml"
     raise ConfigError(
-        f"unknown {kind} '{source}'.{did_you_mean(source, names)} There are: {', '.join(names) or 'none'}; "
+        f"unknown {kind} '{clean(source)}'.{did_you_mean(source, names)} There are: {', '.join(names) or 'none'}; "
         "or name a .yaml file."
     )
 

@@ -63,11 +63,10 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
     if isinstance(summary, dict) and all(file.is_file() for file in made) and _data_is_there(run):
         provenance.check(config.model, run.need_json("setup.json").get("model"))
         return summary
-    origin = provenance.of_model(config.model)
-    base = provenance.pinned(config.model, origin)
-    check_length(base, config.data.max_length)
+    check_length(config.model, config.data.max_length)
     text = sources.load(config.data, config.seed)
-    tokenizer = load_tokenizer(base)
+    origin = provenance.of_model(config.model)
+    tokenizer = load_tokenizer(provenance.pinned(config.model, origin))
     path = tokens.tokenise(text, tokenizer, config.data.max_length, home.cache())
     data = bench.keep("data", path, lambda: tokens.open_tokens(path))
     parts = partition(

@@ -74,7 +74,6 @@ class PeftFolder:
         """The highest rank of any module."""
         return max(rank for _, rank, _ in self.shapes.values())
 
-
     @property
     def scaling(self) -> float:
         """The one s of all modules.
@@ -116,7 +115,10 @@ def open_peft_folder(path: Path, limits: Limits = UPLOAD) -> PeftFolder:
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from None
     _check_layout(path, layout, variant, len(stored))
-    shapes = {m: (*stored.shapes[b], stored.shapes[a][1]) for m, (b, a) in sorted(layout.factors.items())}
+    shapes = {}
+    for module, (b, a) in sorted(layout.factors.items()):
+        (d_out, rank), d_in = stored.shapes[b], stored.shapes[a][1]
+        shapes[module] = d_out, rank, d_in
     head = {name: stored.shapes[place] for name, place in layout.head.items()}
     magnitudes = {module: stored.shapes[place] for module, place in layout.magnitudes.items()}
     scalings = _scalings(path, config, variant, shapes)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter
 from fedlora.base_update import BaseUpdate
+from fedlora.errors import AdapterError
+from fedlora.limits import clean
 from fedlora.strategies.base import ServerState
 
 
@@ -32,23 +34,30 @@ def scalars(state: ServerState) -> dict[str, Any]:
 
 
 def from_tensors(named: Mapping[str, Tensor], values: Mapping[str, Any]) -> ServerState:
-    """The inverse of `tensors` and `scalars`."""
+    """The inverse of `tensors` and `scalars`.
+
+    Raises:
+        AdapterError: they are not those of a state.
+    """
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in named.items():
-        kind, rest = name.split("/", 1)
+        kind, _, rest = name.partition("/")
         parts.setdefault(kind, {})[rest] = tensor
-    return ServerState(
-        adapter=Adapter.from_tensors(parts["global"]),
-        personal={int(u): Adapter.from_tensors(own) for u, own in _nested(parts.get("personal", {}), 0).items()},
-        diagnostics=_nested(parts.get("diagnostics", {}), -1),
-        round=values["round"],
-        base=BaseUpdate.from_tensors(parts.get("base", {})),
-        base_step=BaseUpdate.from_tensors(parts.get("base_step", {})),
-        memory=parts.get("memory", {}),
-        ranks={int(client): rank for client, rank in values["ranks"].items()},
-        scaling=values["scaling"],
-        seed=values["seed"],
-    )
+    try:
+        return ServerState(
+            adapter=Adapter.from_tensors(parts.get("global", {})),
+            personal={int(u): Adapter.from_tensors(own) for u, own in _nested(parts.get("personal", {}), 0).items()},
+            diagnostics=_nested(parts.get("diagnostics", {}), -1),
+            round=values["round"],
+            base=BaseUpdate.from_tensors(parts.get("base", {})),
+            base_step=BaseUpdate.from_tensors(parts.get("base_step", {})),
+            memory=parts.get("memory", {}),
+            ranks={int(client): rank for client, rank in values["ranks"].items()},
+            scaling=values["scaling"],
+            seed=values["seed"],
+        )
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise AdapterError(f"this is no server's state: {clean(repr(error))}") from None
 
 
 def _under(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:

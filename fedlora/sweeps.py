@@ -142,8 +142,11 @@ def _beside(base: str, sweep: Path) -> str:
     """A base that is a file, found beside the sweep file where it is not found from here."""
     if not base.endswith((".yaml", ".yml")):
         return base
-    here = Path(base).expanduser()
-    return str((here if here.is_file() else sweep.parent / here).absolute())
+    try:
+        here = Path(base).expanduser()
+        return str((here if here.is_file() else sweep.parent / here).absolute())
+    except (OSError, RuntimeError):  # a name that no file can have, or the home of nobody
+        return base
 
 
 def _check_lists(source: str, file: SweepFile) -> None:

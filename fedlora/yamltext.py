@@ -77,19 +77,19 @@ class _OurError(ValueError):
 
 def _measure(events: Iterator[Any]) -> None:
     """Depth, and size with aliases written out, from the events alone: nothing is made of them yet."""
-    sizes: dict[str, int] = {}
+    sizes: dict[str | None, int] = {}
     open_ones: list[list[Any]] = [[None, 0]]  # of every collection not closed yet: its anchor, its size so far
     for event in events:
         if isinstance(event, yaml.CollectionStartEvent):
             open_ones.append([event.anchor, 1])
             if len(open_ones) > _DEEPEST:
-                raise _OurError(f"line {event.start_mark.line + 1}: nested deeper than {_DEEPEST} levels")
+                raise _OurError(f"{_line(event)}: nested deeper than {_DEEPEST} levels")
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, size = open_ones.pop()
         elif isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, _ in open_ones):
-                raise _OurError(f"line {event.start_mark.line + 1}: {short(event.anchor)} holds itself")
+                raise _OurError(f"{_line(event)}: {short(event.anchor)} holds itself")
             anchor, size = None, sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.ScalarEvent):
             anchor, size = event.anchor, 1 + len(event.value)
@@ -100,6 +100,10 @@ def _measure(events: Iterator[Any]) -> None:
         open_ones[-1][1] += size
         if open_ones[-1][1] > LARGEST:
             raise _OurError(f"with its aliases written out it has more than {LARGEST} characters")
+
+
+def _line(event: Any) -> str:
+    return f"line {event.start_mark.line + 1}"
 
 
 def _check(content: Any) -> None:

@@ -93,6 +93,8 @@ def defaults(console_level: str = "ERROR") -> dict[str, str]:
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(root / "prefect-results"),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_CLIENT_MAX_RETRIES": "8",  # 2 + 4 + … + 256 s: a server that goes away for some minutes is waited for
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # a traceback for every heartbeat that finds no server
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; `flows.automations` gives a silent run up after four
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": console_level,
         "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -107,6 +109,17 @@ def defaults(console_level: str = "ERROR") -> dict[str, str]:
     if os.environ.get("PREFECT_API_DATABASE_CONNECTION_URL"):  # the older name of the same setting, which Prefect reads
         del found["PREFECT_SERVER_DATABASE_CONNECTION_URL"]
     return found
+
+
+def of_server() -> dict[str, str]:
+    """What a Prefect server of ours gets besides: leases of concurrency slots survive it.
+
+    Otherwise the slots of a server that was killed, or of a run that died with its own server, would be taken for ever.
+    """
+    return {
+        "PREFECT_HOME": str(home.home() / "prefect"),
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    }
 
 
 def prepare(console_level: str = "ERROR") -> None:

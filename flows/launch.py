@@ -13,7 +13,7 @@ import httpx
 from fedlora import home
 from flows import authentication, database
 from flows.database import Databases
-from flows.environment import Services, defaults
+from flows.environment import Services, defaults, of_server
 from flows.prefect_api import CPU_POOL, GPU_POOL
 
 WORKERS = {"worker": CPU_POOL, "gpu-worker": GPU_POOL}
@@ -44,6 +44,7 @@ def environments(services: Services, databases: Databases) -> dict[str, dict[str
     common = _common(services)
     prefect = {
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        **of_server(),
         **_writable_ui_folder(),
         **authentication.without(common, authentication.OF_MLFLOW + _OF_FLOW_RUNS),
         **authentication.prefect_client(),

@@ -10,9 +10,12 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from fedlora import metrics, rounds
 from fedlora.config import RunConfig
 from fedlora.runfolder import RunFolder
-from flows import where
+from flows import outages, where
 from mlflow_tracking import store
 from mlflow_tracking.tracker import Tracked
+
+_PATIENCE_S = 300.0
+"""How long the summary waits for a server that is away."""
 
 _TABLE = (
     ("accuracy", metrics.GLOBAL_ACCURACY),
@@ -34,7 +37,8 @@ class RunPage:
 
     def update(self, number: int) -> None:
         """Round `number` is complete."""
-        update_progress_artifact(self._progress, 100.0 * number / self._config.rounds)
+        done = 100.0 * number / self._config.rounds
+        outages.optional(lambda: update_progress_artifact(self._progress, done))
 
     def note(self) -> str:
         """The run in Markdown: what it was and a row per round."""
@@ -52,8 +56,9 @@ class RunPage:
 
     def summarise(self) -> None:
         """Publish the summary artifact, with the way to MLflow."""
-        create_markdown_artifact(
-            f"{self.note()}\n\n{self._way_to_mlflow()}", key="federated-summary", description=self._config.strategy
+        text, about = f"{self.note()}\n\n{self._way_to_mlflow()}", self._config.strategy
+        outages.optional(
+            lambda: create_markdown_artifact(text, key="federated-summary", description=about), _PATIENCE_S
         )
 
     def _way_to_mlflow(self) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fedlora import home
 from fedlora.errors import FedloraError
+from flows import authentication, environment
 
 _ANSWER_WITHIN_S = 120
 _ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +80,9 @@ def _spawn(port: int) -> tuple[subprocess.Popen[bytes], Path]:
     log = home.logs() / f"prefect-private-{os.getpid()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     code = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from flows.private_server import serve; serve({port})"
-    environ = os.environ | {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
+    # A password for the servers of `fedlora up` is not for this one, whose only client would not know it.
+    environ = environment.of_server() | authentication.without(os.environ, authentication.OF_SERVERS)
+    environ |= {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-c", code],

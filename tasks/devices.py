@@ -6,14 +6,18 @@ import os
 import re
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from fedlora.config import RunnerConfig
+
+_LEASE_S = 60.0
+"""How long a slot stays taken when its holder was killed; renewed while it lives."""
 
 
 def limit_name(device: str) -> str:
@@ -47,10 +51,18 @@ def ensure_limits(devices: Iterable[str]) -> None:
 def held(runner: RunnerConfig, device: str) -> Iterator[None]:
     """Hold a device while a client trains on it; waits while another run has it.
 
-    Strict: a limit that was deleted is an error, not a free pass.
+    Strict: a limit that was deleted is an error, not a free pass. A server that goes away meanwhile is not: the
+    client's work is kept, and a slot that could not be given back is free again when its lease ends.
     """
     if not is_exclusive(runner, device):
         yield
         return
-    with concurrency(limit_name(device), strict=True):
+    slot = concurrency(
+        limit_name(device), strict=True, lease_duration=_LEASE_S, raise_on_lease_renewal_failure=False
+    )
+    slot.__enter__()
+    try:
         yield
+    finally:
+        with suppress(httpx.TransportError):
+            slot.__exit__(None, None, None)

@@ -9,6 +9,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["FEDLORA_HOME"] = _home = tempfile.mkdtemp(prefix="fedlora-tests-")
 
 import json
+import uuid
 
 import pytest
 import torch
@@ -66,6 +67,19 @@ def finished(configure, tmp_path_factory):
         return folders[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def as_new():
+    """`as_new(folder, to)`: a copy of a run's folder that is a run of its own, so that MLflow does not know it."""
+    from fedlora.runfolder import RunFolder
+
+    def copy(folder, to):
+        run = RunFolder(shutil.copytree(folder, to))
+        run.write_json("run.json", {**run.read_json("run.json"), "id": uuid.uuid4().hex})
+        return run
+
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def read_table(path: Path) -> pa.Table:
     """
     try:
         table = _READERS[path.suffix.lower()](path)
-    except (OSError, ValueError, TypeError, csv.Error, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, RecursionError, csv.Error, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"cannot read {path} as {path.suffix[1:]}: {reason}. Mend or replace the file") from error
     if table.num_rows == 0:

@@ -266,6 +266,13 @@ FOLDERS = {
         with_config(init_lora_weights="pissa_niter_4"),
         "bob/.*: init_lora_weights='pissa_niter_4' changes the base",
     ),
+    "links out of the folder": (
+        instead("adapter_config.json", lambda p: p.symlink_to("/etc/hostname")),
+        rf"{NO_FOLDER} \(adapter_config\.json is a link that leads out of the folder",
+    ),
+    "a base update that is a pipe": (instead("base_delta.safetensors", os.mkfifo), "bob has a base update"),
+    "alpha beyond floats": (with_text(json.dumps(CONFIG | {"lora_alpha": 10**400})), "bob/.*: lora_alpha is 1000"),
+    "modules_to_save of a number": (with_config(modules_to_save=1), "bob/.*: modules_to_save is 1; expected names"),
     "activated LoRA": (with_config(alora_invocation_tokens=[1]), "bob/.*: alora_invocation_tokens is set"),
 }
 
@@ -315,6 +322,7 @@ OTHERS = {
     "out is full": (GOOD, ["--out", "{there}/full"], "full is there already"),
     "out is a file": (GOOD, ["--out", "{there}/file"], "file is there already"),
     "out is a dangling link": (GOOD, ["--out", "{there}/link"], "link is there already"),
+    "out with too long a name": (GOOD, ["--out", "{there}/" + "x" * 300], "File name too long; choose another"),
     "out within a file": (GOOD, ["--out", "{there}/file/x"], "file is no folder that can be written"),
     "report is a folder": (GOOD, ["--report", "{there}/full"], "the report cannot be written to .*full"),
     "report within a file": (GOOD, ["--report", "{there}/file/x"], "the report cannot be written to .*file/x"),

@@ -10,9 +10,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import fedlora
+from fedlora import merging
 from fedlora.adapter import Factors
 from fedlora.base_update import BaseUpdate
 from fedlora.errors import AdapterError, ModelError
+from fedlora.peftfolder import open_peft_folder
 
 IDS = torch.tensor([[5, 17, 9, 30, 2, 8], [11, 6, 6, 44, 3, 9]])
 
@@ -329,3 +331,52 @@ def test_adapters_of_runs_stay_loadable_after_an_aggregation(tmp_path):
     merged, _, again = fedlora.load_merged(tmp_path / "merged")
     assert labels == again
     same(logits(model), logits(merged))
+
+
+class TestStrangers:
+    """What a configuration from anyone may not do to PEFT."""
+
+    def test_a_regular_expression_is_replaced_by_names(self, copy, tmp_path):
+        """As it stands it would take longer than anyone waits."""
+        base, adapter = copy
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        alien = {"target_modules": r"(?:(?:\w+)+\.?)+!", "exclude_modules": "(a+)+$", "auto_mapping": {"x": 1}}
+        (adapter / "adapter_config.json").write_text(json.dumps(config | alien | {"megatron_core": "antigravity"}))
+        fedlora.merge(adapter, tmp_path / "plain", base)
+        attached = merging.attach(classifier("bert"), adapter)
+        found = attached.peft_config["default"]
+        assert found.target_modules == set(open_peft_folder(adapter).shapes)
+        assert (found.exclude_modules, found.auto_mapping) == (None, None)
+
+    def test_modules_of_several_scalings_are_merged(self, copy, tmp_path):
+        """They cannot be aggregated, but they can be used."""
+        base, adapter = copy
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"query": 30}}))
+        with pytest.raises(AdapterError, match="modules have different alpha/r"):
+            assert open_peft_folder(adapter).scaling
+        fedlora.merge(adapter, tmp_path / "plain", base)
+        auto = transformers.AutoModelForSequenceClassification
+        start = fedlora.apply_base_update(auto.from_pretrained(base), adapter)
+        same(logits(auto.from_pretrained(tmp_path / "plain")), logits(peft.PeftModel.from_pretrained(start, adapter)))
+
+    @pytest.mark.parametrize("shape", [(4, 128), (3, 0)])
+    def test_a_classifier_that_does_not_fit(self, finished, tmp_path, shape):
+        adapter = finished({"model.pooling": "mean"}) / "adapter"
+        fedlora.merge(adapter, tmp_path / "plain")
+        place = tmp_path / "plain" / "classifier.safetensors"
+        save_file({"weight": torch.ones(shape), "bias": torch.ones(shape[0])}, place)
+        with pytest.raises(AdapterError, match=r"classifier\.safetensors.*(expected|is missing)"):
+            fedlora.load_merged(tmp_path / "plain")
+
+    def test_links_and_other_kinds(self, copy, tmp_path):
+        base, adapter = copy
+        (adapter / "adapter_config.json").rename(tmp_path / "config.json")
+        (adapter / "adapter_config.json").symlink_to(tmp_path / "config.json")
+        with pytest.raises(AdapterError, match="a link that leads out of the folder"):
+            fedlora.merge(adapter, tmp_path / "plain", base)
+        (adapter / "adapter_config.json").unlink()
+        alien = {"peft_type": "PROMPT_TUNING", "tokenizer_kwargs": {"trust_remote_code": True}}
+        (adapter / "adapter_config.json").write_text(json.dumps(alien))
+        with pytest.raises(AdapterError, match="peft_type is 'PROMPT_TUNING'; expected LORA or HIRA"):
+            fedlora.merge(adapter, tmp_path / "plain", base)

@@ -13,16 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import httpx
 import psutil
 import pytest
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from fedlora import home
 from fedlora.errors import ConfigError, FedloraError
-from flows import authentication, gpus, processes
+from flows import authentication, deploying, gpus, processes
 from flows.deploying import deploy
 from flows.environment import Services, is_alive, recorded_services, running_services
 from flows.prefect_api import CPU_POOL
@@ -191,7 +189,7 @@ def test_deploying_a_broken_flow_says_why(live: Live, tmp_path: Path) -> None:
 
 
 def test_down_stops_all_and_keeps_the_databases(live: Live) -> None:
-    """Last of the tests on shared servers."""
+    """Last of the tests on the servers that ask for no password."""
     assert marked()
     said: list[str] = []
     down(report=said.append)
@@ -223,52 +221,42 @@ def holding(folder: Path, *words: str) -> set[str]:
     return {path.name for path in files if any(word.encode() in path.read_bytes() for word in words)}
 
 
-@pytest.fixture
-def planted(tmp_path: Path) -> Iterator[Path]:
-    """A home of its own with secrets in the environment, which is afterwards as it was."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    with patch.dict(os.environ, {**kept, **PLANTED, "FEDLORA_HOME": str(tmp_path / "home")}, clear=True):
-        yield tmp_path / "home"
-
-
 def test_servers_for_others_ask_for_passwords_and_these_are_written_nowhere(
-    free_ports: Ports,
-    planted: Path,
-    tmp_path: Path,
-    tiny: dict[str, object],
-    fedlora: Callable[..., tuple[int, str, str]],
+    free_ports: Ports, live: Live, monkeypatch: pytest.MonkeyPatch, tiny: dict[str, object]
 ) -> None:
-    write_flow(tmp_path)
+    """On the databases that the tests before have left, whose making takes longer than all of this."""
+    down(report=live.said.append)
+    for name, value in PLANTED.items():
+        monkeypatch.setenv(name, value)
+    client = {name: value for name, value in os.environ.items() if name not in authentication.OF_SERVERS}
+    client |= {"PREFECT_API_AUTH_STRING": LOGINS[0], "MLFLOW_TRACKING_USERNAME": "admin"}
+    client["MLFLOW_TRACKING_PASSWORD"] = PLANTED["MLFLOW_AUTH_ADMIN_PASSWORD"]
     said: list[str] = []
     try:
-        services = up(*free_ports(), host="0.0.0.0", report=said.append, source=tmp_path)
+        services = up(*free_ports(), host="0.0.0.0", report=said.append, source=live.source)
         address = next(iter(authentication.addresses()), "127.0.0.1")  # as another machine calls them
-        prefect, mlflow = (url.replace("127.0.0.1", address) for url in (services.prefect_url, services.mlflow_url))
-        deployment = f"{prefect}/deployments/name/federated/custom"
-        search = f"{mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
-        for url, login in zip((deployment, search), LOGINS, strict=True):
-            assert httpx.get(url).status_code == 401
-            assert httpx.get(url, auth=("ann", "a guess")).status_code == 401
-            assert httpx.get(url, headers=authentication.header(login)).status_code == 200
+        asked = ("/work_pools/filter", "/api/2.0/mlflow/experiments/search")
+        for base, path, login in zip((services.prefect_url, services.mlflow_url), asked, LOGINS, strict=True):
+            url = base.replace("127.0.0.1", address) + path
+            assert httpx.post(url, json={}).status_code == 401
+            assert httpx.post(url, json={}, auth=("ann", "a guess")).status_code == 401
+            login_header = authentication.header(login)
+            assert httpx.post(url, json={"max_results": 1}, headers=login_header).status_code == 200
         assert not any(SECRET in word for pid in marked() for word in psutil.Process(pid).cmdline())
-        found = httpx.get(deployment, headers=authentication.header(LOGINS[0])).json()
-        run = f"{prefect}/deployments/{found['id']}/create_flow_run"
-        httpx.post(run, json={}, headers=authentication.header(LOGINS[0])).raise_for_status()
         words = [f"{key}={json.dumps(value)}" for key, value in {**tiny, "rounds": 1, "name": "in-the-open"}.items()]
-        with temporary_settings({PREFECT_API_URL: prefect, PREFECT_API_AUTH_STRING: LOGINS[0]}):
-            code, out, err = fedlora("run", "demo", *words)
-        assert code == 0, err
-        assert eventually((planted / "trace").exists)  # the worker too had the passwords
+        command = [sys.executable, "-m", "fedlora_cli", "run", "demo", *words]
+        done = subprocess.run(command, check=False, env=client, capture_output=True, text=True, cwd=deploying.SOURCE)
+        assert done.returncode == 0, done.stderr
     finally:
         down(report=said.append)
     encoded = [authentication.header(login)["Authorization"].partition(" ")[2] for login in LOGINS]
-    assert SECRET not in f"{out}{err}{said}"
-    assert holding(planted, SECRET, *encoded) == set()
+    assert SECRET not in f"{done.stdout}{done.stderr}{said}"
+    assert holding(home.home(), SECRET, *encoded) == set()
     for database in (home.prefect_database(), home.mlflow_database()):
         with closing(sqlite3.connect(database)) as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    assert holding(planted, SECRET, *encoded) == set()
-    assert {"config.yaml", "mlflow.db", "prefect.db"} <= holding(planted, "in-the-open")  # it would be found
+    assert holding(home.home(), SECRET, *encoded) == set()
+    assert {"config.yaml", "mlflow.db", "prefect.db"} <= holding(home.home(), "in-the-open")  # it would be found
 
 
 @pytest.mark.parametrize("which", ["prefect", "mlflow"])

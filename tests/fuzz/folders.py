@@ -288,7 +288,7 @@ TENSOR_FAULTS = [
     fault(dim, INDEX, st.integers(0, 1), DIMS),
     fault(rank, DIMS | st.integers(1, 12)),
 ]
-CONFIG_FAULTS = [fault(config, KEYS, ODD), fault(config, KEYS, ODD), fault(config_text, CONFIGS)]
+CONFIG_FAULTS = [*[fault(config, KEYS, ODD)] * 4, fault(config_text, CONFIGS)]
 FILE_FAULTS = [
     fault(config_cut, PLACE, TEXTS),
     fault(header, PLACE, TEXTS, st.integers(0, 9)),
@@ -299,7 +299,7 @@ FILE_FAULTS = [
     fault(append, st.binary(min_size=1, max_size=9)),
     fault(length, LENGTHS),
     fault(instead, st.binary(max_size=60)),
-    fault(file, FILES, KINDS),
+    *[fault(file, FILES, KINDS)] * 3,
 ]
 FAULTS = st.one_of(*TENSOR_FAULTS, *CONFIG_FAULTS, *FILE_FAULTS)
 

@@ -1,6 +1,8 @@
 """Settings: files and words that are valid or nearly, as values that Hypothesis can draw and make smaller."""
 
 # ruff: noqa: E501 (tables of odd values)
+import re
+
 import yaml
 from hypothesis import strategies as st
 
@@ -19,7 +21,7 @@ ODD = st.sampled_from([
     {"low": 2, "high": 4, "share": 0.5}, {"low": "x"}, {"rank": 4}, {"heads": 2}, {"energy": 2}, {"a": {"b": [1, {"c": 2}]}},
     {1: {2: {3: 4}}}, "svd", "dirichlet", "iid", "lora", "dora", "hira", "adamw", "bf16", "threads", "natural-id",
 ]) | st.sampled_from(registry.names()) | st.integers(-3, 40) | st.floats(width=32) | st.text(max_size=5)
-SNIPPETS = st.sampled_from([
+YAML = [
     "&a [*a]", "&a {b: *a}", "*a", "*nowhere", "&a", "!!python/object/apply:os.system [ls]", "!!set {a}", "!!binary aGk=",
     "!!timestamp 2001-99-99", "2001-99-99", "2001-01-01", "!!int ''", "!!float x", "!!bool maybe", "!!null x", "!!omap [a: 1]",
     "<[ × 3000>", "<{a: × 3000>", "<- × 3000>", "? [a]\n: b", "? {a: b}\n: c", "<<: 3", "<<: *a", "<<: [{seed: 1}]", "=: 1",
@@ -28,7 +30,8 @@ SNIPPETS = st.sampled_from([
     ":", "- ", ",", "@", "`", "!", "!x", "!!x", "\n", " ", "\r", "\x85", "\u2028", "é", "seed: 1", "\nseed: 1\n", "\n  seed: 1\n",
     "a: &a [x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e]\n",
     "a: &a {k: v}\nb: &b {<<: [*a,*a,*a,*a,*a,*a]}\nc: &c {<<: [*b,*b,*b,*b,*b,*b]}\nd: &d {<<: [*c,*c,*c,*c,*c,*c]}\ne: &e {<<: [*d,*d,*d,*d,*d,*d]}\nf: &f {<<: [*e,*e,*e,*e,*e,*e]}\ng: {<<: [*f,*f,*f,*f,*f,*f]}\n",
-])
+]
+SNIPPETS = st.sampled_from(YAML)
 RUNS = st.sampled_from([
     {}, {"strategy": "svd"}, {"strategy": "ravan", "strategy_options": {"heads": 2}}, {"lora": {"rank": 4, "ranks": [1, 2]}, "clients": 2, "strategy": "svd"},
     {"lora": {"ranks": {2: 0.5, 4: 0.5}}, "strategy": "flexlora"}, {"training": {"local_steps": None, "local_epochs": 1}},
@@ -54,6 +57,11 @@ def put(content, key, value):
     node[last] = long(value)
 
 
+def put_yaml(content, key, snippet):
+    """A value in YAML as it stands."""
+    put(content, key, f"YAML{snippet}YAML")
+
+
 def put_within(content, part, key, value):
     """A key and value in one part of a sweep file."""
     there = content.get(part)
@@ -66,11 +74,12 @@ def put_within(content, part, key, value):
 
 def insert(text, at, snippet, keep):
     at %= len(text) + 1
-    for piece in snippet.split("<") if " × " in snippet else ():
-        letters, mark, _ = piece.partition(">")
-        if mark and " × " in letters:
-            snippet = snippet.replace(f"<{letters}>", long(f"<{letters}>"))
-    return text[:at] + snippet + text[at + keep :]
+    return text[:at] + written_out(snippet) + text[at + keep :]
+
+
+def written_out(snippet):
+    """With `<x × 3>` within as `xxx`."""
+    return re.sub(r"<([^<>]*? × \d+)>", lambda found: long(found[0]), snippet)
 
 
 def flip(content, at, bit):
@@ -80,10 +89,13 @@ def flip(content, at, bit):
 
 
 PLACE = st.integers(0, 400)
-RUN_CHANGES = st.lists(st.tuples(st.just(put), KEYS, ODD), max_size=3)
+RUN_CHANGES = st.lists(
+    st.tuples(st.just(put), KEYS, ODD) | st.tuples(st.just(put_yaml), KEYS, st.integers(0, len(YAML) - 1)), max_size=3
+)
 SWEEP_CHANGES = st.lists(
     st.tuples(st.just(put_within), st.sampled_from(["set", "grid", "cells", "skip"]), KEYS, ODD)
-    | st.tuples(st.just(put), PARTS, ODD),
+    | st.tuples(st.just(put), PARTS, ODD)
+    | st.tuples(st.just(put_yaml), PARTS, st.integers(0, len(YAML) - 1)),
     max_size=2,
 )
 TEXT_CHANGES = st.lists(
@@ -107,6 +119,7 @@ def made(case):
     for change, *arguments in changes:
         change(content, *arguments)
     text = yaml.safe_dump(content, allow_unicode=True)
+    text = re.sub(r"YAML(\d+)YAML", lambda found: written_out(YAML[int(found[1])]), text)
     for change, *arguments in texts:
         text = change(text, *arguments)
     found = text.encode("utf-8", "surrogatepass")

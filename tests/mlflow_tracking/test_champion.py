@@ -4,7 +4,6 @@ import itertools
 import math
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from mlflow import MlflowClient, artifacts
 
 import fedlora
 from fedlora.errors import FedloraError, TrackingError
-from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
 from mlflow_tracking import candidates, champion, store, tracker
 from mlflow_tracking.candidates import Candidate, Entrant, Score
@@ -35,11 +33,11 @@ def uri(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def track(finished, tmp_path_factory):
+def track(finished, as_new, tmp_path_factory):
     """`track(uri, {"strategy": "svd"})`: that tiny run as a finished run of the store; its id."""
 
     def tracked(uri, changes=None, accuracy=None):
-        run = RunFolder(shutil.copytree(finished(changes), tmp_path_factory.mktemp("run") / "run"))
+        run = as_new(finished(changes), tmp_path_factory.mktemp("run") / "run")
         with pytest.MonkeyPatch.context() as environ:
             environ.setenv("MLFLOW_TRACKING_URI", uri)
             begun = tracker.start(run, "a run")

@@ -1,8 +1,6 @@
 """A finished run delivered to a real SQLite store: once, in order, whenever the store answers."""
 
-import shutil
 import threading
-import uuid
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -11,7 +9,6 @@ from mlflow import MlflowClient
 
 from fedlora import metrics, rounds
 from fedlora.errors import TrackingError
-from fedlora.runfolder import RunFolder
 from mlflow_tracking import history, parents, store, tracker
 
 
@@ -23,12 +20,10 @@ def uri(tmp_path_factory):
 
 
 @pytest.fixture
-def run(finished, tmp_path, uri, monkeypatch):
+def run(finished, as_new, tmp_path, uri, monkeypatch):
     """A copy of a finished two-round run, and a store that it is not in yet."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    copy = RunFolder(shutil.copytree(finished(), tmp_path / "run"))
-    copy.write_json("run.json", {**copy.read_json("run.json"), "id": uuid.uuid4().hex})
-    return copy
+    return as_new(finished(), tmp_path / "run")
 
 
 def points(uri, tracked, name=metrics.GLOBAL_ACCURACY):

@@ -32,13 +32,14 @@ environment.prepare("CRITICAL")
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from fedlora import client, configfile, evaluation, jobs, rounds, workers
+from fedlora import client, configfile, evaluation, jobs, participation, rounds, workers
 from fedlora.config import RunConfig
 from fedlora.data import tokens
 from fedlora.data.partition import Partition
 from fedlora.divergence import measure
 from fedlora.resident import ResidentModel
 from fedlora.runfolder import RunFolder
+from fedlora.seeds import Turn
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState, advance
 from fedlora.updates import Update, Updates
@@ -58,7 +59,7 @@ def bare_loop(run: RunFolder, model: ResidentModel) -> Iterator[float]:
         uploads = []
         for chosen in participation.drawn(config, number):
             examples = tokens.examples(data.train, parts.train[chosen])
-            turn = client.Turn(config.seed, number, chosen)
+            turn = Turn(config.seed, number, chosen)
             trained = client.train(
                 model, state.adapter, examples, config.training, turn, strategy.plan(number).trains, data.pad_token_id
             )

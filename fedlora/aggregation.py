@@ -24,6 +24,7 @@ from fedlora.adapter import Adapter, Factors, wire_size
 from fedlora.base_update import FILE, BaseUpdate
 from fedlora.divergence import Divergence
 from fedlora.errors import AdapterError, ConfigError
+from fedlora.limits import UPLOAD, Limits
 from fedlora.metrics import Bytes
 from fedlora.peftfolder import PeftFolder, open_peft_folder
 from fedlora.rounds import measure_round
@@ -129,6 +130,7 @@ def aggregate(
     ranks: Sequence[int] | None = None,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
+    limits: Limits = UPLOAD,
 ) -> Aggregated:
     """Aggregate PEFT adapter folders.
 
@@ -140,6 +142,7 @@ def aggregate(
         ranks: the rank at which each client goes on; its own without it.
         options: of the strategy.
         seed: of what a strategy draws (`flora`: the fresh adapter).
+        limits: what a client's file may hold (`fedlora.limits`).
 
     Raises:
         ConfigError: an unknown strategy or option, or one that needs what folders do not hold.
@@ -149,7 +152,7 @@ def aggregate(
     chosen = registry.make(strategy, options)
     if chosen.pools_data:
         raise ConfigError(f"strategy {strategy} trains one client on everybody's data; there is nothing to aggregate")
-    clients = tuple(open_peft_folder(Path(path)) for path in paths)
+    clients = tuple(open_peft_folder(Path(path), limits) for path in paths)
     for client in clients:
         if os.path.lexists(client.path / FILE):
             raise AdapterError(

@@ -17,6 +17,7 @@ from torch import nn
 
 import fedlora
 from fedlora.errors import AdapterError, ConfigError
+from fedlora.limits import Limits
 from fedlora.peftfolder import open_peft_folder
 from fedlora.peftpattern import Pattern
 from fedlora.strategies import registry
@@ -309,6 +310,13 @@ class TestFolders:
     def test_a_client_of_weight_zero(self, client, tmp_path):
         fedlora.aggregate([client("a"), client("b")], "oracle", [0, 3]).save(tmp_path / "out")
         check_exact(tmp_path / "out", [tmp_path / "b"])
+
+    def test_limits(self, client):
+        folder = client("a")
+        size = (folder / "adapter_model.safetensors").stat().st_size
+        fedlora.aggregate([folder], limits=Limits(total_bytes=size))
+        with pytest.raises(AdapterError, match=f"its {size} bytes are above the limit of {size - 1}"):
+            fedlora.aggregate([folder], limits=Limits(total_bytes=size - 1))
 
     def test_no_client(self):
         with pytest.raises(AdapterError, match="there is no client folder"):

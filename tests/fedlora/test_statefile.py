@@ -9,6 +9,7 @@ import torch
 from fedlora import statefile
 from fedlora.adapter import Adapter, Factors
 from fedlora.base_update import BaseUpdate
+from fedlora.errors import AdapterError
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState, advance
 from fedlora.tensorfile import read_tensors, serialise
@@ -103,3 +104,12 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(uploads, tmp_path, name)
     assert all(equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(ServerState))
     for client in (*updates.clients, 77):
         assert equal(strategy.broadcast(one, client), strategy.broadcast(other, client))
+
+
+@pytest.mark.parametrize("change", [{"x": 1}, {"personal/x/y": 1}, {"global/a.lora_A.weight": 1}, {"diagnostics/q": 1}])
+def test_something_else_is_refused(uploads, change):
+    named = statefile.tensors(ServerState(uploads.adapter(0)))
+    with pytest.raises(AdapterError):
+        statefile.from_tensors({**(named if "global" not in str(change) else {}), **change}, {"round": 1})
+    with pytest.raises(AdapterError, match="this is no server's state"):
+        statefile.from_tensors(named, {})

@@ -143,7 +143,7 @@ def fedlora(monkeypatch, capsys):
 def small(tiny, store_uri):
     """The tiny run as words of the command line."""
     settings = {**tiny, "tracking.uri": store_uri, "tracking.experiment": "cli"}
-    return [f"{key}={value}" for key, value in settings.items()]
+    return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import torch
+
 from fedlora.config import RunnerConfig
 from fedlora.errors import ConfigError, RunAborted, WorkerError
 
@@ -63,8 +65,6 @@ def _enter_worker(device: str, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _break_off)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    import torch
-
     torch.set_num_threads(threads)
     _bench = Workbench(device)
 
@@ -195,10 +195,7 @@ class Pool:
     def __init__(self, runner: RunnerConfig) -> None:
         devices = slot_devices(runner)
         kind = ProcessSlot if runner.kind == "processes" else ThreadSlot
-        if runner.kind == "threads":
-            import torch
-
-            torch.set_num_threads(runner.threads)
+        torch.set_num_threads(runner.threads)  # for aggregation, whose bits depend on it as those of training do
         self.slots: list[Slot] = [kind(device, runner.threads) for device in devices]
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for slot in self.slots:
@@ -241,8 +238,6 @@ def slot_devices(runner: RunnerConfig) -> list[str]:
     """
     if runner.device == "cpu":
         return ["cpu"] * _cpu_slots(runner)
-    import torch
-
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if runner.device == "mps" or (runner.device == "auto" and not gpus and torch.backends.mps.is_available()):
         if not torch.backends.mps.is_available():

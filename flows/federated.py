@@ -29,7 +29,7 @@ from fedlora.runfolder import RunFolder  # noqa: E402
 from fedlora.strategies import registry  # noqa: E402
 from flows import form, interruption, names, pages, progress  # noqa: E402
 from flows.presets import PRESETS  # noqa: E402
-from flows.progress import Delivery, Progress  # noqa: E402
+from flows.progress import Progress  # noqa: E402
 from mlflow_tracking import store, tracker  # noqa: E402
 from mlflow_tracking.tracker import Tracked  # noqa: E402
 from tasks import devices  # noqa: E402
@@ -95,18 +95,17 @@ def federated(
         finally:  # also when these fail: the MLflow run must be there before it can be closed as failed
             tracked = tracking.result()
         tracked, waits = describe.submit(run, tracked).result()
-        delivery = Delivery(told)
-        delivery.tell(waits)
+        told.delivery(waits)
         page = pages.RunPage(config, tracked, folder)
         for number in rounds_to_do(folder):
-            tracked = play_round(run, number, tracked, told, delivery)
+            tracked = play_round(run, number, tracked, told)
             page.update(number)
         publish.submit(run, tracked, page.note()).result()
         page.summarise()
     return str(folder.path)
 
 
-def play_round(run: Run, number: int, tracked: Tracked, told: Progress, delivery: Delivery) -> Tracked:
+def play_round(run: Run, number: int, tracked: Tracked, told: Progress) -> Tracked:
     """One round: the clients train, the server combines, the result is scored and logged. Round 0 only scores."""
     watch = _Stopwatch()
     if number:
@@ -119,7 +118,7 @@ def play_round(run: Run, number: int, tracked: Tracked, told: Progress, delivery
     scores = [future.result() for future in scoring]
     watch.lap("evaluate")
     record, tracked, waits = track.submit(run, number, parts, scores, watch.timings(), tracked).result()
-    delivery.tell(waits)
+    told.delivery(waits)
     told.round(record, run.config.rounds)
     return tracked
 

@@ -38,6 +38,8 @@ def scores(record: RoundRecord, more: Mapping[str, str] = MappingProxyType({})) 
 class Progress:
     """Silent on the terminal; the base of the ones that are not."""
 
+    _away = False
+
     def for_run(self) -> Progress:
         """The same display, for one of several runs that may go on side by side."""
         return self
@@ -47,6 +49,14 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Something worth a line happened."""
+
+    def delivery(self, waits: str) -> None:
+        """Something was offered to MLflow; `waits` says why not all of it was taken. Told when that changes."""
+        if waits and not self._away:
+            self.say(f"{waits}. The run goes on; what MLflow has not taken waits in the run folder")
+        if self._away and not waits:
+            self.say("MLflow answers again and has all rounds")
+        self._away = bool(waits)
 
     def clients(self, number: int, done: int, of: int) -> None:
         """Clients of a round have finished training."""
@@ -118,21 +128,6 @@ class BarProgress(Progress):
     def close(self) -> None:
         """Give the terminal back."""
         self._bars.stop()
-
-
-class Delivery:
-    """Tells when MLflow stops taking what is logged, and when it takes it again: once each."""
-
-    def __init__(self, told: Progress) -> None:
-        self._told, self._away = told, False
-
-    def tell(self, waits: str) -> None:
-        """Something was offered to MLflow; `waits` says why not all of it was taken."""
-        if waits and not self._away:
-            self._told.say(f"{waits}. The run goes on; what MLflow has not taken waits in the run folder")
-        if self._away and not waits:
-            self._told.say("MLflow answers again and has all rounds")
-        self._away = bool(waits)
 
 
 _current: ContextVar[Progress | None] = ContextVar("progress", default=None)

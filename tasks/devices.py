@@ -57,9 +57,7 @@ def held(runner: RunnerConfig, device: str) -> Iterator[None]:
     if not is_exclusive(runner, device):
         yield
         return
-    slot = concurrency(
-        limit_name(device), strict=True, lease_duration=_LEASE_S, raise_on_lease_renewal_failure=False
-    )
+    slot = concurrency(limit_name(device), strict=True, lease_duration=_LEASE_S, raise_on_lease_renewal_failure=False)
     slot.__enter__()
     try:
         yield

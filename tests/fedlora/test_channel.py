@@ -40,7 +40,7 @@ class TestFate:
         assert np.mean([f.damage is not None for f in drawn]) == pytest.approx(0.5, abs=0.05)
         assert {f.damage for f in drawn} - {None} == set(configure().channel.faults.kinds)
 
-    @pytest.mark.parametrize("name, median", [("exponential", 20 * np.log(2)), ("lognormal", 20)])
+    @pytest.mark.parametrize(("name", "median"), [("exponential", 20 * np.log(2)), ("lognormal", 20)])
     def test_delays_have_the_distribution_that_was_asked_for(self, configure, name, median):
         delays = [
             f.delay_s for f in fates(configure({"channel.faults.delay": name, "channel.faults.delay_s": 20}), 80, 40)
@@ -50,7 +50,8 @@ class TestFate:
         assert spread == pytest.approx(1, rel=0.1)
 
     def test_a_deadline_is_for_those_who_come_later(self):
-        assert Fate(delay_s=5.0).arrives(5.0) and Fate(delay_s=5.0).arrives(None)
+        assert Fate(delay_s=5.0).arrives(5.0)
+        assert Fate(delay_s=5.0).arrives(None)
         assert not Fate(delay_s=5.1).arrives(5.0)
         assert not Fate(crashes=True).arrives(None)
 
@@ -86,10 +87,13 @@ class TestDamage:
             for kind in ("nan", "shape", "rank", "norm", "missing-module", "extra-module")
         }
         names = {part: f"base_model.model.{first}.lora_{part}.weight" for part in "AB"}
-        assert changed["nan"] == {names["B"]} and changed["shape"] == {names["A"]}
+        assert changed["nan"] == {names["B"]}
+        assert changed["shape"] == {names["A"]}
         assert changed["rank"] == set(names.values())
-        assert changed["missing-module"] == set() and len(spoil("missing-module").tensors) == len(whole) - 2
-        assert len(changed["extra-module"]) == 2 and len(spoil("extra-module").tensors) == len(whole) + 2
+        assert changed["missing-module"] == set()
+        assert len(spoil("missing-module").tensors) == len(whole) - 2
+        assert len(changed["extra-module"]) == 2
+        assert len(spoil("extra-module").tensors) == len(whole) + 2
         assert torch.isnan(spoil("nan").tensors[names["B"]]).sum() == 1
 
     def test_of_the_norm(self, spoil, sent):

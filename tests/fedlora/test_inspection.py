@@ -49,7 +49,8 @@ def refusal(run, start):
         with pytest.raises(UpdateRejected) as error:
             inspection.inspect(run, TURN, start, 60)
         text = str(error.value)
-        assert "\n" not in text and "client 1, round 2" in text
+        assert "\n" not in text
+        assert "client 1, round 2" in text
         return text
 
     return message
@@ -170,5 +171,5 @@ class TestNorm:
             if fits:
                 inspection.inspect(run, TURN, start, 60)
             else:
-                with pytest.raises(UpdateRejected, match="above channel.max_norm"):
+                with pytest.raises(UpdateRejected, match=r"above channel\.max_norm"):
                     inspection.inspect(run, TURN, start, 60)

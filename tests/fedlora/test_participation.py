@@ -85,7 +85,8 @@ class TestWhoCounts:
         assert len(rows) == 24
         for row in rows:
             failed = row["status"] != "completed"
-            assert (row["reason"] is not None) == failed and (row["loss"] is None) == failed
+            assert (row["reason"] is not None) == failed
+            assert (row["loss"] is None) == failed
             assert row["bytes_down"] > 0
             assert (row["bytes_up"] > 0) == (row["status"] in ("completed", "late", "rejected"))
         assert any("dropped out" in (row["reason"] or "") for row in rows)
@@ -135,7 +136,9 @@ class TestOverSelection:
         config = configure(changes)
         for number in (1, 2, 3):
             roll = participation.read(run, number)
-            assert len(roll.entries) == 6 and len(roll.completed) == 4 and len(roll.having("surplus")) == 2
+            assert len(roll.entries) == 6
+            assert len(roll.completed) == 4
+            assert len(roll.having("surplus")) == 2
             delays = {e.client: channel.fate(config, Turn(4, number, e.client)).delay_s for e in roll.entries}
             assert set(roll.completed) == set(sorted(delays, key=delays.get)[:4])
             waited = rounds.read_record(run, number).metrics[metrics.TIME_VIRTUAL]
@@ -162,7 +165,8 @@ class TestTooFew:
         asked_again = False
         for number in (1, 2):
             roll = participation.read(run, number)
-            assert len(roll.completed) == 4 and roll.attempts > 1
+            assert len(roll.completed) == 4
+            assert roll.attempts > 1
             first = {e.client for e in roll.entries if e.attempt == 0}
             second = [e.client for e in roll.entries if e.attempt == 1]
             done = len([e for e in roll.entries if e.attempt == 0 and e.status == "completed"])
@@ -210,7 +214,7 @@ class TestWaiting:
     """Virtual seconds of a round."""
 
     @pytest.mark.parametrize(
-        "entries, deadline, seconds",
+        ("entries", "deadline", "seconds"),
         [
             ([("completed", 2.0), ("completed", 7.0)], None, 7.0),
             ([("completed", 2.0), ("crashed", 0.0)], 9.0, 9.0),
@@ -231,7 +235,7 @@ class TestWaiting:
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        "changes, message",
+        ("changes", "message"),
         [
             ({"channel.min_clients": 4}, r"channel.min_clients=4, but a round has 3 clients"),
             ({"channel.over_selection": 0.5}, r"already has all 3; set fraction below one"),

@@ -84,7 +84,7 @@ CASES = [
 """Without `run.json` it is a folder of an older version; and a picture is for people."""
 
 
-@pytest.mark.parametrize("name, kind", CASES)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_damaged_file(configure, interrupted, whole, name, kind):
     DAMAGE[kind](interrupted / name)
     said = []

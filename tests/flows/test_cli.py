@@ -170,7 +170,7 @@ def test_without_a_server_and_stopped(small, tmp_path, stop):
     assert process.wait(timeout=60) == 130, "".join(lines)
     assert "Traceback" not in "".join(lines)
     assert "resource_tracker" not in "".join(lines)
-    assert f"--run-dir {tmp_path / 'run'}" in lines[-1]
+    assert f"fedlora resume {tmp_path / 'run'}" in lines[-1]
     runs = MlflowClient(f"sqlite:///{tmp_path / 'home' / 'mlflow.db'}").search_runs(["1"])
     assert [run.info.status for run in runs] == ["KILLED"]
     assert flow_run_states(tmp_path / "home") == ["Cancelled"]

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two busy cores: threads that wait must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup setup-dev standard demo test test-browser fuzz screenshots lint types audit up down format clean
+.PHONY: setup setup-dev standard demo test test-browser fuzz chaos screenshots lint types audit up down format clean
 
 # Installed again whenever the requirements change.
 setup: $(VENV)/.installed
@@ -55,6 +55,10 @@ $(VENV)/audit/bin/pip-audit:
 fuzz: setup-dev
 	@seed=$${FUZZ_SEED:-$$(date +%s)}; echo "FUZZ_SEED=$$seed"; \
 	  FUZZ_SEED=$$seed FUZZ_CASES=$${FUZZ_CASES:-100000} $(BIN)/pytest -q -n 2 --dist load tests/fuzz
+
+# Thirty runs killed at random moments and continued, each against one that nobody touched (docs/reliability.md).
+chaos: setup-dev
+	$(BIN)/python benchmarks/chaos.py
 
 # What the pages of MLflow, Prefect and the report show, in Debian's Chromium (apt-get install chromium).
 test-browser: setup-dev

@@ -68,6 +68,8 @@ def _section(section: type[Section], prefix: str, title: str) -> list[str]:
 def _values(kind: Any, limits: list[Any]) -> str:
     if get_origin(kind) is Literal:
         return ", ".join(f"`{word}`" for word in get_args(kind))
+    if get_origin(kind) is list and get_origin(get_args(kind)[0]) is Literal:
+        return f"list of {_values(get_args(kind)[0], limits)}"
     parts = [part for part in get_args(kind) if part is not type(None)] if get_args(kind) else [kind]
     words = {str: "text", int: "whole number", float: "number", bool: "true, false"}
     part = parts[0] if get_origin(kind) is not dict else dict

@@ -1,0 +1,160 @@
+"""Servers that really go away in the middle of a run and come back: it goes on, and nothing is lost or doubled."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from fedlora import rounds
+from fedlora.errors import TrackingError
+from fedlora.runfolder import RunFolder
+from flows import outages
+from flows.federated import federated
+from mlflow_tracking import tracker
+
+ROOT = Path(__file__).parents[2]
+ROUNDS = 12
+
+
+class Server:
+    """A server on loopback that can be killed and started again on the same port and database."""
+
+    def __init__(self, command: list[str], health: str, folder: Path) -> None:
+        self._command, self._health, self._folder = command, health, folder
+        self.start()
+
+    def start(self) -> None:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
+        environ |= {
+            "FEDLORA_HOME": str(self._folder),
+            "PREFECT_HOME": str(self._folder / "prefect"),
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{self._folder / 'prefect.db'}",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        }
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=environ,
+                cwd=self._folder,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        until(self.answers, 120)
+
+    def answers(self) -> bool:
+        try:
+            return httpx.get(self._health, timeout=2, trust_env=False).is_success
+        except httpx.HTTPError:
+            return False
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process.stdin.close()
+
+
+def until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def servers(free_ports, tmp_path_factory):
+    """Prefect's and MLflow's, and their addresses."""
+    prefect, mlflow = free_ports()
+    folder = tmp_path_factory.mktemp("servers")
+    database = f"sqlite:///{folder / 'mlflow.db'}"
+    serve = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flows.private_server import serve; serve({prefect})"
+    command = ["mlflow", "server", "--port", str(mlflow), "--workers", "1", "--backend-store-uri", database]
+    both = [
+        Server([sys.executable, "-c", serve], f"http://127.0.0.1:{prefect}/api/health", folder),
+        Server([sys.executable, "-m", *command], f"http://127.0.0.1:{mlflow}/health", folder),
+    ]
+    yield both, f"http://127.0.0.1:{prefect}/api", f"http://127.0.0.1:{mlflow}"
+    for server in both:
+        server.kill()
+
+
+def test_both_servers_go_away_and_come_back(servers, tiny, tmp_path):
+    both, prefect, mlflow = servers
+    folder, seen = tmp_path / "run", []
+    overrides = {**tiny, "rounds": ROUNDS, "tracking.uri": mlflow, "tracking.adapter_every": 4, "keep_rounds": 1}
+
+    def disturb():
+        def closed(number):
+            return (folder / f"rounds/{number:03d}/record.json").exists()
+
+        until(lambda: closed(2))
+        for server in both:
+            server.kill()
+        until(lambda: closed(ROUNDS - 3))  # it goes on without them
+        seen.append(tracker.load(RunFolder(folder)).logged)
+        for server in both:
+            server.start()
+
+    trouble = threading.Thread(target=disturb)
+    trouble.start()
+    with temporary_settings({PREFECT_API_URL: prefect, PREFECT_CLIENT_MAX_RETRIES: 8}):
+        federated(preset="demo", overrides=overrides, run_dir=str(folder))
+        trouble.join()
+        with get_client(sync_client=True) as client:
+            assert [run.state.name for run in client.read_flow_runs()] == ["Completed"]
+    assert seen[0] < ROUNDS - 3  # some waited in the run folder
+    tracked = tracker.load(RunFolder(folder))
+    store_client = MlflowClient(mlflow)
+    assert store_client.get_run(tracked.run).info.status == "FINISHED"
+    assert len(store_client.search_runs([tracked.experiment])) == 1
+    for record in rounds.records(RunFolder(folder)):
+        for name, value in record.metrics.items():
+            points = [p for p in store_client.get_metric_history(tracked.run, name) if p.step == record.round]
+            assert [(p.value, p.timestamp) for p in points] == [(value, record.timestamp_ms)], name
+    logged = {item.path for item in store_client.list_artifacts(tracked.run, "adapter")}
+    assert {f"adapter/round-{number:03d}" for number in (4, 8, 12)} <= logged  # rounds that waited kept what they need
+
+
+def test_a_run_that_ends_without_mlflow_is_complete_and_delivered_later(
+    servers, finished, as_new, tmp_path, monkeypatch
+):
+    (_, server), _, mlflow = servers
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
+    run = as_new(finished(), tmp_path / "run")
+    tracked = tracker.start(run, "a run")
+    server.kill()
+    tracked, waits = tracker.offer(run, tracked)
+    assert tracked.logged == -1
+    assert "does not answer" in waits
+    with pytest.raises(TrackingError, match=rf"the run is complete in {run.path}, but not in MLflow: .*fedlora resume"):
+        tracker.finish(run, tracked, "note", patience_s=0.1)
+    assert tracker.start(run, "a run") == tracked  # it is the same run, also while the store is away
+    threading.Thread(target=server.start).start()
+    tracker.finish(run, tracked, "note")
+    assert MlflowClient(mlflow).get_run(tracked.run).info.status == "FINISHED"
+    assert tracker.load(run).logged == 2
+
+
+def test_what_only_a_page_shows_is_tried_and_left():
+    calls = []
+
+    def fails():
+        calls.append(1)
+        raise httpx.ConnectError("refused")
+
+    assert not outages.optional(fails)
+    assert calls == [1]
+    assert outages.optional(lambda: None)
+    with pytest.raises(ValueError, match="a defect of ours"):
+        outages.optional(lambda: (_ for _ in ()).throw(ValueError("a defect of ours")))

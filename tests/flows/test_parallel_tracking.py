@@ -1,0 +1,72 @@
+"""Several processes that log to one store at the same time, as parallel sweeps do: no point is lost, nobody fails."""
+
+import os
+import subprocess
+import sys
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from mlflow import MlflowClient
+
+from fedlora import rounds
+from mlflow_tracking import store, tracker
+
+WRITERS, ROUNDS = 3, 20
+DELIVER = """
+import sys
+from pathlib import Path
+from fedlora.runfolder import RunFolder
+from mlflow_tracking import tracker
+
+sys.stdin.readline()  # all begin together
+for folder in sys.argv[1:]:
+    run = RunFolder(Path(folder))
+    tracker.finish(run, tracker.start(run, "a run"), "note")
+"""
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def uri(request, tmp_path, monkeypatch):
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'mlflow.db'}"
+    import psycopg2
+
+    address = request.getfixturevalue("postgresql")
+    place = urlsplit(address)
+    connection = psycopg2.connect(
+        host=place.hostname, port=place.port, user=unquote(place.username), password=unquote(place.password),
+        dbname="postgres",
+    )  # fmt: skip
+    connection.autocommit = True
+    connection.cursor().execute("create database parallel_tracking")
+    connection.close()
+    monkeypatch.setenv("PGPASSWORD", unquote(place.password))
+    return f"postgresql+psycopg2://{place.username}@{place.hostname}:{place.port}/parallel_tracking"
+
+
+def test_every_point_of_every_writer_arrives(uri, finished, as_new, tmp_path):
+    runs = [as_new(finished(), tmp_path / f"run-{number}") for number in range(2 * WRITERS)]
+    for run in runs:
+        last = run.read_json(run.record_name(2))
+        for number in range(3, ROUNDS):
+            run.write_json(run.record_name(number), {**last, "round": number})
+    store.experiment_id(store.client(uri), uri, "fedlora")  # the schema is made once, before anybody else comes
+    environ = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONWARNINGS": "ignore"}
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", DELIVER, *(str(run.path) for run in runs[index::WRITERS])],
+            env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for index in range(WRITERS)
+    ]  # fmt: skip
+    said = [writer.communicate("\n", timeout=300)[0] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0] * WRITERS, said
+    assert not any("locked" in text for text in said), said
+    client = MlflowClient(uri)
+    for run in runs:
+        tracked = tracker.load(run)
+        assert tracked.logged == ROUNDS - 1
+        for name in rounds.read_record(run, 2).metrics:
+            steps = [point.step for point in client.get_metric_history(tracked.run, name)]
+            known = [record.round for record in rounds.records(run) if name in record.metrics]
+            assert sorted(steps) == known, name

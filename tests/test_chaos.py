@@ -1,0 +1,30 @@
+"""Two of the kills of `make chaos`: the command line ended at random moments and continued, against a plain loop."""
+
+import importlib.util
+import random
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "chaos.py"
+
+
+@pytest.fixture(scope="module")
+def chaos():
+    spec = importlib.util.spec_from_file_location("chaos", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_killed_twice_and_continued_it_ends_the_same(chaos, tmp_path, monkeypatch):
+    monkeypatch.setattr(chaos, "SIGNALS", (chaos.signal.SIGKILL,))
+    kills, wrong = chaos.torment(tmp_path, "base updates", 2, random.Random(11))
+    assert len(kills) == 2, (tmp_path / "output.log").read_text()
+    assert wrong == []
+
+
+def test_what_differs_would_be_told(chaos, finished, tmp_path):
+    """The comparison itself: a run that is not the same is not called the same."""
+    mine, other = chaos.outcome(finished({"seed": 1})), chaos.outcome(finished())
+    assert [name for name in mine if mine[name] != other[name]] == ["adapters and state", "metrics"]

@@ -15,11 +15,15 @@ from fedlora import workers
 
 _interrupted: list[str] = []
 _stopping = False
+_SIGNALS = (TerminationSignal.__name__, KeyboardInterrupt.__name__)
 
 
 def is_one(error: BaseException) -> bool:
-    """Whether `error` is somebody stopping a run rather than something going wrong."""
-    return _stopping or not isinstance(error, Exception)
+    """Whether `error` is somebody stopping a run rather than something going wrong.
+
+    A signal that arrives in pydantic's compiled code comes out as an error of pydantic's, with its name in the text.
+    """
+    return _stopping or not isinstance(error, Exception) or any(name in str(error) for name in _SIGNALS)
 
 
 def stop_all() -> None:
@@ -31,8 +35,7 @@ def stop_all() -> None:
 
 def note(error: BaseException) -> None:
     """Remember the flow run under way if `error` is somebody stopping it."""
-    stopped = isinstance(error, KeyboardInterrupt | TerminationSignal) or (_stopping and isinstance(error, Exception))
-    if stopped and runtime.flow_run.id:
+    if is_one(error) and not isinstance(error, SystemExit | GeneratorExit) and runtime.flow_run.id:
         _interrupted.append(str(runtime.flow_run.id))
 
 
@@ -52,7 +55,9 @@ def marked() -> Iterator[None]:
     global _stopping
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not is_one(error):
+            raise
         _stopping = False
         with get_client(sync_client=True) as client:
             while _interrupted:
@@ -62,4 +67,6 @@ def marked() -> Iterator[None]:
                     )
                 except PrefectException:
                     continue
+        if isinstance(error, Exception):
+            raise KeyboardInterrupt from error
         raise

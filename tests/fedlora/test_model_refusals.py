@@ -121,4 +121,4 @@ def test_the_length_is_checked_before_anything_is_tokenised(configure, tmp_path,
     with pytest.raises(ModelError, match="at most 512 tokens"):
         jobs.prepare_data(Workbench("cpu"), run.path)
     assert not (tmp_path / "home").exists()
-    assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
+    assert {path.name for path in run.path.iterdir()} == {"run.json", "config.yaml"}

@@ -146,7 +146,7 @@ def test_a_run_that_ends_without_mlflow_is_complete_and_delivered_later(
     assert tracker.load(run).logged == 2
 
 
-def test_what_only_a_page_shows_is_tried_and_left():
+def test_what_only_a_page_shows_is_tried_and_left(prefect_server):
     calls = []
 
     def fails():
@@ -155,6 +155,10 @@ def test_what_only_a_page_shows_is_tried_and_left():
 
     assert not outages.optional(fails)
     assert calls == [1]
-    assert outages.optional(lambda: None)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        assert not outages.optional(lambda: calls.append(2))
+    assert calls == [1]
+    assert outages.optional(lambda: calls.append(3))
+    assert calls == [1, 3]
     with pytest.raises(ValueError, match="a defect of ours"):
         outages.optional(lambda: (_ for _ in ()).throw(ValueError("a defect of ours")))

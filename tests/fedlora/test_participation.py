@@ -107,9 +107,7 @@ class TestWhoCounts:
 
 
 class TestSameBits:
-    def test_in_worker_processes(self, configure, faulty, tmp_path):
-        train(configure({**FAULTY, "runner.kind": "processes", "runner.slots": 2}), tmp_path / "run")
-        assert last_state(tmp_path / "run") == last_state(faulty.path)
+    """In worker processes too: see test_resume.py."""
 
     @pytest.mark.parametrize(
         "left", ["before anybody was received", "after a rejected one was put aside", "before the state"]

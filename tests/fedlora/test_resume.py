@@ -34,13 +34,23 @@ def copied(finished, tmp_path):
 # -- the same bits
 
 
+FAULTY = {
+    "clients": 5,
+    "channel.faults.crash": 0.2,
+    "channel.faults.corrupt": 0.4,
+    "channel.faults.delay": "exponential",
+    "channel.deadline_s": 15,
+}
+
+
 def test_two_worker_processes_give_the_bits_of_one_thread(configure, finished, tmp_path):
-    train(configure({"runner.kind": "processes", "runner.slots": 2}), tmp_path / "run")
-    assert final_bytes(tmp_path / "run") == final_bytes(finished())
-    assert without_times(tmp_path / "run") == without_times(finished())
-    assert (tmp_path / "run/tables/divergence.json").read_bytes() == (
-        finished() / "tables/divergence.json"
-    ).read_bytes()
+    """With faults, which are the same ones too."""
+    train(configure({**FAULTY, "runner.kind": "processes", "runner.slots": 2}), tmp_path / "run")
+    assert final_bytes(tmp_path / "run") == final_bytes(finished(FAULTY))
+    assert without_times(tmp_path / "run") == without_times(finished(FAULTY))
+    assert any("clients/rejected" in metrics for metrics in without_times(tmp_path / "run"))
+    for name in ("tables/divergence.json", "rounds/001/roll.json", "rounds/002/roll.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished(FAULTY) / name).read_bytes(), name
 
 
 def test_another_seed_gives_other_bits(finished):

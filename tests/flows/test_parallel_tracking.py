@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from fedlora import rounds
 from mlflow_tracking import store, tracker
 
-WRITERS, ROUNDS = 3, 20
+WRITERS, ROUNDS = 2, 20
 DELIVER = """
 import sys
 from pathlib import Path

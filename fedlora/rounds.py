@@ -28,6 +28,7 @@ from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState, Strategy, advance
 from fedlora.updates import Update, Updates
+from fedlora.workers import use_threads
 
 _LARGEST_PART = 1000
 """Test examples per evaluation part; fixed, so that scores do not depend on the number of workers."""
@@ -84,6 +85,7 @@ def aggregate(run: RunFolder, number: int) -> dict[str, Any]:
     if record := run.read_record(run.state_stem(number)):
         return record
     config = run.config
+    use_threads(config.runner.threads)
     strategy = registry.make(config.strategy, config.strategy_options)
     state = run.read_state(number - 1)
     roll = participation.read(run, number)

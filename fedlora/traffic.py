@@ -26,6 +26,10 @@ def missed_base(run: RunFolder, number: int, client: int) -> int:
     total = int(run.need_json(f"{run.state_stem(number - 1)}.json")["base_total_bytes"])
     if not total:
         return 0
-    closed = {t: run.need_json(run.record_name(t)) for t in range(1, number)}
-    last = next((t for t in range(number - 1, 0, -1) if client in closed[t]["asked"]), 1)
-    return min(sum(int(closed[t]["base_bytes"]) for t in range(last, number)), total)
+    missed = 0
+    for earlier in range(number - 1, 0, -1):
+        record = run.need_json(run.record_name(earlier))
+        missed += int(record["base_bytes"])
+        if client in record["asked"]:
+            break
+    return min(missed, total)

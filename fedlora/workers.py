@@ -54,6 +54,14 @@ class Workbench:
         return value
 
 
+def use_threads(number: int) -> None:
+    """Let torch compute with so many threads: the bits of a result depend on it.
+
+    To be called where the work is done: a thread of Python that has not said so itself has a number of its own.
+    """
+    torch.set_num_threads(number)
+
+
 Job = Callable[Concatenate[Workbench, P], T]
 
 _bench: Workbench | None = None
@@ -65,7 +73,7 @@ def _enter_worker(device: str, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _break_off)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+    use_threads(threads)
     _bench = Workbench(device)
 
 
@@ -167,11 +175,12 @@ class ThreadSlot:
     """This process itself."""
 
     def __init__(self, device: str, threads: int) -> None:
-        self.device = device
+        self.device, self._threads = device, threads
         self._bench = Workbench(device)
 
     def run(self, job: Job[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `job(workbench, *args)` here."""
+        use_threads(self._threads)
         return job(self._bench, *args, **kwargs)
 
     def run_within(self, seconds: float | None, job: Job[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -195,7 +204,6 @@ class Pool:
     def __init__(self, runner: RunnerConfig) -> None:
         devices = slot_devices(runner)
         kind = ProcessSlot if runner.kind == "processes" else ThreadSlot
-        torch.set_num_threads(runner.threads)  # for aggregation, whose bits depend on it as those of training do
         self.slots: list[Slot] = [kind(device, runner.threads) for device in devices]
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for slot in self.slots:

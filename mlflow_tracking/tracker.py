@@ -146,12 +146,11 @@ def deliver(run: RunFolder, tracked: Tracked) -> Tracked:
             _describe(client, run, tracked)
             tracked = replace(tracked, described=True)
             tracked.save(run)
-        for record in rounds.records(run):
-            if record.round > tracked.logged:
-                _log_metrics(client, tracked, record, record.metrics)
-                _log_round_adapter(client, tracked, run, record.round)
-                tracked = replace(tracked, logged=record.round)
-                tracked.save(run)
+        while record := rounds.read_record(run, tracked.logged + 1):
+            _log_metrics(client, tracked, record, record.metrics)
+            _log_round_adapter(client, tracked, run, record.round)
+            tracked = replace(tracked, logged=record.round)
+            tracked.save(run)
     return tracked
 
 

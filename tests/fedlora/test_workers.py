@@ -38,6 +38,11 @@ def die(bench, folder, number, client):
 def fail(bench):
     raise ValueError("an error of the job itself")
 
+def decompose(bench):
+    import torch
+    matrix = torch.randn(128, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.linalg.qr(matrix).Q
+
 def time_out(bench):
     raise TimeoutError("of the job itself")
 
@@ -137,6 +142,16 @@ def test_a_killed_worker_is_named_and_the_next_job_gets_a_new_one(slot, jobs):
         slot.run(jobs.die, "/folder", 3, 7)
     assert slot.run(jobs.pid) != before
     assert slot.run(jobs.count, 1) == 1  # a new bench: the old one is lost
+
+
+def test_a_job_gives_the_same_bits_in_every_thread_of_this_process(jobs):
+    """Each has a number of torch threads of its own, and a decomposition of small matrices shows it."""
+    slot, found = ThreadSlot("cpu", 1), []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: found.append(slot.run(jobs.decompose)))
+        thread.start()
+        thread.join()
+    assert all(torch.equal(other, slot.run(jobs.decompose)) for other in found)
 
 
 def test_a_worker_that_hangs_is_ended_and_the_next_job_gets_a_new_one(slot, jobs, tmp_path):

@@ -6,16 +6,23 @@ Every family of strategies is run once without interruption, as a plain loop, an
 again and again: by SIGKILL, SIGINT or SIGTERM to its whole process group, at a random moment of a phase that is drawn,
 and continued with `fedlora resume`. In the end the final adapter, the last state, every metric (but wall times), the
 points in MLflow and the run's status there must be the same, and no process may be left.
+
+    .venv/bin/python benchmarks/chaos.py --served --out docs/data/chaos-served.json
+
+does it under `fedlora up`: the flow's process is killed, and then the worker with its flow; both times the run must
+become `Crashed` in Prefect, and `prefect flow-run retry` must continue it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from fedlora import configfile, loop, rounds
@@ -92,17 +100,20 @@ class Kill:
 
 def fedlora(home: Path, *words: str) -> psutil.Popen:
     """The command line in a process group of its own, which takes Ctrl-C as a terminal would send it."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
-    environ |= {"FEDLORA_HOME": str(home), "PYTHONUNBUFFERED": "1"}
     with (home / "output.log").open("ab") as output:
         return psutil.Popen(
             [sys.executable, "-m", "fedlora_cli", *words],
-            env=environ,
+            env=_environment(home),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
+
+
+def _environment(home: Path) -> dict[str, str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
+    return environ | {"FEDLORA_HOME": str(home), "PYTHONUNBUFFERED": "1"}
 
 
 def interrupt(
@@ -228,15 +239,79 @@ def chaos(home: Path, kills: int, seed: int, families: Sequence[str]) -> dict[st
     return {"seed": seed, "kills": [asdict(kill) for kill in every], "wrong": wrong}
 
 
+def served(home: Path) -> dict[str, Any]:
+    """A run of a deployment whose flow is killed, and then its worker and its flow together; each time retried."""
+    changes = {**TINY, **FAMILIES["factor means"], "rounds": 30}
+    wanted = expected(changes, home / "untouched")
+    folder, kills = home / "served", []
+    with socket.socket() as first, socket.socket() as second:
+        for probe in (first, second):
+            probe.bind(("127.0.0.1", 0))
+        ports = [str(probe.getsockname()[1]) for probe in (first, second)]
+    up = ("up", "--prefect-port", ports[0], "--mlflow-port", ports[1])
+    _call(home, *up)
+    try:
+        api = f"http://127.0.0.1:{ports[0]}/api"
+        deployment = httpx.get(f"{api}/deployments/name/federated/custom").raise_for_status().json()["id"]
+        parameters = {"overrides": changes, "run_dir": str(folder)}
+        run = httpx.post(f"{api}/deployments/{deployment}/create_flow_run", json={"parameters": parameters}).json()[
+            "id"
+        ]
+        for victim in ("flow", "worker and flow"):
+            before = len(RunFolder(folder).finished_rounds())
+            _until(lambda before=before: len(RunFolder(folder).finished_rounds()) > before + 2)
+            begun = time.monotonic()
+            _kill_served(home, folder, victim)
+            _until(lambda: _state(api, run) == "CRASHED")
+            kills.append({"killed": victim, "crashed_after_s": round(time.monotonic() - begun, 1)})
+            print(json.dumps(kills[-1]), flush=True)
+            _call(home, *up)  # a worker that is gone is replaced
+            retry = [sys.executable, "-m", "prefect", "flow-run", "retry", run]
+            subprocess.run(retry, env=_environment(home) | {"PREFECT_API_URL": api}, check=True)
+        _until(lambda: _state(api, run) == "COMPLETED")
+        return {"kills": kills, "wrong": {"served": faults(home, folder, wanted)}}
+    finally:
+        _call(home, "down")
+
+
+def _call(home: Path, *words: str) -> None:
+    if fedlora(home, *words).wait(_PATIENCE_S) != 0:
+        raise SystemExit(f"fedlora {words[0]} failed; see {home}/output.log")
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + _PATIENCE_S
+    while not condition():
+        if time.monotonic() > end:
+            raise SystemExit("nothing happens")
+        time.sleep(0.2)
+
+
+def _state(api: str, run: str) -> str:
+    return str(httpx.get(f"{api}/flow_runs/{run}", timeout=30).json()["state"]["type"])
+
+
+def _kill_served(home: Path, folder: Path, victim: str) -> None:
+    """SIGKILL to the process that holds the folder and all it started; or to the worker above it too."""
+    flow = psutil.Process(int((folder / "lock").read_text().removeprefix("process ")))
+    recorded = json.loads((home / "services.json").read_text())["processes"]["worker"][0]
+    root = psutil.Process(recorded) if victim == "worker and flow" else flow
+    for process in [root, *root.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--kills", type=int, default=30)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    arguments.add_argument("--served", action="store_true", help="under `fedlora up`, killed twice, instead")
     arguments.add_argument("--out", type=Path, help="where the kills and what came of them are written, as JSON")
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="fedlora-chaos-") as home:
-        found = chaos(Path(home), given.kills, given.seed, given.families)
+        folder = Path(home)
+        found = served(folder) if given.served else chaos(folder, given.kills, given.seed, given.families)
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")
     if any(found["wrong"].values()):

@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,8 +259,7 @@ def served(home: Path) -> dict[str, Any]:
             "id"
         ]
         for victim in ("flow", "worker and flow"):
-            before = len(RunFolder(folder).finished_rounds())
-            _until(lambda before=before: len(RunFolder(folder).finished_rounds()) > before + 2)
+            _until(partial(_has_closed, folder, len(RunFolder(folder).finished_rounds()) + 3))
             begun = time.monotonic()
             _kill_served(home, folder, victim)
             _until(lambda: _state(api, run) == "CRASHED")
@@ -285,6 +285,10 @@ def _until(condition: Callable[[], bool]) -> None:
         if time.monotonic() > end:
             raise SystemExit("nothing happens")
         time.sleep(0.2)
+
+
+def _has_closed(folder: Path, number: int) -> bool:
+    return len(RunFolder(folder).finished_rounds()) >= number
 
 
 def _state(api: str, run: str) -> str:

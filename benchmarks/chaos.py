@@ -213,8 +213,11 @@ def torment(home: Path, family: str, kills: int, draw: random.Random) -> tuple[l
     words = [f"{key}={json.dumps(value)}" for key, value in {**TINY, **changes}.items()]
     process = fedlora(home, "run", "demo", *words, "--run-dir", str(folder))
     while len(done) < kills:
-        phases = [name for name in PHASES if name not in ("partitioning", "export")]  # these come once in a run
-        phases += ["partitioning"] * (not done) + ["export"] * (len(done) == kills - 1)
+        phases = [name for name in PHASES if name not in ("partitioning", "export")]
+        if not done:  # some come once in a run: half of the first and last kills are theirs
+            phases = draw.choice([["partitioning"], phases])
+        elif len(done) == kills - 1:
+            phases = draw.choice([["export"], phases])
         kill = interrupt(process, folder, family, phases, draw)
         if kill is None:  # complete before it could be killed often enough
             break
@@ -255,9 +258,8 @@ def served(home: Path) -> dict[str, Any]:
         api = f"http://127.0.0.1:{ports[0]}/api"
         deployment = httpx.get(f"{api}/deployments/name/federated/custom").raise_for_status().json()["id"]
         parameters = {"overrides": changes, "run_dir": str(folder)}
-        run = httpx.post(f"{api}/deployments/{deployment}/create_flow_run", json={"parameters": parameters}).json()[
-            "id"
-        ]
+        created = httpx.post(f"{api}/deployments/{deployment}/create_flow_run", json={"parameters": parameters})
+        run = created.raise_for_status().json()["id"]
         for victim in ("flow", "worker and flow"):
             _until(partial(_has_closed, folder, len(RunFolder(folder).finished_rounds()) + 3))
             begun = time.monotonic()

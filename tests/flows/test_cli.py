@@ -158,7 +158,7 @@ def bare_home(tmp_path_factory):
     return tmp_path_factory.mktemp("bare home")
 
 
-@pytest.mark.parametrize("stop", ["ctrl-c", "sigterm"])
+@pytest.mark.parametrize("stop", [pytest.param("ctrl-c", marks=pytest.mark.system), "sigterm"])
 def test_without_a_server_and_stopped(small, bare_home, tmp_path, stop):
     """A process with a home of its own and no server, interrupted as a terminal does it (the whole process group), or
     as a service manager does."""

@@ -73,6 +73,7 @@ def four_runs_side_by_side(folder: Path, mlflow_url: str, tiny: dict[str, object
         assert [point.step for point in points] == [0, 1, 2]
 
 
+@pytest.mark.system
 def test_both_servers_keep_their_state_and_the_password_is_nowhere(
     free_ports: Ports, own_home: Path, postgresql: str, tiny: dict[str, object]
 ) -> None:

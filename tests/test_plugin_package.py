@@ -39,6 +39,7 @@ def test_its_own_conformance_test_passes(environment):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.system
 def test_it_runs_in_the_demo(environment):
     small = ["rounds=1", "clients=2", "data.train_size=200", "data.test_size=60", "training.local_steps=2"]
     done = call(environment, "run", "demo", "strategy=fedavgm", "strategy_options.momentum=0.9", *small)

@@ -112,6 +112,7 @@ def test_a_paused_schedule_stays_paused(live: Services) -> None:
     assert [each["name"] for each in automations] == ["fedlora: a run without heartbeat has crashed"]
 
 
+@pytest.mark.system
 def test_changing_one_value_changes_nothing_else(live: Services, tiny: dict[str, Any], tmp_path: Path) -> None:
     """Through the real command, side by side on a device that only one may hold."""
     preset = tmp_path / "tiny.yaml"

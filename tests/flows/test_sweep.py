@@ -137,6 +137,7 @@ def pool(deployed, tmp_path):
         worker.wait(30)
 
 
+@pytest.mark.system
 def test_a_work_pool_executes_the_runs(run, write, pool, store_uri, tmp_path):
     (tmp_path / "base.yaml").write_text("clients: 3\nrounds: 1\n")  # a base file that a worker elsewhere has not
     file = write("handed", {"grid": {"strategy": ["fedit", "svd"]}, "base": "base.yaml"})

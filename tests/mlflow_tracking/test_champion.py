@@ -353,6 +353,7 @@ def server(tmp_path_factory):
             process.wait(30)
 
 
+@pytest.mark.system
 def test_over_a_server_and_as_in_the_docs(server, track, finished, monkeypatch):
     run = track(server)
     assert champion.consider(server, "fedlora-demo", candidate(run, *LOW, strategy="fedit")).promoted

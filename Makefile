@@ -43,10 +43,8 @@ lint: setup-dev
 types: setup-dev
 	$(BIN)/mypy fedlora mlflow_tracking tasks flows benchmarks/*.py
 
-# Files that start servers come first, so that small ones fill up the end.
-TESTS := tests/flows tests/mlflow_tracking $(wildcard tests/test_*.py) tests/tasks tests/deployments tests/fedlora tests/fuzz
 test: lint types
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # What takes minutes and needs PostgreSQL (Debian: apt-get install postgresql): servers on it, servers with passwords, …
 test-system: setup-dev

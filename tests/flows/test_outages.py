@@ -39,6 +39,7 @@ class Server:
             "PREFECT_HOME": str(self._folder / "prefect"),
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{self._folder / 'prefect.db'}",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes more, which outlive a killed server
         }
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(

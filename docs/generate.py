@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Factors, Part
-from fedlora.config import LoraConfig, RunConfig, Section
+from fedlora.config import RunConfig, Section
 from fedlora.divergence import Divergence
+from fedlora.lora_config import LoraConfig
 from fedlora.rounds import measure_round
 from fedlora.seeds import torch_generator
 from fedlora.strategies import registry

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fedlora import seeds
-from fedlora.config import LoraConfig, ModelConfig
+from fedlora.config import ModelConfig
 from fedlora.errors import ModelError, did_you_mean, first_line
+from fedlora.lora_config import LoraConfig
 
 _ASSETS = Path(__file__).parent / "assets"
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from fedlora.adapter import Adapter, Layout
 from fedlora.atomic import write_atomic
-from fedlora.config import divisor
 from fedlora.errors import AdapterError
 from fedlora.limits import UPLOAD, Limits, clean, file_within
+from fedlora.lora_config import divisor
 from fedlora.peftconfig import CONFIGURATION, Variant, read_configuration, variant_of
 from fedlora.peftpattern import Pattern
 from fedlora.tensorfile import StoredTensors, read_tensors, serialise

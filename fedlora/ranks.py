@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedlora import seeds
-from fedlora.config import LoraConfig, RankRule
 from fedlora.data.apportion import largest_remainder
+from fedlora.lora_config import LoraConfig, RankRule
 
 _HELD_OUT = 0.1
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from fedlora import seeds
 from fedlora.adapter import EVERY_PART, PEFT_PREFIX, Adapter, Factors, Part, full_core, parse_name
 from fedlora.base_update import BaseUpdate
-from fedlora.config import LoraConfig, ModelConfig
+from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
+from fedlora.lora_config import LoraConfig
 from fedlora.model import PooledClassifier, head_modules, load_base, only_conv1d, stores_transposed, target_modules
 
 

@@ -27,6 +27,7 @@ from fedlora.participation import Entry, Roll
 from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState, Strategy, advance
+from fedlora.tensorfile import read_tensors
 from fedlora.updates import Update, Updates
 from fedlora.workers import use_threads
 
@@ -89,24 +90,22 @@ def aggregate(run: RunFolder, number: int) -> dict[str, Any]:
     strategy = registry.make(config.strategy, config.strategy_options)
     state = run.read_state(number - 1)
     roll = participation.read(run, number)
-    accepted = roll.having("completed")
-    records = {entry.client: _client_record(run, number, entry.client) for entry in accepted}
-    updates = Updates.collect(
-        (Update(e.client, records[e.client]["examples"], _upload(run, number, e)) for e in accepted), config.weighting
-    )
+    accepted = [_accepted(run, number, entry) for entry in roll.having("completed")]
+    records = [record for record, _ in accepted]
+    updates = Updates.collect((Update(r["client"], r["examples"], a) for r, a in accepted), config.weighting)
     begun = time.perf_counter()
     new = advance(strategy, state, updates, config.lora.truncation == "svd")
     aggregated = time.perf_counter()
     divergence = measure_round(strategy, new, updates)
     measured = time.perf_counter()
     probe.prepare(run, number, state, updates)
-    validation = {c: Scores.from_json(r["validation"]).loss for c, r in records.items() if r["validation"]}
+    validation = {r["client"]: Scores.from_json(r["validation"]).loss for r in records if r["validation"]}
     risen = ranks.after_round(config.lora, number, validation, config.clients)
     return run.write_state(
         replace(new, ranks={**new.ranks, **risen}),
         {
             "divergence": divergence.to_json(),
-            "bytes": asdict(_total_bytes([*(r["bytes"] for r in records.values()), *(e.bytes for e in roll.entries)])),
+            "bytes": asdict(_total_bytes([*(r["bytes"] for r in records), *(e.bytes for e in roll.entries)])),
             "seconds": aggregated - begun,
             "divergence_seconds": measured - aggregated,
         },
@@ -134,15 +133,16 @@ def _client_record(run: RunFolder, number: int, client: int) -> dict[str, Any]:
     return dict(record)
 
 
-def _upload(run: RunFolder, number: int, entry: Entry) -> Adapter:
-    """An update that was accepted when it arrived: the same file, by its digest."""
+def _accepted(run: RunFolder, number: int, entry: Entry) -> tuple[dict[str, Any], Adapter]:
+    """The record and the adapter of an update that was accepted when it arrived: the same file, by its digest."""
     stem = run.client_stem(number, entry.client)
-    if run.digest_of(f"{stem}.safetensors") != entry.digest:
+    record = run.read_record(stem)
+    if record is None or record["digest"] != entry.digest:
         raise RunAborted(
             f"the update of client {entry.client} in round {number} is missing or was damaged after it was accepted; "
             f"`fedlora resume {run.path}` has the client train again"
         )
-    return Adapter.from_tensors(run.read_tensors(stem))
+    return record, Adapter.from_tensors(read_tensors(run.path / f"{stem}.safetensors"))
 
 
 def _total_bytes(parts: Iterable[Mapping[str, int]]) -> Bytes:

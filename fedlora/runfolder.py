@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlora import __version__, configfile, lock, statefile
+from fedlora import __version__, configfile, limits, lock, statefile
 from fedlora.atomic import write_atomic
 from fedlora.config import RunConfig
 from fedlora.errors import AdapterError, ConfigError, RunFolderError
@@ -34,6 +34,8 @@ FORMAT = 3
 """Version of this layout, written to `run.json`."""
 
 _CONFIG, _RUN, _SEAL = "config.yaml", "run.json", "seal"
+_LARGEST_JSON = 2**28
+"""Bytes; the longest record of a client, with the loss of every step, has far fewer."""
 _DECIDING = ("torch", "transformers", "peft", "numpy")
 """Packages whose versions may change the bits of a result."""
 
@@ -164,8 +166,8 @@ class RunFolder:
     def read_json(self, name: str) -> Any | None:
         """The content of a JSON file of the run, without its seal, or None when it is not there or damaged."""
         try:
-            content = json.loads((self.path / name).read_text())
-        except (OSError, ValueError, RecursionError):
+            content = limits.read_json(self.path / name, _LARGEST_JSON)
+        except (OSError, ValueError):
             return None
         if isinstance(content, dict) and content.pop(_SEAL, None) != _seal(content):
             return None

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from fedlora import configfile, preflight
-from fedlora.config import RunConfig
+from fedlora.config import NEUTRAL, RunConfig
 from fedlora.errors import ConfigError, StrategyRefusal, did_you_mean
 from fedlora.limits import clean, short
 from fedlora.sections import Section
@@ -25,16 +25,6 @@ MOST_RUNS = 10_000
 """Runs of one sweep: a grid is combined in memory before any of them starts."""
 _REASON = "reason"
 """The key of a `skip` entry that is no condition."""
-_NEUTRAL = (
-    "name",
-    "runner.kind",
-    "runner.slots",
-    "runner.exclusive",
-    "runner.retries",
-    "runner.timeout_s",
-    "keep_rounds",
-)
-"""Keys that change neither the numbers of a run nor where it is logged."""
 
 
 class SweepFile(Section):
@@ -201,7 +191,7 @@ def _resolve(source: str, file: SweepFile, base: str, overrides: Settings, prese
     _check_twice(source, cells)
     varied = _telling(keys, cells)
     cells = [replace(cell, settings={key: cell.settings[key] for key in varied}) for cell in cells]
-    fixed = {key: value for key, value in {**start, **common}.items() if key not in (*keys, *_NEUTRAL)}
+    fixed = {key: value for key, value in {**start, **common}.items() if key not in (*keys, *NEUTRAL)}
     return Sweep(file.name, base, common, grid, varied, cells, skipped, _hash([file.name, fixed]), file.champion)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from fedlora.adapter import Adapter, check_shapes
 from fedlora.limits import UPLOAD, Limits
-from fedlora.tensorfile import read_tensors
-from fedlora.tensorheader import Stored, read_header
+from fedlora.tensorfile import StoredTensors
 
 SENT = frozenset({"F32"})
 """Adapters and heads are sent in fp32."""
@@ -32,17 +30,8 @@ def inspect(path: Path, like: Adapter, who: str, dtypes: frozenset[str] = SENT, 
         AdapterError: names `who` and the tensor: one that is missing, not expected, of another shape or type, or with
             values that are not finite; or names the file: not readable, not safetensors, beyond the limits.
     """
-    limits = replace(limits, dtypes=dtypes)
-    check_header(read_header(path, limits), like, who)
-    adapter = Adapter.from_tensors(read_tensors(path, limits))
+    stored = StoredTensors(path, replace(limits, dtypes=dtypes))
+    check_shapes(stored.shapes, like.shapes(), who, lower_rank=True)
+    adapter = Adapter.from_tensors(dict(stored.items()))
     adapter.check_finite(who, "training diverged?")
     return adapter
-
-
-def check_header(header: Mapping[str, Stored], like: Adapter, who: str) -> None:
-    """Refuse a header whose names and shapes are not those of `like`, at its ranks or lower ones.
-
-    Raises:
-        AdapterError: names `who` and the tensor.
-    """
-    check_shapes({name: tensor.shape for name, tensor in header.items()}, like.shapes(), who, lower_rank=True)

@@ -97,6 +97,7 @@ def defaults(console_level: str = "ERROR") -> dict[str, str]:
         "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # a traceback for every heartbeat that finds no server
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; `flows.automations` gives a silent run up after four
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": console_level,
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # seconds, for four minutes: what is not taken waits in the run folder
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -154,7 +155,7 @@ def check_prefect() -> None:
     if not url:
         return
     try:
-        with _client(url) as client:
+        with client_of(url) as client:
             client.get(f"{url}/health").raise_for_status()
             refused = client.get(f"{url}/admin/version").status_code == httpx.codes.UNAUTHORIZED
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
@@ -170,7 +171,7 @@ def check_prefect() -> None:
         )
 
 
-def _client(url: str) -> httpx.Client:
+def client_of(url: str) -> httpx.Client:
     """For a few requests past any proxy, with Prefect's own variables for certificates and the login."""
     import ssl
 

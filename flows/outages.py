@@ -13,10 +13,11 @@ import httpx
 from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 
+from flows import environment
+
 AWAY = (httpx.TransportError, httpx.HTTPStatusError, PrefectException)
 """What a server that is away, or was started again and is not ready, makes of a request."""
 
-_ANSWER_WITHIN_S = 2.0
 _ASK_AGAIN_S = 2.0
 
 
@@ -43,4 +44,7 @@ def optional(call: Callable[[], object], patience_s: float = 0.0) -> bool:
 def _answers() -> bool:
     """Whether the server is there; without an address it is in this process."""
     url = get_current_settings().api.url
-    return not url or httpx.get(f"{url}/health", timeout=_ANSWER_WITHIN_S, trust_env=False).is_success
+    if not url:
+        return True
+    with environment.client_of(url) as client:
+        return client.get(f"{url}/health").is_success

@@ -9,12 +9,14 @@ from typing import Any
 
 import pandas as pd
 
+from fedlora.config import NEUTRAL
+
 ACCURACY = "final/accuracy"
 
 RUN_COLUMNS = ("run_id", "name", "status", "sweep", "strategy", "seed", "partition", "digest", "started")
 """The columns of `Comparison.runs` that are neither settings nor results."""
 
-_NEUTRAL = ("name", "seed", "strategy", "runner.kind", "runner.slots", "runner.exclusive", "runner.retries")
+_NEUTRAL = ("seed", "strategy", *NEUTRAL)
 """Settings that decide nothing of a run's numbers, or stand apart."""
 _OF_PARTITION = ("clients", "data.", "partition.")
 

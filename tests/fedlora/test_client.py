@@ -7,9 +7,10 @@ import torch
 from fedlora import client
 from fedlora.adapter import EVERY_PART, Adapter, parse_name
 from fedlora.client import Turn
-from fedlora.config import LoraConfig, ModelConfig, TrainingConfig
+from fedlora.config import ModelConfig, TrainingConfig
 from fedlora.data.tokens import Examples
 from fedlora.errors import RunAborted
+from fedlora.lora_config import LoraConfig
 from fedlora.resident import ResidentModel
 
 TURN = Turn(seed=3, round=2, client=5)

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora import configfile
-from fedlora.config import PARTITIONER_CLASSES, LoraConfig, RunConfig, Section
+from fedlora.config import PARTITIONER_CLASSES, RunConfig, Section
 from fedlora.errors import ConfigError
+from fedlora.lora_config import LoraConfig
 
 PRESETS = Path(__file__).parents[2] / "deployments" / "presets"
 KEYS = list(configfile.dotted_keys())

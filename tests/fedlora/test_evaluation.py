@@ -8,9 +8,10 @@ import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 from fedlora import metrics
-from fedlora.config import LoraConfig, ModelConfig
+from fedlora.config import ModelConfig
 from fedlora.data.tokens import Examples
 from fedlora.evaluation import Scores, evaluate
+from fedlora.lora_config import LoraConfig
 from fedlora.resident import ResidentModel
 
 LABELS = 4

@@ -5,9 +5,10 @@ import torch
 
 from fedlora.adapter import EVERY_PART
 from fedlora.client import Turn, train
-from fedlora.config import LoraConfig, ModelConfig, RunnerConfig, TrainingConfig
+from fedlora.config import ModelConfig, RunnerConfig, TrainingConfig
 from fedlora.data import tokens
 from fedlora.errors import ConfigError
+from fedlora.lora_config import LoraConfig
 from fedlora.resident import ResidentModel
 from fedlora.runfolder import RunFolder
 from fedlora.workers import slot_devices

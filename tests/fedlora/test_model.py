@@ -8,8 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from fedlora import model
-from fedlora.config import LoraConfig, ModelConfig
+from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
+from fedlora.lora_config import LoraConfig
 from fedlora.resident import ResidentModel
 
 LABELS = ["cat", "dog", "hen"]

@@ -9,11 +9,12 @@ import yaml
 
 from fedlora import client, configfile, ranks, rounds
 from fedlora.adapter import EVERY_PART, Adapter, wire_size
-from fedlora.config import LoraConfig, RankRule, RunConfig
+from fedlora.config import RunConfig
 from fedlora.data import tokens
 from fedlora.data.partition import Partition
 from fedlora.errors import ConfigError
 from fedlora.evaluation import Scores, evaluate
+from fedlora.lora_config import LoraConfig, RankRule
 from fedlora.resident import ResidentModel
 from fedlora.runfolder import RunFolder
 

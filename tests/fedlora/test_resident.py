@@ -11,8 +11,9 @@ import torch
 from fedlora import model
 from fedlora.adapter import EVERY_PART, Adapter, Factors, parse_name
 from fedlora.base_update import BaseUpdate
-from fedlora.config import LoraConfig, ModelConfig
+from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
+from fedlora.lora_config import LoraConfig
 from fedlora.peftfolder import write_peft_folder
 from fedlora.resident import ResidentModel, add_to_weight
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -66,7 +67,7 @@ class Server:
         self._process.stdin.close()
 
 
-def until(condition, seconds: float = 60) -> None:
+def until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"
@@ -90,6 +91,7 @@ def servers(free_ports, tmp_path_factory):
         server.kill()
 
 
+@pytest.mark.timeout(600)
 def test_both_servers_go_away_and_come_back(servers, tiny, tmp_path):
     both, prefect, mlflow = servers
     folder, seen = tmp_path / "run", []
@@ -99,13 +101,15 @@ def test_both_servers_go_away_and_come_back(servers, tiny, tmp_path):
         def closed(number):
             return (folder / f"rounds/{number:03d}/record.json").exists()
 
-        until(lambda: closed(2))
-        for server in both:
-            server.kill()
-        until(lambda: closed(ROUNDS - 3))  # it goes on without them
-        seen.append(tracker.load(RunFolder(folder)).logged)
-        for server in both:
-            server.start()
+        try:
+            until(lambda: closed(2))
+            for server in both:
+                server.kill()
+            until(lambda: closed(ROUNDS - 3))  # it goes on without them
+            seen.append(tracker.load(RunFolder(folder)).logged)
+        finally:  # whatever happened: the run waits for them
+            for server in both:
+                server.start()
 
     trouble = threading.Thread(target=disturb)
     trouble.start()
@@ -114,6 +118,7 @@ def test_both_servers_go_away_and_come_back(servers, tiny, tmp_path):
         trouble.join()
         with get_client(sync_client=True) as client:
             assert [run.state.name for run in client.read_flow_runs()] == ["Completed"]
+    assert seen, "the run waited for the servers"
     assert seen[0] < ROUNDS - 3  # some waited in the run folder
     tracked = tracker.load(RunFolder(folder))
     store_client = MlflowClient(mlflow)
@@ -146,6 +151,16 @@ def test_a_run_that_ends_without_mlflow_is_complete_and_delivered_later(
     tracker.finish(run, tracked, "note")
     assert MlflowClient(mlflow).get_run(tracked.run).info.status == "FINISHED"
     assert tracker.load(run).logged == 2
+
+
+@pytest.mark.timeout(120)  # MLflow by itself would try for four minutes
+def test_a_store_that_goes_away_between_two_requests_is_not_waited_for(finished, as_new, tmp_path, monkeypatch):
+    run = as_new(finished(), tmp_path / "run")
+    tracked = replace(tracker.start(run, "a run"), uri="http://127.0.0.1:9")
+    monkeypatch.setattr("mlflow_tracking.store.check", lambda uri: None)  # just now it was there
+    kept, waits = tracker.offer(run, tracked)
+    assert kept.logged == -1
+    assert "refused" in waits
 
 
 def test_what_only_a_page_shows_is_tried_and_left(prefect_server):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlora.adapter import Adapter, Factors
-from fedlora.config import LoraConfig
+from fedlora.lora_config import LoraConfig
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
 from fedlora.updates import Update, Updates

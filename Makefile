@@ -44,7 +44,7 @@ types: setup-dev
 	$(BIN)/mypy fedlora mlflow_tracking tasks flows benchmarks/*.py
 
 test: lint types
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What takes minutes and needs PostgreSQL (Debian: apt-get install postgresql): servers on it, servers with passwords, …
 test-system: setup-dev

@@ -9,14 +9,40 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["FEDLORA_HOME"] = _home = tempfile.mkdtemp(prefix="fedlora-tests-")
 
 import json
+import subprocess
+import sys
 import uuid
+from contextlib import contextmanager
 
 import pytest
 import torch
+from filelock import FileLock
+from matplotlib.figure import Figure
+from PIL import Image
 
 from fedlora import configfile
 
 torch.set_num_threads(1)
+
+
+FIRST = (
+    "test_chaos",
+    "flows/test_cli.py",
+    "flows/test_services",
+    "flows/test_outages",
+    "flows/test_federated",
+    "flows/test_deploying",
+    "flows/test_sweep",
+    "flows/test_automations",
+    "flows/",
+    "fedlora/test_resume",
+    "fedlora/test_loop",
+)
+"""Files of minutes begin first, so that two workers end together (with xdist's `--no-loadscope-reorder`)."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: next((n for n, name in enumerate(FIRST) if name in str(item.path)), len(FIRST)))
 
 
 def pytest_unconfigure():
@@ -38,6 +64,33 @@ TINY = {
     "runner.kind": "threads",
     "runner.device": "cpu",
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawn():
+    """`with drawn():` figures are drawn. Elsewhere one pixel stands in: drawing is half the time of a tiny run."""
+    real = Figure.savefig
+
+    @contextmanager
+    def really():
+        Figure.savefig = real
+        yield
+        Figure.savefig = _one_pixel
+
+    Figure.savefig = _one_pixel
+    yield really
+    Figure.savefig = real
+
+
+def _one_pixel(figure, path, **settings):
+    Image.new("RGB", (1, 1)).save(path, format="png")
+
+
+@pytest.fixture
+def pictures(drawn):
+    """For a test that looks at figures."""
+    with drawn():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -104,3 +157,37 @@ def small_bert(tmp_path_factory):
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def with_databases(tmp_path_factory):
+    """`with_databases(folder)`: the folder as a home that has been used: with databases of this version, empty.
+
+    Prefect's server makes them in ten seconds, MLflow in two; once for all workers of a session.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    made = shared / "databases"
+
+    def copy(folder):
+        with FileLock(shared / "databases.lock"):
+            if not made.exists():
+                _make_databases(shared / "databases-begun")
+                (shared / "databases-begun").rename(made)
+        for file in made.iterdir():
+            shutil.copy(file, folder)
+        return folder
+
+    return copy
+
+
+def _make_databases(folder):
+    from mlflow import MlflowClient
+
+    folder.mkdir()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
+    environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = f"sqlite+aiosqlite:///{folder / 'prefect.db'}"
+    command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
+    subprocess.run(command, env=environ, check=True, capture_output=True, timeout=240)
+    MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()

@@ -19,11 +19,11 @@ def chaos():
     return module
 
 
-def test_killed_twice_and_continued_it_ends_the_same(chaos, tmp_path, monkeypatch):
+def test_killed_twice_and_continued_it_ends_the_same(chaos, with_databases, tmp_path, monkeypatch):
     monkeypatch.setattr(chaos, "SIGNALS", (chaos.signal.SIGKILL,))
     monkeypatch.setitem(chaos.TINY, "runner.kind", "threads")  # starts sooner; `make chaos` has worker processes
     monkeypatch.delitem(chaos.TINY, "runner.slots")
-    kills, wrong = chaos.torment(tmp_path, "base updates", 2, random.Random(11))
+    kills, wrong = chaos.torment(with_databases(tmp_path), "base updates", 2, random.Random(11))
     assert len(kills) == 2, (tmp_path / "output.log").read_text()
     assert wrong == []
 

@@ -111,7 +111,7 @@ def test_labels_name_the_settings():
     assert result.label == "svd lora.rank=4 seed=1"
 
 
-def test_the_figure_shows_every_run(cells, tmp_path):
+def test_the_figure_shows_every_run(pictures, cells, tmp_path):
     comparison.figures(cells, tmp_path / "new", "Two strategies")
     comparison.figures(cells[:1], tmp_path / "one", "Two strategies")
     for name in ("comparison.png", "conditions.png"):

@@ -120,13 +120,15 @@ def test_the_adapter_of_an_earlier_round(finished, tmp_path):
     assert "round 1 of 2" in (tmp_path / "adapter/README.md").read_text()
 
 
-def test_pictures_are_drawn(finished):
+def test_pictures_are_drawn(pictures, configure, tmp_path):
+    train(configure(), tmp_path / "run")
+    figures = tmp_path / "run" / "figures"
     for name in ("rounds", "partition"):
-        pixels = imread(finished() / "figures" / f"{name}.png")
+        pixels = imread(figures / f"{name}.png")
         assert min(pixels.shape[:2]) > 300
         assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
-    assert has_colour(finished() / "figures/rounds.png", plots.colour("fedit")) > 100
-    assert has_colour(finished() / "figures/rounds.png", plots.colour("svd")) == 0
+    assert has_colour(figures / "rounds.png", plots.colour("fedit")) > 100
+    assert has_colour(figures / "rounds.png", plots.colour("svd")) == 0
 
 
 def test_each_strategy_has_a_colour_of_its_own_and_unknown_ones_a_fixed_one():
@@ -135,7 +137,7 @@ def test_each_strategy_has_a_colour_of_its_own_and_unknown_ones_a_fixed_one():
     assert plots.colour("from-a-plug-in") == plots.colour("from-a-plug-in") not in builtin
 
 
-def test_a_run_without_a_metric_leaves_its_line_out(finished, tmp_path):
+def test_a_run_without_a_metric_leaves_its_line_out(pictures, finished, tmp_path):
     records = rounds.records(RunFolder(finished({"rounds": 3, "evaluation.every": 2})))
     plots.rounds_figure({"a": records}, tmp_path / "deep" / "a.png", {"a": "#ff0000"}, "A title")
     plots.rounds_figure({"a": records[:1]}, tmp_path / "b.png", {"a": "#ff0000"})

@@ -110,7 +110,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("kilobytes", [60, 260, 500, 600])
-def test_a_run_on_a_disk_that_is_too_small(configure, finished, small_disk, kilobytes):
+def test_a_run_on_a_disk_that_is_too_small(pictures, configure, finished, small_disk, kilobytes):
     resize, disk = small_disk
     resize(kilobytes * 1024)
     with pytest.raises(RunFolderError, match=NO_SPACE):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import http.server
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -75,23 +75,23 @@ def listener() -> Iterator[Listener]:
 
 
 @pytest.fixture(scope="module")
-def live(listener: Listener, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Services, list[str]]]:
+def live(
+    listener: Listener,
+    free_ports: Callable[[], tuple[int, int]],
+    with_databases: Callable[[Path], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Services, list[str]]]:
     source = tmp_path_factory.mktemp("source")
     for name, text in {"flows/federated.py": STAND_IN, "deployments/prefect.yaml": DECLARED}.items():
         (source / name).parent.mkdir()
         (source / name).write_text(text)
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as first, socket.socket() as second:
+    with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_", "FEDLORA_"))]:
             patch.delenv(name)
-        patch.setenv("FEDLORA_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("FEDLORA_HOME", str(with_databases(tmp_path_factory.mktemp("home"))))
         patch.setenv(automations.NOTIFY_URL, listener.url)
-        for probe in (first, second):
-            probe.bind(("127.0.0.1", 0))
-        ports = first.getsockname()[1], second.getsockname()[1]
-        first.close()
-        second.close()
         said: list[str] = []
-        services = up(*ports, report=said.append, source=source)
+        services = up(*free_ports(), report=said.append, source=source)
         try:
             with temporary_settings({PREFECT_API_URL: services.prefect_url}):
                 yield services, said
@@ -123,22 +123,24 @@ def test_where_nobody_wants_to_know_nobody_is_told(prefect_server: None, monkeyp
     assert list(automations.apply()) == [automations.crashed_without_heartbeat().name]
 
 
+def switch(services: Services, automation: dict[str, Any], enabled: bool) -> None:
+    """As its page does. A server that is busy answers 503, which Prefect's own clients try again."""
+    url = f"{services.prefect_url}/automations/{automation['id']}"
+    assert eventually(lambda: httpx.patch(url, json={"enabled": enabled}, timeout=30).is_success)
+
+
 def test_a_second_time_changes_nothing_and_switched_off_stays_off(live: tuple[Services, list[str]]) -> None:
     services, _ = live
     names = {each["name"]: each for each in post(services, "/automations/filter", {})}
     assert len(names) == 2  # `up` made them
     assert set(automations.apply().values()) == {"unchanged"}
     crash = automations.crashed_without_heartbeat().name
-    httpx.patch(
-        f"{services.prefect_url}/automations/{names[crash]['id']}", json={"enabled": False}, timeout=30
-    ).raise_for_status()
+    switch(services, names[crash], False)
     assert automations.apply(timedelta(seconds=10))[crash] == "updated"
     after = {each["name"]: each for each in post(services, "/automations/filter", {})}
     assert {name: each["id"] for name, each in after.items()} == {name: each["id"] for name, each in names.items()}
     assert not after[crash]["enabled"]
-    httpx.patch(
-        f"{services.prefect_url}/automations/{names[crash]['id']}", json={"enabled": True}, timeout=30
-    ).raise_for_status()
+    switch(services, names[crash], True)
 
 
 def test_a_sweep_that_fails_is_told_and_the_address_stays_secret(

@@ -153,9 +153,9 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.fixture(scope="module")
-def bare_home(tmp_path_factory):
-    """A home without servers, whose databases are made once."""
-    return tmp_path_factory.mktemp("bare home")
+def bare_home(with_databases, tmp_path_factory):
+    """A home without servers."""
+    return with_databases(tmp_path_factory.mktemp("bare home"))
 
 
 @pytest.mark.parametrize("stop", [pytest.param("ctrl-c", marks=pytest.mark.system), "sigterm"])

@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 from fedlora import home
 
 
-def test_sweep_compares_strategies_on_one_partition(fedlora, small, prefect_server, tmp_path, store_uri):
+def test_sweep_compares_strategies_on_one_partition(pictures, fedlora, small, prefect_server, tmp_path, store_uri):
     file = tmp_path / "mine.yaml"
     file.write_text("name: mine\nbase: demo\ngrid:\n  strategy: [fedit, svd]\n  seed: [0, 1]\n")
     code, out, _ = fedlora("sweep", file, *small, "rounds=1")

@@ -36,12 +36,14 @@ NAMES = {
 
 
 @pytest.fixture(scope="module")
-def live(free_ports: Ports, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+def live(
+    free_ports: Ports, with_databases: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Services]:
     """Everything as shipped, with a worker for GPUs that are not there."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(OURS)]:
             patch.delenv(name)
-        patch.setenv("FEDLORA_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("FEDLORA_HOME", str(with_databases(tmp_path_factory.mktemp("home"))))
         try:
             yield up(*free_ports(), report=lambda line: None, cpu_runs=3, gpu_runs=2)
         finally:

@@ -31,7 +31,6 @@ class Server:
 
     def __init__(self, command: list[str], health: str, folder: Path) -> None:
         self._command, self._health, self._folder = command, health, folder
-        self.start()
 
     def start(self) -> None:
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
@@ -52,7 +51,6 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
-        until(self.answers, 120)
 
     def answers(self) -> bool:
         try:
@@ -67,6 +65,13 @@ class Server:
         self._process.stdin.close()
 
 
+def begin(both: list[Server]) -> None:
+    for server in both:
+        server.start()
+    for server in both:
+        until(server.answers)
+
+
 def until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -75,10 +80,10 @@ def until(condition, seconds: float = 120) -> None:
 
 
 @pytest.fixture(scope="module")
-def servers(free_ports, tmp_path_factory):
+def servers(free_ports, with_databases, tmp_path_factory):
     """Prefect's and MLflow's, and their addresses."""
     prefect, mlflow = free_ports()
-    folder = tmp_path_factory.mktemp("servers")
+    folder = with_databases(tmp_path_factory.mktemp("servers"))
     database = f"sqlite:///{folder / 'mlflow.db'}"
     serve = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flows.private_server import serve; serve({prefect})"
     command = ["mlflow", "server", "--port", str(mlflow), "--workers", "1", "--backend-store-uri", database]
@@ -86,6 +91,7 @@ def servers(free_ports, tmp_path_factory):
         Server([sys.executable, "-c", serve], f"http://127.0.0.1:{prefect}/api/health", folder),
         Server([sys.executable, "-m", *command], f"http://127.0.0.1:{mlflow}/health", folder),
     ]
+    begin(both)
     yield both, f"http://127.0.0.1:{prefect}/api", f"http://127.0.0.1:{mlflow}"
     for server in both:
         server.kill()
@@ -108,8 +114,7 @@ def test_both_servers_go_away_and_come_back(servers, tiny, tmp_path):
             until(lambda: closed(ROUNDS - 3))  # it goes on without them
             seen.append(tracker.load(RunFolder(folder)).logged)
         finally:  # whatever happened: the run waits for them
-            for server in both:
-                server.start()
+            begin(both)
 
     trouble = threading.Thread(target=disturb)
     trouble.start()

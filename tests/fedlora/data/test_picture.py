@@ -7,6 +7,8 @@ from fedlora.data.partition import partition
 from fedlora.data.picture import draw
 from fedlora.errors import RunFolderError
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 
 def make(clients: int, labels: int, name: str = "iid"):
     rows = np.arange(clients * labels * 12) % labels

@@ -8,13 +8,15 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup setup-dev standard demo test test-system test-browser fuzz chaos screenshots lint types audit up down format clean
 
-# Modules are compiled when they are first imported: most of what is installed never is.
+# Compiled by all cores, which pip does with one. Not left to the first import: where PYTHONDONTWRITEBYTECODE is set, as
+# in many images, every process would do it again (ten seconds each).
 define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	  || { echo "fedlora needs Python 3.11 to 3.13: make PYTHON=python3.12 …"; exit 1; }
 	@echo "installing into $(VENV); a few minutes the first time"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '$(1)'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # some packages ship templates that are no Python
 	touch $@
 endef
 

@@ -137,7 +137,6 @@ def test_both_servers_go_away_and_come_back(servers, tiny, tmp_path):
     assert {f"adapter/round-{number:03d}" for number in (4, 8, 12)} <= logged  # rounds that waited kept what they need
 
 
-@pytest.mark.system
 def test_a_run_that_ends_without_mlflow_is_complete_and_delivered_later(
     servers, finished, as_new, tmp_path, monkeypatch
 ):

@@ -221,7 +221,6 @@ def holding(folder: Path, *words: str) -> set[str]:
     return {path.name for path in files if any(word.encode() in path.read_bytes() for word in words)}
 
 
-@pytest.mark.system
 def test_servers_for_others_ask_for_passwords_and_these_are_written_nowhere(
     free_ports: Ports, live: Live, monkeypatch: pytest.MonkeyPatch, tiny: dict[str, object]
 ) -> None:

@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import httpx
 import pandas as pd
 import pytest
 from prefect import settings
@@ -144,6 +146,23 @@ def small(tiny, store_uri):
     """The tiny run as words of the command line."""
     settings = {**tiny, "tracking.uri": store_uri, "tracking.experiment": "cli"}
     return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
+
+
+@pytest.fixture(scope="session")
+def send():
+    """`send("POST", url, {…})`: the answer, as JSON. A Prefect server whose SQLite file is busy says 503, and is asked
+    again, as Prefect's own clients do."""
+
+    def until_answered(method, url, body):
+        for _ in range(60):
+            answer = httpx.request(method, url, json=body, timeout=30)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(0.5)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    return until_answered
 
 
 @pytest.fixture(scope="session")

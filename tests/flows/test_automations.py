@@ -66,6 +66,9 @@ class Listener:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
+Send = Callable[[str, str, dict[str, Any]], Any]
+
+
 @pytest.fixture(scope="module")
 def listener() -> Iterator[Listener]:
     listening = Listener()
@@ -99,10 +102,6 @@ def live(
             down(report=said.append)
 
 
-def post(services: Services, path: str, body: dict[str, Any]) -> Any:
-    return httpx.post(f"{services.prefect_url}{path}", json=body, timeout=30).raise_for_status().json()
-
-
 def eventually(condition: Callable[[], bool], seconds: float = 90) -> bool:
     end = time.monotonic() + seconds
     while not condition():
@@ -123,24 +122,19 @@ def test_where_nobody_wants_to_know_nobody_is_told(prefect_server: None, monkeyp
     assert list(automations.apply()) == [automations.crashed_without_heartbeat().name]
 
 
-def switch(services: Services, automation: dict[str, Any], enabled: bool) -> None:
-    """As its page does. A server that is busy answers 503, which Prefect's own clients try again."""
-    url = f"{services.prefect_url}/automations/{automation['id']}"
-    assert eventually(lambda: httpx.patch(url, json={"enabled": enabled}, timeout=30).is_success)
-
-
-def test_a_second_time_changes_nothing_and_switched_off_stays_off(live: tuple[Services, list[str]]) -> None:
+def test_a_second_time_changes_nothing_and_switched_off_stays_off(live: tuple[Services, list[str]], send: Send) -> None:
     services, _ = live
-    names = {each["name"]: each for each in post(services, "/automations/filter", {})}
+    names = {each["name"]: each for each in send("POST", f"{services.prefect_url}/automations/filter", {})}
     assert len(names) == 2  # `up` made them
     assert set(automations.apply().values()) == {"unchanged"}
     crash = automations.crashed_without_heartbeat().name
-    switch(services, names[crash], False)
+    page = f"{services.prefect_url}/automations/{names[crash]['id']}"
+    send("PATCH", page, {"enabled": False})
     assert automations.apply(timedelta(seconds=10))[crash] == "updated"
-    after = {each["name"]: each for each in post(services, "/automations/filter", {})}
+    after = {each["name"]: each for each in send("POST", f"{services.prefect_url}/automations/filter", {})}
     assert {name: each["id"] for name, each in after.items()} == {name: each["id"] for name, each in names.items()}
     assert not after[crash]["enabled"]
-    switch(services, names[crash], True)
+    send("PATCH", page, {"enabled": True})
 
 
 def test_a_sweep_that_fails_is_told_and_the_address_stays_secret(
@@ -174,17 +168,22 @@ def test_a_sweep_that_fails_is_told_and_the_address_stays_secret(
         assert automations.NOTIFY_URL not in psutil.Process(pid).environ()
 
 
-def test_a_run_whose_process_and_worker_are_killed_becomes_crashed(live: tuple[Services, list[str]]) -> None:
+def test_a_run_whose_process_and_worker_are_killed_becomes_crashed(
+    live: tuple[Services, list[str]], send: Send
+) -> None:
     """Last: nobody works here afterwards."""
     services, _ = live
     automations.apply(timedelta(seconds=10))
     deployment = httpx.get(f"{services.prefect_url}/deployments/name/federated/custom", timeout=30).json()
-    run = post(services, f"/deployments/{deployment['id']}/create_flow_run", {})
+    run = send("POST", f"{services.prefect_url}/deployments/{deployment['id']}/create_flow_run", {})
     heartbeat = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}}}
     resource = f"prefect.flow-run.{run['id']}"
-    assert eventually(
-        lambda: any(each["resource"]["prefect.resource.id"] == resource for each in _events(services, heartbeat))
-    )
+
+    def has_sent_one() -> bool:
+        events = send("POST", f"{services.prefect_url}/events/filter", heartbeat)["events"]
+        return any(each["resource"]["prefect.resource.id"] == resource for each in events)
+
+    assert eventually(has_sent_one)
     worker = psutil.Process(services.processes["worker"][0])
     for process in [worker, *worker.children(recursive=True)]:
         process.kill()
@@ -195,8 +194,3 @@ def test_a_run_whose_process_and_worker_are_killed_becomes_crashed(live: tuple[S
 
     assert eventually(lambda: state()["type"] == "CRASHED"), state()
     assert "no heartbeat for 10 s" in state()["message"]
-
-
-def _events(services: Services, query: dict[str, Any]) -> list[dict[str, Any]]:
-    events: list[dict[str, Any]] = post(services, "/events/filter", query)["events"]
-    return events

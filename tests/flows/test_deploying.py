@@ -101,11 +101,11 @@ def test_the_form_has_drop_downs_and_help(live: Services) -> None:
         assert all(field["description"] for field in schema(live, name).values()), name
 
 
-def test_a_paused_schedule_stays_paused(live: Services) -> None:
+def test_a_paused_schedule_stays_paused(live: Services, send: Callable[[str, str, dict[str, Any]], Any]) -> None:
     nightly = read(live, "sweep/nightly")
     schedule = nightly["schedules"][0]
     url = f"{live.prefect_url}/deployments/{nightly['id']}/schedules/{schedule['id']}"
-    httpx.patch(url, json={"active": False}, timeout=30).raise_for_status()
+    send("PATCH", url, {"active": False})
     deploying.deploy(live.prefect_url)
     again = read(live, "sweep/nightly")
     assert again["id"] == nightly["id"]

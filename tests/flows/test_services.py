@@ -112,12 +112,6 @@ def live(free_ports: Ports, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             down(report=said.append)
 
 
-def post(live: Live, path: str, body: dict[str, object]) -> dict[str, object]:
-    answer = httpx.post(f"{live.services.prefect_url}{path}", json=body).raise_for_status().json()
-    assert isinstance(answer, dict)
-    return answer
-
-
 def test_up_starts_servers_pool_and_worker(live: Live) -> None:
     page = live.services.prefect_url.removesuffix("/api")
     assert httpx.get(page, follow_redirects=True).text.lstrip().lower().startswith("<!doctype html>")
@@ -131,9 +125,12 @@ def test_up_starts_servers_pool_and_worker(live: Live) -> None:
     assert any(live.services.mlflow_url in line for line in live.said)
 
 
-def test_the_deployment_runs_in_its_source_folder(live: Live) -> None:
+def test_the_deployment_runs_in_its_source_folder(
+    live: Live, send: Callable[[str, str, dict[str, object]], object]
+) -> None:
     deployment = httpx.get(f"{live.services.prefect_url}/deployments/name/federated/custom").raise_for_status().json()
-    post(live, f"/deployments/{deployment['id']}/create_flow_run", {"parameters": {"word": "hello"}})
+    url = f"{live.services.prefect_url}/deployments/{deployment['id']}/create_flow_run"
+    send("POST", url, {"parameters": {"word": "hello"}})
     trace = home.home() / "trace"
     assert eventually(lambda: trace.exists() and len(trace.read_text().splitlines()) == 3)
     assert trace.read_text().splitlines() == ["hello", str(live.source), live.services.mlflow_url]

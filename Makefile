@@ -48,7 +48,7 @@ types: setup-dev
 test: lint types
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# What takes minutes and needs PostgreSQL (Debian: apt-get install postgresql): servers on it, servers with passwords, …
+# What takes minutes or needs PostgreSQL (Debian: apt-get install postgresql): servers on it, a work pool, Ctrl-C, …
 test-system: setup-dev
 	FULL_TESTS=1 $(BIN)/pytest -m system tests
 

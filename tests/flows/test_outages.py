@@ -107,10 +107,10 @@ def test_both_servers_go_away_and_come_back(servers, tiny, tmp_path):
         def closed(number):
             return (folder / f"rounds/{number:03d}/record.json").exists()
 
+        until(lambda: closed(2))
+        for server in both:
+            server.kill()
         try:
-            until(lambda: closed(2))
-            for server in both:
-                server.kill()
             until(lambda: closed(ROUNDS - 3))  # it goes on without them
             seen.append(tracker.load(RunFolder(folder)).logged)
         finally:  # whatever happened: the run waits for them

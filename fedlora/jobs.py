@@ -89,13 +89,21 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
             "labels": list(data.labels),
             "pad_token_id": data.pad_token_id,
             "padding_side": tokenizer.padding_side,
-            "data": {"name": data.name, "origin": data.origin, "digest": data.digest},
+            "data": {"name": data.name, "origin": data.origin, "digest": data.digest, "read": list(text.notes)},
             "model": origin,
             "examples": {"train": len(data.train), "test": len(data.test)},
+            "notes": parts.notes(),
         },
     )
     run.write_json("partition.json", parts.summary())
     return parts.summary()
+
+
+def told_of_data(run: RunFolder) -> list[str]:
+    """What a person should know of the data once `prepare_data` is done, a line each; nothing of a packaged set."""
+    setup = run.need_json("setup.json")
+    read = "" if setup["data"]["origin"] == "packaged" else "; ".join(setup["data"].get("read", []))
+    return [line for line in (read, *setup.get("notes", [])) if line]
 
 
 def _data_is_there(run: RunFolder) -> bool:

@@ -83,6 +83,28 @@ def read_text(path: Path, most: int) -> str:
     return content.decode("utf-8")
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in a checkout in place of the real one."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise what helps where a file is only a pointer.
+
+    Raises:
+        ValueError: it is one of Git LFS.
+    """
+    if is_pointer(path):
+        raise ValueError("it is a pointer of Git LFS, not the file itself; fetch the file with `git lfs pull`")
+
+
 def check_regular(path: Path) -> os.stat_result:
     """Opening a pipe would wait for ever, and a device has no end.
 

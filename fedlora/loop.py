@@ -31,7 +31,8 @@ def train(
         config: the run.
         path: its folder; one that was interrupted is continued where it stopped.
         report: called with each round's record as it is finished.
-        say: called with a line when something is worth one: damage that was found, clients that did not complete.
+        say: called with a line when something is worth one: damage that was found, how data was read, clients that
+            did not complete.
 
     Raises:
         FedloraError: whatever the user can mend, in one line.
@@ -41,6 +42,8 @@ def train(
         for line in recovery.mend(run):
             say(line)
         pool.run(jobs.prepare_data, run.path)
+        for line in jobs.told_of_data(run):
+            say(line)
         pool.run(jobs.initialise, run.path)
         for number in rounds.unfinished(run):
             begun = trained = time.perf_counter()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedlora.errors import AdapterError
-from fedlora.limits import UPLOAD, Limits, check_regular, clean, once, short
+from fedlora.limits import UPLOAD, Limits, check_regular, clean, once, refuse_pointer, short
 
 _SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
@@ -42,6 +42,7 @@ def read_header(path: Path, limits: Limits = UPLOAD) -> dict[str, Stored]:
     """
     try:
         size = check_regular(path).st_size
+        refuse_pointer(path)
         if size > limits.total_bytes:
             raise ValueError(f"its {size} bytes are above the limit of {limits.total_bytes}")
         content, length = _content(path, size, limits)

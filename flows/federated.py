@@ -91,6 +91,8 @@ def federated(
         tracking = open_tracking.submit(run, run_name(config), mlflow_parent, _prefect_tags())
         try:
             partition.submit(run).result()
+            for line in jobs.told_of_data(folder):
+                told.say(line)
             initialise.submit(run).result()
         finally:  # also when these fail: the MLflow run must be there before it can be closed as failed
             tracked = tracking.result()

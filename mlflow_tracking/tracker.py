@@ -241,7 +241,7 @@ def _log_data(client: Any, tracked: Tracked, run: RunFolder) -> None:
         name=data["name"],
         digest=data["digest"][:16],
         source_type=data["origin"],
-        source=json.dumps({"name": data["name"], "origin": data["origin"]}),
+        source=json.dumps({"name": data["name"], "origin": data["origin"], "read": data.get("read", [])}),
         schema=json.dumps({"labels": setup["labels"]}),
         profile=json.dumps(profile),
     )

@@ -16,6 +16,8 @@ Origin = Literal["packaged", "file", "folder", "hub"]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 """Kinds of files that are understood, and the order in which a folder is searched for them."""
+VALIDATION = ("validation", "valid", "val", "dev", "validation_matched")
+"""Splits that are used for testing where there is none of that name, in this order."""
 
 HUB_ALIASES = {
     "ag_news": "fancyzhx/ag_news",
@@ -141,22 +143,44 @@ def resolve(config: DataConfig) -> Source:
     return source
 
 
-def train_and_test(folder: Path) -> tuple[Path, Path]:
-    """The train and test files of a folder.
+@dataclass(frozen=True)
+class Files:
+    """The files of a folder by split; several where a split comes in numbered parts."""
+
+    train: tuple[Path, ...]
+    test: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+def split_files(folder: Path) -> Files:
+    """The train and test files of a folder, or of its folder `data`, as repositories of the hub have one.
+
+    Names are compared without regard to case; `train-00000-of-00002.parquet` is the first of two parts. Where there is
+    no test file, one for validation is used for testing.
 
     Raises:
-        DataError: one of them is missing.
+        DataError: one of the splits is missing, or a part of it.
     """
-    found = {split: _split_file(folder, split) for split in ("train", "test")}
-    missing = [split for split, path in found.items() if path is None]
-    if missing or found["train"] is None or found["test"] is None:
+    place = folder if _in_folder(folder) or not (folder / "data").is_dir() else folder / "data"
+    found = _in_folder(place)
+    test = next((split for split in ("test", *VALIDATION) if split in found), None)
+    missing = [split for split, there in {"train": "train" in found, "test": test}.items() if not there]
+    if missing or test is None:
         have = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
         raise DataError(
             f"folder {folder} has no {' and no '.join(f'{split}.*' for split in missing)} file (it holds: {have}); "
-            f"expected train and test with one of the endings {', '.join(SUFFIXES)}. "
-            "To have a test split drawn, give the path of one file instead of the folder"
+            f"expected train and test with one of the endings {', '.join(SUFFIXES)}, or what the `datasets` library's "
+            "save_to_disk writes. To have a test split drawn, give the path of one file instead of the folder"
         )
-    return found["train"], found["test"]
+    notes = () if test == "test" else (f"there is no test split: {test} is used for testing",)
+    return Files(found["train"], found[test], notes)
+
+
+def saved_by_datasets(folder: Path) -> bool:
+    """Whether a folder is what `save_to_disk` of the `datasets` library writes."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
 
 
 def _known(name: str, entry: Entry) -> KnownSet:
@@ -192,7 +216,8 @@ def _local(name: str) -> Source | None:
     candidates = [root / name] if (root := home.data_dir()) and name not in ("", ".", "..") else []
     for path in [*candidates, Path(name).expanduser()]:
         if name and path.is_dir():
-            train_and_test(path)
+            if not saved_by_datasets(path):
+                split_files(path)
             return Source(path.absolute().name, "folder", path.absolute())
         if name and path.is_file():
             if path.suffix.lower() not in SUFFIXES:
@@ -232,12 +257,46 @@ def _entry_folder(entry: Entry) -> Path | None:
 def _data_folders() -> list[Path]:
     root = home.data_dir()
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root and root.is_dir() else []
-    return [folder for folder in folders if _split_file(folder, "train") and _split_file(folder, "test")]
+    return [folder for folder in folders if _is_data(folder)]
 
 
-def _split_file(folder: Path, split: str) -> Path | None:
-    paths = (folder / f"{split}{suffix}" for suffix in SUFFIXES)
-    return next((path for path in paths if path.is_file()), None)
+def _is_data(folder: Path) -> bool:
+    try:
+        return saved_by_datasets(folder) or bool(split_files(folder))
+    except DataError:
+        return False
+
+
+def _in_folder(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """Split → its file, or its parts in order; of several kinds of files the first in the order of `SUFFIXES`.
+
+    Raises:
+        DataError: not all parts are there.
+    """
+    kinds: dict[tuple[str, str], dict[int, Path]] = {}
+    parts: dict[tuple[str, str], int] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = _SPLIT_FILE.fullmatch(path.name.lower())
+        if match and path.is_file():
+            kind = match["split"], match["suffix"]
+            kinds.setdefault(kind, {})[int(match["part"] or 0)] = path
+            parts[kind] = max(parts.get(kind, 1), int(match["parts"] or 1))
+    found: dict[str, tuple[Path, ...]] = {}
+    for split, suffix in sorted(kinds, key=lambda kind: SUFFIXES.index(kind[1])):
+        files = kinds[split, suffix]
+        if len(files) < parts[split, suffix]:
+            raise DataError(
+                f"folder {folder} has {len(files)} of the {parts[split, suffix]} parts of its {split} split "
+                f"({', '.join(path.name for path in files.values())}); fetch the others too"
+            )
+        found.setdefault(split, tuple(files[part] for part in sorted(files)))
+    return found
+
+
+_SPLIT_FILE = re.compile(
+    rf"(?P<split>train|test|{'|'.join(VALIDATION)})(?:-(?P<part>\d{{5}})-of-(?P<parts>\d{{5}}))?"
+    rf"(?P<suffix>{'|'.join(map(re.escape, SUFFIXES))})"
+)
 
 
 def _in_hub_cache(hub: str) -> bool:

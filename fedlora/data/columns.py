@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 from datasets.table import InMemoryTable
 
 from fedlora.config import DataConfig
-from fedlora.errors import DataError, did_you_mean
+from fedlora.errors import DataError
 
 _OPTIONS = {"text": "data.text", "text_pair": "data.text_pair", "label": "data.label", "client": "data.client"}
 
@@ -28,6 +29,14 @@ class RawSplit:
     """For error messages: the file, or the set and its split."""
     label_names: tuple[str, ...] | None = None
     """Class names by index, where the source declares them."""
+    notes: tuple[str, ...] = ()
+    """What its reader did besides reading."""
+    columns: tuple[str, ...] = ()
+    """Names of all columns that the source has, also of those that were not kept."""
+
+    def told(self) -> list[str]:
+        """How many rows there are, and the notes, for a person."""
+        return [f"{self.where}: {self.table.num_rows} rows", *self.notes]
 
 
 def column_names(config: DataConfig, mapped: dict[str, str]) -> dict[str, str]:
@@ -51,7 +60,13 @@ def choose(split: RawSplit, names: dict[str, str]) -> RawSplit:
     for ours, theirs in names.items():
         if theirs not in split.table.column_names:
             raise DataError(_missing(split, ours, theirs))
-        column = _plain(split, ours, theirs)
+        if split.table.column_names.count(theirs) > 1:
+            raise DataError(
+                f"{split.where}: column {theirs!r} is there {split.table.column_names.count(theirs)} times; "
+                "rename or remove all but one"
+            )
+        column = _without_nan(_plain_type(split.table[theirs]), ours)
+        column = _plain(split, column, ours, theirs)
         _refuse_empty(column, ours, f"column {theirs!r} of {split.where}")
         columns[ours] = column
     return RawSplit(pa.table(columns), split.where, split.label_names)
@@ -107,10 +122,31 @@ def _order(labels: list[object]) -> Callable[[str], Any]:
     return str
 
 
-def _plain(split: RawSplit, ours: str, theirs: str) -> pa.ChunkedArray:
-    column = split.table[theirs]
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+def _plain_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _without_nan(column: pa.ChunkedArray, ours: str) -> pa.ChunkedArray:
+    """Missing is missing: `NaN` among numbers, and the word for it where labels or owners are numbers written as text.
+
+    Elsewhere `nan` may be a word.
+    """
+    if pa.types.is_floating(column.type):
+        return pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    if ours not in ("label", "client") or not is_text:
+        return column
+    missing = pc.equal(pc.utf8_lower(column), "nan")
+    others = [value for value in pc.unique(column).to_pylist() if value is not None and value.lower() != "nan"]
+    if not pc.any(missing).as_py() or not others or not all(_NUMBER.fullmatch(value) for value in others):
+        return column
+    return pc.if_else(missing, pa.scalar(None, column.type), column)
+
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+
+
+def _plain(split: RawSplit, column: pa.ChunkedArray, ours: str, theirs: str) -> pa.ChunkedArray:
     if ours == "label" and pa.types.is_integer(column.type):
         return column.cast(pa.int64())
     if ours == "label" and pa.types.is_floating(column.type):
@@ -149,5 +185,52 @@ def _missing(split: RawSplit, ours: str, theirs: str) -> str:
     have = split.table.column_names
     return (
         f"{split.where} has no column {theirs!r} for the {ours.replace('_', ' ')}; its columns are: "
-        f"{', '.join(have)}.{did_you_mean(theirs, have)} Set {_OPTIONS[ours]} to one of them"
+        f"{', '.join(have)}.{_meant(split.table, ours, theirs)} Set {_OPTIONS[ours]} to one of them"
     )
+
+
+def _meant(table: pa.Table, ours: str, theirs: str) -> str:
+    """The column that is spelled alike, or else has what is asked for: long texts, or few classes; or nothing."""
+    by_lower = {name.lower(): name for name in table.column_names}
+    alike = difflib.get_close_matches(theirs.lower(), by_lower, n=1, cutoff=0.75)
+    if alike:
+        return f" Did you mean '{by_lower[alike[0]]}'?"
+    found = {"text": _longest, "text_pair": _longest, "label": _classes}.get(ours, lambda table: None)(table)
+    return f" '{found}' holds {'classes' if ours == 'label' else 'the longest texts'}: is it that?" if found else ""
+
+
+_SAMPLE = 1000
+
+
+def _longest(table: pa.Table) -> str | None:
+    """The column of text whose cells are clearly longer than those of all others."""
+    lengths: list[tuple[float, str]] = sorted(
+        ((_mean_length(table.column(i)), name) for i, name in enumerate(table.column_names)), reverse=True
+    )
+    if not lengths or lengths[0][0] < _A_TEXT or (lengths[1:] and lengths[0][0] < 2 * lengths[1][0]):
+        return None
+    return lengths[0][1]
+
+
+_A_TEXT = 15
+"""Mean characters of what is likely a text."""
+
+
+def _mean_length(column: pa.ChunkedArray) -> float:
+    column = _plain_type(column)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return 0.0
+    return float(pc.mean(pc.utf8_length(column.slice(0, _SAMPLE))).as_py() or 0.0)
+
+
+def _classes(table: pa.Table) -> str | None:
+    """The only column with at least two and few different values."""
+    rows = min(table.num_rows, _SAMPLE)
+    found = []
+    for index, name in enumerate(table.column_names):
+        column = _plain_type(table.column(index)).slice(0, _SAMPLE)
+        if pa.types.is_nested(column.type) or _mean_length(column) > 2 * _A_TEXT:
+            continue
+        if 2 <= pc.count_distinct(column).as_py() <= rows // 5:
+            found.append(name)
+    return found[0] if len(found) == 1 else None

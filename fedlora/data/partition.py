@@ -41,6 +41,10 @@ class Partition:
     """Training examples, clients × labels."""
     hash: str
     data_digest: str
+    owners: tuple[tuple[str, ...], ...] = ()
+    """Per client, the owners (`data.client`) of its training rows, sorted; only where the partitioner goes by owner."""
+    unheld: int = 0
+    """Test rows of owners that have no training row: nobody holds them."""
 
     @property
     def clients(self) -> int:
@@ -59,6 +63,7 @@ class Partition:
 
     def summary(self) -> dict[str, Any]:
         """What is worth logging, as JSON values: all but the row numbers."""
+        by_owner = {"owners": [list(names) for names in self.owners], "unheld_test_rows": self.unheld}
         return {
             "partitioner": self.name,
             "hash": self.hash,
@@ -67,7 +72,23 @@ class Partition:
             "test_sizes": list(self.test_sizes),
             "labels": list(self.labels),
             "label_counts": self.label_counts.tolist(),
+            **(by_owner if self.owners else {}),
         }
+
+    def notes(self) -> list[str]:
+        """What somebody who named owners should know of how they were dealt, a line each."""
+        owners = sum(map(len, self.owners))
+        told = []
+        if owners > self.clients:
+            least, most = min(map(len, self.owners)), max(map(len, self.owners))
+            each = f"{least}" if least == most else f"{least} to {most}"
+            told.append(
+                f"{owners} owners are merged into {self.clients} clients, {each} in each (partition.json names them); "
+                f"clients={owners} would keep them apart"
+            )
+        if self.unheld:
+            told.append(f"{self.unheld} test rows are of owners without a training row; no client is tested on them")
+        return told
 
     def save(self, path: Path) -> None:
         """Write one `.npz` file (no pickles), complete or not at all.
@@ -75,7 +96,14 @@ class Partition:
         Raises:
             RunFolderError: the file cannot be written.
         """
-        meta = {"name": self.name, "labels": self.labels, "hash": self.hash, "data_digest": self.data_digest}
+        meta: dict[str, Any] = {
+            "name": self.name,
+            "labels": self.labels,
+            "hash": self.hash,
+            "data_digest": self.data_digest,
+        }
+        if self.owners:
+            meta |= {"owners": self.owners, "unheld": self.unheld}
         arrays = {"label_counts": self.label_counts, "meta": np.array(json.dumps(meta))}
         for split, parts in (("train", self.train), ("test", self.test)):
             arrays[f"{split}_rows"], arrays[f"{split}_sizes"] = _flat(parts)
@@ -101,6 +129,7 @@ class Partition:
                 meta = json.loads(str(file["meta"]))
                 train, test = (_parts(file[f"{s}_rows"], file[f"{s}_sizes"]) for s in ("train", "test"))
                 labels = tuple(meta.pop("labels"))
+                meta["owners"] = tuple(map(tuple, meta.get("owners", ())))
                 loaded = cls(labels=labels, train=train, test=test, label_counts=file["label_counts"], **meta)
             if loaded.hash != _hash(train, test, loaded.data_digest):
                 raise ValueError("its rows do not have the hash it claims")
@@ -145,15 +174,18 @@ def partition(
     _require_enough(len(ours), clients, config)
     generator = numpy_generator(seed, "partition")
     owners = None if train_owners is None else list(train_owners)
-    train = _draw(Deal(config, clients, ours, tuple(labels), owners, generator))
+    train = _draw(Deal(config, clients, ours, tuple(labels), owners, generator, frozenset(test_owners or ())))
     counts = np.stack([np.bincount(ours[rows], minlength=len(labels)) for rows in train]).astype(np.int64)
-    if config.name == "natural-id" and owners is not None and test_owners is not None:
-        test = _by_owner(train, owners, test_owners)
+    held: tuple[tuple[str, ...], ...] = ()
+    if config.name == "natural-id" and owners is not None:
+        held = tuple(tuple(sorted({owners[row] for row in rows})) for rows in train)
+    if held and test_owners is not None:
+        test = _by_owner(held, test_owners)
+        unheld = len(test_owners) - sum(map(len, test))
     else:
-        test = _by_share(counts, np.asarray(test_labels, dtype=np.int64), generator)
-    return Partition(
-        config.name, tuple(labels), train, test, counts, _hash(train, test, data_digest), data_digest=data_digest
-    )
+        test, unheld = _by_share(counts, np.asarray(test_labels, dtype=np.int64), generator), 0
+    digest = _hash(train, test, data_digest)
+    return Partition(config.name, tuple(labels), train, test, counts, digest, data_digest, held, unheld)
 
 
 def _require_enough(examples: int, clients: int, config: PartitionConfig) -> None:
@@ -211,10 +243,10 @@ def _by_share(counts: Rows, test_labels: Rows, generator: np.random.Generator) -
     return tuple(np.sort(np.concatenate(part)) for part in parts)
 
 
-def _by_owner(train: tuple[Rows, ...], train_owners: list[str], test_owners: Sequence[str]) -> tuple[Rows, ...]:
-    client_of = {train_owners[row]: client for client, rows in enumerate(train) for row in rows}
+def _by_owner(held: tuple[tuple[str, ...], ...], test_owners: Sequence[str]) -> tuple[Rows, ...]:
+    client_of = {owner: client for client, owners in enumerate(held) for owner in owners}
     clients = np.array([client_of.get(owner, -1) for owner in test_owners], dtype=np.int64)
-    return tuple(np.flatnonzero(clients == client) for client in range(len(train)))
+    return tuple(np.flatnonzero(clients == client) for client in range(len(held)))
 
 
 def _hash(train: tuple[Rows, ...], test: tuple[Rows, ...], data_digest: str) -> str:

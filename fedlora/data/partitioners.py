@@ -30,6 +30,8 @@ class Deal:
     names: tuple[str, ...]
     owners: list[str] | None
     generator: np.random.Generator
+    test_owners: frozenset[str] = frozenset()
+    """Owners of test rows, to count those that have no others."""
 
     def by_label(self) -> dict[int, Rows]:
         """Label → its rows in random order; labels without rows are left out."""
@@ -126,8 +128,10 @@ def natural_id(deal: Deal) -> list[Rows]:
         raise DataError("partition.name=natural-id needs data.client, the column that names each example's owner")
     owners, owner_of, sizes = np.unique(np.asarray(deal.owners), return_inverse=True, return_counts=True)
     if len(owners) < deal.clients:
+        elsewhere = len(deal.test_owners.difference(owners.tolist()))
+        more = f" ({elsewhere} more have test rows only)" if elsewhere else ""
         raise DataError(
-            f"partition.name=natural-id: the training data has {len(owners)} owners for {deal.clients} clients; "
+            f"partition.name=natural-id: the training data has {len(owners)} owners{more} for {deal.clients} clients; "
             f"set clients to at most {len(owners)}"
         )
     client_of, filled = np.arange(len(owners)), np.zeros(deal.clients, dtype=np.int64)

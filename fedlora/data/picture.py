@@ -52,11 +52,24 @@ def draw(partition: Partition, path: Path) -> None:
 def _name_axes(heat: Axes, partition: Partition) -> None:
     clients, labels = partition.label_counts.shape
     heat.set_xlabel("label")
-    heat.set_ylabel("client")
-    heat.set_yticks(_some(clients))
+    rows = _some(clients)
+    if partition.owners:
+        heat.set_ylabel("client: its owner, or their number")
+        heat.set_yticks(rows, [_who(int(client), partition.owners[client]) for client in rows], fontsize=9)
+    else:
+        heat.set_ylabel("client")
+        heat.set_yticks(rows)
     columns = np.arange(labels) if labels <= 2 * _READABLE else _some(labels)
-    names = [name if len(name) <= 24 else f"{name[:23]}…" for name in (partition.labels[i] for i in columns)]
+    names = [_cut(partition.labels[i]) for i in columns]
     heat.set_xticks(columns, names, rotation=90 if labels > 3 else 0, fontsize=9 if labels <= _READABLE else 6)
+
+
+def _who(client: int, owners: tuple[str, ...]) -> str:
+    return f"{client}: {_cut(owners[0]) if len(owners) == 1 else f'{len(owners)} owners'}"
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:23]}…"
 
 
 def _draw_sizes(bars: Axes, partition: Partition) -> None:

@@ -11,10 +11,12 @@ import numpy as np
 
 from fedlora.config import DataConfig
 from fedlora.data.apportion import largest_remainder
-from fedlora.data.catalogue import KnownSet, Source, check, known, resolve, train_and_test
+from fedlora.data.catalogue import VALIDATION, KnownSet, Source, check, known, resolve, saved_by_datasets, split_files
 from fedlora.errors import DataError
 
 if TYPE_CHECKING:  # `fedlora datasets` imports this module and needs none of these
+    from pathlib import Path
+
     import datasets
 
     from fedlora.data.columns import RawSplit
@@ -39,6 +41,8 @@ class LabelledText:
     """Names of the classes: as declared by a hub set, otherwise sorted, whole numbers by value."""
     digest: str
     """Hash of the content of both splits."""
+    notes: tuple[str, ...] = ()
+    """What was read, and what a reader did besides: rows of each file, blank lines, quoting, the split for testing."""
 
 
 def load(config: DataConfig, seed: int) -> LabelledText:
@@ -48,44 +52,112 @@ def load(config: DataConfig, seed: int) -> LabelledText:
         DataError: nothing of that name; a column, label or text is missing; fewer than two classes; a test label that
             training has not; an unreadable file. Always one line that names what to change.
     """
+    draft = read(config, seed)
+    return LabelledText(
+        draft.source.name,
+        draft.source.origin,
+        draft.train,
+        draft.test,
+        draft.labels,
+        _digest(draft.train, draft.test, draft.labels),
+        draft.notes,
+    )
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A set as it is read, checked and cut, before its content has been hashed."""
+
+    source: Source
+    train: datasets.Dataset
+    test: datasets.Dataset
+    labels: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def read(config: DataConfig, seed: int, light: bool = False) -> Draft:
+    """Read and check the rows, and draw the subsamples and the test split.
+
+    Args:
+        config: names the set and its columns.
+        seed: of the run.
+        light: keep labels and owners only, so that large files take little memory; texts are not looked at.
+
+    Raises:
+        DataError: as `load`.
+    """
     from fedlora.data import columns
 
     source = resolve(config)
-    raw_train, raw_test = _read(source, config)
-    names = columns.column_names(config, source.columns)
+    wanted = columns.column_names(config, source.columns)
+    names = {ours: theirs for ours, theirs in wanted.items() if not light or ours in ("label", "client")}
+    raw_train, raw_test = _read(source, config, set(names.values()) if light else None)
+    if light and any(raw_train.columns.count(theirs) != 1 for theirs in wanted.values()):
+        return read(config, seed)  # which says what is wrong
+    notes = [*raw_train.told(), *(raw_test.told() if raw_test else [])]
     raw_train = columns.choose(raw_train, names)
     labels = columns.class_names(raw_train)
     train = columns.encode(raw_train, labels)
     if raw_test is None:
         train, test = _split(train, len(labels), config.test_fraction, seed, raw_train.where)
+        notes.append(f"{len(test)} of {len(train) + len(test)} rows are kept for testing (data.test_fraction)")
     else:
         test = columns.encode(columns.choose(raw_test, names), labels)
     train = _subsample(train, config.train_size, seed, "data/train")
     test = _subsample(test, config.test_size, seed, "data/test")
     _require_two_classes(train, config)
-    return LabelledText(source.name, source.origin, train, test, labels, _digest(train, test, labels))
+    return Draft(source, train, test, labels, tuple(notes))
 
 
-def _read(source: Source, config: DataConfig) -> tuple[RawSplit, RawSplit | None]:
-    """The splits as they are; no test split for a single file and for hub sets without a labelled one."""
+def _read(source: Source, config: DataConfig, only: set[str] | None) -> tuple[RawSplit, RawSplit | None]:
+    """The splits as they are; no test split for a single file and for sets without a labelled one."""
+    if source.path is None:
+        return _of_splits(_download(source), source, config)
+    if source.origin == "file":
+        return _of_files((source.path,), only), None
+    if saved_by_datasets(source.path):
+        return _of_splits(_saved(source.path), source, config)
+    files = split_files(source.path)
+    return _of_files(files.train, only, files.notes), _of_files(files.test, only)
+
+
+def _of_files(paths: tuple[Path, ...], only: set[str] | None, notes: tuple[str, ...] = ()) -> RawSplit:
+    """One split from its file, or from its numbered parts."""
+    import pyarrow as pa
+
     from fedlora.data.columns import RawSplit
     from fedlora.data.files import read_table
 
-    if source.path is None:
-        return _read_hub(source, config)
-    if source.origin == "file":
-        return RawSplit(read_table(source.path), str(source.path)), None
-    train, test = train_and_test(source.path)
-    return RawSplit(read_table(train), str(train)), RawSplit(read_table(test), str(test))
+    parts = [read_table(path, only) for path in paths]
+    where = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} parts of {paths[0].name[:5]})"
+    try:
+        table = pa.concat_tables([part.table for part in parts], promote_options="permissive") if parts[1:] else None
+    except pa.ArrowException as error:
+        raise DataError(f"{where}: the parts do not have the same columns ({' '.join(str(error).split())})") from error
+    told = [f"{path.name}: {note}" for path, part in zip(paths, parts, strict=True) for note in part.notes]
+    return RawSplit(table or parts[0].table, where, notes=(*told, *notes), columns=parts[0].columns)
 
 
-def _read_hub(source: Source, config: DataConfig) -> tuple[RawSplit, RawSplit | None]:
-    splits = _download(source)
+def _saved(folder: Path) -> Any:
+    """What `save_to_disk` has written, by split."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # damaged in any way
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"cannot read {folder} as a folder of save_to_disk: {reason}. Write it again") from error
+    return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+
+
+def _of_splits(splits: Any, source: Source, config: DataConfig) -> tuple[RawSplit, RawSplit | None]:
+    """The training and the test split of a set that the `datasets` library has read."""
     train = "train" if "train" in splits else next(iter(splits))
     label = source.columns.get("label", "label") if config.label == "label" else config.label
-    for name in ("test", "validation", "dev", "validation_matched"):
+    for name in ("test", *VALIDATION):
         if name in splits and name != train and _is_labelled(splits[name], label):
-            return _raw(splits[train], source, train, label), _raw(splits[name], source, name, label)
+            notes = () if name == "test" else (f"there is no labelled test split: {name} is used for testing",)
+            return _raw(splits[train], source, train, label), _raw(splits[name], source, name, label, notes)
     return _raw(splits[train], source, train, label), None
 
 
@@ -121,17 +193,18 @@ def _is_labelled(split: datasets.Dataset, label: str) -> bool:
     return label not in split.column_names or (len(split) > 0 and split[0][label] not in (-1, None))
 
 
-def _raw(split: datasets.Dataset, source: Source, name: str, label: str) -> RawSplit:
+def _raw(split: datasets.Dataset, source: Source, name: str, label: str, notes: tuple[str, ...] = ()) -> RawSplit:
     from fedlora.data.columns import RawSplit
 
     feature = split.features.get(label)
     names = getattr(feature, "names", None)
+    where = f"{source.hub or source.path} {name}"
     table = split.with_format("arrow")[:]
     if names and label in table.column_names:
         unlabelled = int(np.sum(np.asarray(table[label].fill_null(-1)) < 0))
         if unlabelled:
-            raise DataError(f"{source.hub} {name}: {unlabelled} of {len(split)} examples have no label")
-    return RawSplit(table, f"{source.hub} {name}", tuple(names) if names else None)
+            raise DataError(f"{where}: {unlabelled} of {len(split)} examples have no label")
+    return RawSplit(table, where, tuple(names) if names else None, notes)
 
 
 def _split(

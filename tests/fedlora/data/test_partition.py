@@ -171,7 +171,10 @@ def test_mixed_quality_has_balanced_clients_and_skewed_ones(fraction, balanced):
         ),
         ({"name": "pathological", "labels_per_client": 6}, "expected from 1 to 5; lower it"),
         ({"name": "pathological", "clients": 40, "labels_per_client": 5}, "label 'e' has 30 examples for 40 clients"),
-        ({"name": "natural-id", "clients": 18}, "has 17 owners for 18 clients; set clients to at most 17"),
+        (
+            {"name": "natural-id", "clients": 18},
+            "has 17 owners (3 more have test rows only) for 18 clients; set clients to",
+        ),
         (
             {"name": "natural-id", "clients": 16, "min_size": 21},
             "below partition.min_size=21; lower partition.min_size",
@@ -229,3 +232,32 @@ def test_a_damaged_or_changed_file_is_refused(tmp_path):
     path.write_bytes(b"PK\x03\x04 cut short")
     with pytest.raises(DataError, match="cannot read the partition"):
         Partition.load(path)
+
+
+def test_owners_are_counted_named_and_their_merge_is_told():
+    found = deal("natural-id", clients=5)
+    assert sorted(owner for names in found.owners for owner in names) == sorted(set(OWNERS))
+    assert all(
+        {OWNERS[row] for row in rows} == set(names) for rows, names in zip(found.train, found.owners, strict=True)
+    )
+    without_training = sum(owner not in set(OWNERS) for owner in TEST_OWNERS)
+    merged, unheld = found.notes()
+    assert merged.startswith("17 owners are merged into 5 clients, 3 to 4 in each")
+    assert unheld.startswith(f"{without_training} test rows are of owners without a training row")
+    assert found.summary()["owners"] == [list(names) for names in found.owners]
+    assert found.summary()["unheld_test_rows"] == without_training
+    assert "owners" not in deal("iid", clients=5).summary()
+
+
+def test_owners_survive_saving(tmp_path):
+    found = deal("natural-id", clients=5)
+    found.save(tmp_path / "partition.npz")
+    loaded = Partition.load(tmp_path / "partition.npz")
+    assert (loaded.owners, loaded.unheld, loaded.summary()) == (found.owners, found.unheld, found.summary())
+
+
+def test_an_owner_of_test_rows_alone_is_counted_as_such():
+    test_owners = [*TEST_OWNERS[:-1], "only tested"]
+    elsewhere = len(set(test_owners) - set(OWNERS))
+    with pytest.raises(DataError, match=rf"has 17 owners \({elsewhere} more have test rows only\) for 18 clients"):
+        partition(PartitionConfig(name="natural-id"), 18, 0, LABELS, TEST_LABELS, NAMES, "d", OWNERS, test_owners)

@@ -191,6 +191,17 @@ def test_a_test_label_that_training_lacks(tmp_path, rows):
         ("empty.csv", "", "the file is empty"),
         ("header.csv", "text,label\n", "has no rows"),
         ("ragged.csv", "text,label\na,b,c\n", "Expected 2 columns, got 3"),
+        ("open.csv", 'text,label\na,b\n"c,d\ne,f\n', "line 3: a quotation mark opens a cell and none closes it"),
+        (
+            "twice.jsonl",
+            '{"text": "a", "label": "b"}\n{"text": "a", "text": "b"}\n',
+            "line 2: key 'text' is there twice",
+        ),
+        (
+            "lfs.parquet",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "it is a pointer of Git LFS, not the file itself; fetch the file with `git lfs pull`",
+        ),
         ("binary.csv", b"text,label\n\xff\xfe,b\n", "cannot read"),
         ("broken.jsonl", '{"text": "a", "label": "b"}\n{"text": \n', "line 2: Expecting value"),
         ("scalar.jsonl", "3\n", "entry 1 is int, expected an object"),

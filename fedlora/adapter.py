@@ -38,6 +38,10 @@ _FACTOR_OF: dict[str, tuple[Kind, Literal["A", "B"]]] = {
 _MAGNITUDE = "lora_magnitude_vector"
 _CORE = "lora_core"
 """Our own name: PEFT has no matrix between its factors."""
+_WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing put into names, wherever they wrap a module."""
+_PARALLEL = re.compile(rf"^(?:module\.)+(?={re.escape(PEFT_PREFIX)})")
+"""What DataParallel and DeepSpeed put before names. Behind PEFT's prefix it is a module of the model's own."""
 _ADAPTED = re.compile(r"^(?P<module>.+?)\.(?P<suffix>(?:lora|hira)_\w+(?:\.weight)?)$")
 
 
@@ -49,13 +53,18 @@ class ParameterName(NamedTuple):
     kind: Kind = "linear"
 
 
+def without_wrappers(name: str) -> str:
+    """A PEFT state-dict name as it is without torch.compile, FSDP, DataParallel and the like around modules."""
+    return _PARALLEL.sub("", _WRAPPER.sub("", name))
+
+
 def parse_name(name: str) -> ParameterName:
-    """Take a PEFT state-dict name apart, with or without the `base_model.model.` prefix.
+    """Take a PEFT state-dict name apart, with or without the `base_model.model.` prefix and wrappers.
 
     Raises:
         AdapterError: a name that says it is an adapter's, but is none of a factor or a DoRA magnitude.
     """
-    bare = name.removeprefix(PEFT_PREFIX)
+    bare = without_wrappers(name).removeprefix(PEFT_PREFIX)
     match = _ADAPTED.match(bare)
     if match and match["suffix"] in _FACTOR_OF:
         kind, part = _FACTOR_OF[match["suffix"]]
@@ -144,7 +153,7 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The largest rank of any module."""
-        known = self.factors.ranks if isinstance(self.factors, _StoredFactors) else None
+        known: Mapping[str, int] | None = getattr(self.factors, "ranks", None)  # where they live in files
         ranks = known.values() if known else (factors.rank for factors in self.factors.values())
         return max(ranks, default=0)
 

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 from fedlora.adapter import Adapter, Factors, wire_size
+from fedlora.aggregation_checks import check_alike, check_possible, checked_weights
+from fedlora.alignment import Alignment, aligned, ratios_of, union_of_tokens
 from fedlora.base_update import FILE, BaseUpdate
 from fedlora.divergence import Divergence
 from fedlora.errors import AdapterError, ConfigError
@@ -45,6 +47,7 @@ class Aggregated:
     divergence: Divergence
     bytes: Bytes
     seconds: float
+    alignment: Alignment
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -72,14 +75,11 @@ class Aggregated:
     @property
     def notes(self) -> list[str]:
         """What does not stop an aggregation, but should be known."""
-        bases = sorted({str(client.config.get("base_model_name_or_path")) for client in self.clients})
-        if len(bases) == 1:
-            return []
-        return [f"the adapters name different base models ({', '.join(bases[:3])}); they are taken to be the same"]
+        return _notes(self)
 
     def client(self, index: int) -> Adapter:
-        """What the client at a position of the list goes on with, at its own rank."""
-        return self.strategy.broadcast(self.state, index)
+        """What the client at a position of the list goes on with, at its own rank and in its own scaling."""
+        return self.alignment.own(index, self.strategy.broadcast(self.state, index))
 
     def report(self) -> dict[str, Any]:
         """`strategy`, `clients`, `rho` (model and by module), `abo`, `bytes` and `seconds`.
@@ -131,23 +131,25 @@ def aggregate(
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     limits: Limits = UPLOAD,
+    base: Any = None,
 ) -> Aggregated:
     """Aggregate PEFT adapter folders.
 
     Args:
-        paths: the clients' folders (adapter_config.json, adapter_model.safetensors), of one variant, the same modules
-            and one alpha/r; ranks may differ where the strategy allows it.
+        paths: the clients' folders (adapter_config.json, adapter_model.safetensors), of one variant and the same
+            modules; ranks and alpha/r may differ where the strategy allows it.
         strategy: a name of `fedlora strategies`.
         weights: one per client, non-negative, for example their numbers of examples; equal without it.
         ranks: the rank at which each client goes on; its own without it.
         options: of the strategy.
         seed: of what a strategy draws (`flora`: the fresh adapter).
         limits: what a client's file may hold (`fedlora.limits`).
+        base: the base model, its folder or hub id; needed only where clients trained rows of different tokens.
 
     Raises:
         ConfigError: an unknown strategy or option, or one that needs what folders do not hold.
         AdapterError: names the client and the tensor: a value that is not finite, a module that is missing or too many,
-            shapes that do not match, mixed alpha/r, a file that is not safetensors, impossible weights or ranks.
+            shapes that do not match, a file that is not safetensors, impossible weights or ranks.
     """
     chosen = registry.make(strategy, options)
     if chosen.pools_data:
@@ -159,12 +161,14 @@ def aggregate(
                 f"{client.path} has a base update ({FILE}), without which its adapter is not what was learned; "
                 "adapters that start from different bases have no mean"
             )
-    given = _weights(weights, clients)
-    _check_alike(clients)
-    _check_possible(chosen, clients, ranks)
-    state = _start(chosen, clients, ranks, seed)
+    given = checked_weights(weights, clients)
+    check_alike(clients)
+    check_possible(chosen, clients, ranks)
+    alignment = _alignment(chosen, clients, given)
+    adapters = aligned(clients, given, alignment, base)
+    state = _start(chosen, clients, adapters, alignment, ranks, seed)
     updates = Updates.collect(
-        Update(index, weight, client.adapter) for index, (client, weight) in enumerate(zip(clients, given, strict=True))
+        Update(index, weight, adapter) for index, (adapter, weight) in enumerate(zip(adapters, given, strict=True))
     )
     begun = time.perf_counter()
     new = advance(chosen, state, updates)
@@ -172,92 +176,11 @@ def aggregate(
     new = replace(new, ranks=state.ranks)
     _check_result(chosen, new)
     divergence = measure_round(chosen, new, updates)
-    return Aggregated(chosen, clients, updates, new, divergence, _sent(chosen, state, new, clients), seconds)
+    return Aggregated(chosen, clients, updates, new, divergence, _sent(chosen, state, new, clients), seconds, alignment)
 
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _weights(weights: Sequence[float] | None, clients: Sequence[PeftFolder]) -> Sequence[float]:
-    if not clients:
-        raise AdapterError("there is no client folder to aggregate; name at least one")
-    if weights is None:
-        return [1.0] * len(clients)
-    if len(weights) != len(clients):
-        raise AdapterError(f"{len(weights)} weights for {len(clients)} clients; give one each, in the same order")
-    for client, weight in zip(clients, weights, strict=True):
-        if not 0 <= weight < float("inf"):
-            raise AdapterError(f"{client.path}: its weight {weight:g} is not allowed; expected a finite number from 0")
-    if not any(weights):
-        raise AdapterError("all weights are zero; at least one client needs a positive weight")
-    if math.isinf(sum(weights)):
-        raise AdapterError("the weights are too large to be added up; only their proportions matter")
-    return weights
-
-
-def _check_alike(clients: Sequence[PeftFolder]) -> None:
-    """Every client has the variant, scaling, modules and shapes of the first, and finite values."""
-    first = clients[0]
-    for client in clients:
-        if client.variant != first.variant:
-            raise AdapterError(f"{client.path} is a {client.variant} adapter, but {first.path} is {first.variant}")
-        _same_names(client.path, client.shapes, first.path, first.shapes, "module")
-        _same_names(client.path, client.head_shapes, first.path, first.head_shapes, "tensor")
-        if abs(client.scaling - first.scaling) > 1e-9 * first.scaling:
-            raise AdapterError(
-                f"{client.path} has alpha/r {client.scaling:g}, but {first.path} has {first.scaling:g}; "
-                "products B·A of different scaling have no mean"
-            )
-        for module, (d_out, _, d_in) in client.shapes.items():
-            if client.adapter.kinds.get(module) != first.adapter.kinds.get(module):
-                raise AdapterError(f"{client.path}: module '{module}' is of another kind of layer than in {first.path}")
-            wanted = first.shapes[module]
-            if (d_out, d_in) != (wanted[0], wanted[2]):
-                raise AdapterError(
-                    f"{client.path}: module '{module}' is {d_out} × {d_in}, but {wanted[0]} × {wanted[2]} in "
-                    f"{first.path}"
-                )
-        for name, shape in client.head_shapes.items():
-            _same_shape(client.path, f"tensor '{name}'", shape, first.path, first.head_shapes[name])
-        for module, shape in client.magnitude_shapes.items():
-            what = f"the magnitude vector of module '{module}'"
-            _same_shape(client.path, what, shape, first.path, first.magnitude_shapes[module])
-        for name, tensor in client.stored.items():
-            if not torch.isfinite(tensor.to(torch.float32)).all():
-                raise AdapterError(
-                    f"{client.path}: tensor '{name}' has values that are not finite in fp32; leave the client out"
-                )
-
-
-def _same_names(path: Path, mine: Mapping[str, Any], first: Path, theirs: Mapping[str, Any], what: str) -> None:
-    for name in sorted(theirs.keys() ^ mine.keys()):
-        state = "is missing" if name in theirs else "is not expected"
-        raise AdapterError(f"{path}: {what} '{name}' {state} (compared with {first})")
-
-
-def _same_shape(path: Path, what: str, shape: tuple[int, ...], first: Path, wanted: tuple[int, ...]) -> None:
-    if shape != wanted:
-        raise AdapterError(f"{path}: {what} has shape {shape}, but {wanted} in {first}")
-
-
-def _check_possible(strategy: Strategy, clients: Sequence[PeftFolder], ranks: Sequence[int] | None) -> None:
-    if ranks is not None and (len(ranks) != len(clients) or min(ranks) < 1):
-        raise AdapterError(f"ranks {list(ranks)} for {len(clients)} clients; give one each, from 1")
-    if ranks is not None and strategy.personal:
-        raise ConfigError(f"strategy {strategy.name} gives every client its own adapter back; leave the ranks out")
-    kinds = {tuple(rank for _, rank, _ in client.shapes.values()) for client in clients}
-    mixed = len(kinds) > 1 or any(rank != clients[0].rank for rank in ranks or ())
-    reason = strategy.refusal(clients[0].variant, mixed, False)
-    if reason:
-        found = f"clients of rank {sorted({client.rank for client in clients})}" if mixed else clients[0].variant
-        raise ConfigError(f"strategy {strategy.name} cannot aggregate these adapters ({found}): {reason}")
-    for module in clients[0].shapes if strategy.changes_base else ():
-        if f"{module}.base_layer.weight" in clients[0].head_shapes:
-            raise ConfigError(
-                f"strategy {strategy.name} changes the base, but {clients[0].path} holds the base weight of '{module}' "
-                "itself, which would undo that; save the adapters with save_embedding_layers=False"
-            )
 
 
 def _check_result(strategy: Strategy, new: ServerState) -> None:
@@ -269,7 +192,23 @@ def _check_result(strategy: Strategy, new: ServerState) -> None:
             )
 
 
-def _start(strategy: Strategy, clients: Sequence[PeftFolder], ranks: Sequence[int] | None, seed: int) -> ServerState:
+def _alignment(strategy: Strategy, clients: Sequence[PeftFolder], weights: Sequence[float]) -> Alignment:
+    """The result has the scalings of the first client of the highest rank; clients of others are brought to them."""
+    scalings = max(clients, key=lambda client: client.rank).scalings
+    ratios = ratios_of(clients, scalings)
+    part = strategy.rescaled([client.adapter for client in clients]) if any(ratios) else "B"
+    averaged = "head" in strategy.plan(1).up
+    return Alignment(scalings, ratios, part, union_of_tokens(clients, weights) if averaged else {})
+
+
+def _start(
+    strategy: Strategy,
+    clients: Sequence[PeftFolder],
+    adapters: Sequence[Adapter],
+    alignment: Alignment,
+    ranks: Sequence[int] | None,
+    seed: int,
+) -> ServerState:
     """The state before the round, as far as the uploads tell: B = 0 beside the factor that clients share, if they do,
     or a fresh random A."""
     own = list(ranks or (client.rank for client in clients))
@@ -286,10 +225,38 @@ def _start(strategy: Strategy, clients: Sequence[PeftFolder], ranks: Sequence[in
             )
         draw = torch.rand(rank, d_in, generator=torch_generator(seed, "start", 0, position))
         factors[module] = Factors(torch.zeros(d_out, rank), (2 * draw - 1) / d_in**0.5)
-    first = clients[0].adapter
+    first = adapters[0]
     adapter = Adapter(factors, dict(first.head), dict(first.magnitudes), first.kinds)
-    state = ServerState(adapter, scaling=highest.scaling, seed=seed, ranks=dict(enumerate(own)))
-    return strategy.resume(state, [(str(client.path), client.adapter) for client in clients])
+    scaling = alignment.scalings[max(highest.shapes, key=lambda module: highest.shapes[module][1])]
+    others = {module: s for module, s in alignment.scalings.items() if not math.isclose(s, scaling, rel_tol=1e-9)}
+    state = ServerState(adapter, scaling=scaling, seed=seed, ranks=dict(enumerate(own)), scalings=others)
+    return strategy.resume(state, [(str(client.path), own) for client, own in zip(clients, adapters, strict=True)])
+
+
+def _notes(result: Aggregated) -> list[str]:
+    found = []
+    for key, what in (("base_model_name_or_path", "base models"), ("revision", "revisions of the base model")):
+        named = sorted({str(client.config.get(key)) for client in result.clients})
+        if len(named) > 1:
+            found.append(f"the adapters name different {what} ({', '.join(named[:3])}); they are taken to be the same")
+    for note in dict.fromkeys(note for client in result.clients for note in client.notes):
+        first = next(client for client in result.clients if note in client.notes)
+        count = sum(note in client.notes for client in result.clients) - 1
+        found.append(f"{first.path}{f' and {count} more' if count else ''}: {note}")
+    if result.alignment.mixed and not result.strategy.personal:
+        found.append(_words_of_scalings(result))
+    return found
+
+
+def _words_of_scalings(result: Aggregated) -> str:
+    """How clients of different alpha/r were made comparable."""
+    alignment = result.alignment
+    module = min(module for ratios in alignment.ratios for module in ratios)
+    values = sorted({f"{client.scalings[module]:g}" for client in result.clients}, key=float)
+    return (
+        f"the adapters have different alpha/r ({', '.join(values)} in '{module}'); {alignment.part} of each was "
+        f"multiplied by its alpha/r over {alignment.scalings[module]:g}, that of the result: updates are what they were"
+    )
 
 
 def _sent(strategy: Strategy, before: ServerState, new: ServerState, clients: Sequence[PeftFolder]) -> Bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from fedlora.adapter import Adapter
 from fedlora.atomic import new_folder, write_atomic
 from fedlora.errors import AdapterError
 from fedlora.limits import clean, file_within, read_json
-from fedlora.peftfolder import DESCRIPTION, PeftFolder, config_at_ranks, write_peft_folder
+from fedlora.peftfolder import DESCRIPTION, TOKENS, PeftFolder, check_written, config_at_ranks, write_peft_folder
 
 if TYPE_CHECKING:
     from fedlora.aggregation import Aggregated
@@ -102,20 +103,25 @@ def _write_report(result: Aggregated, place: Path) -> None:
 def _fill(result: Aggregated, folder: Path, per_client: bool) -> None:
     highest = max(result.clients, key=lambda client: client.rank)
     if result.adapter is not None:
-        _adapter(result, result.adapter, highest, folder)
+        _adapter(result, result.adapter, highest, result.alignment.scalings, folder)
     if result.base:
         result.base.write(folder)
     for index, client in enumerate(result.clients if per_client else ()):
         own = folder / f"client-{index:03d}"
-        _adapter(result, result.client(index), client, own)
+        _adapter(result, result.client(index), client, result.alignment.own_scalings(index), own)
         if result.base:
             result.base.write(own)
 
 
-def _adapter(result: Aggregated, adapter: Adapter, like: PeftFolder, folder: Path) -> None:
+def _adapter(
+    result: Aggregated, adapter: Adapter, like: PeftFolder, scalings: Mapping[str, float], folder: Path
+) -> None:
     ranks = {module: adapter.factors[module].rank for module in adapter.modules}
-    config = config_at_ranks(like.config, ranks, result.state.scaling)
-    write_peft_folder(adapter, folder, config, _card(result, like))
+    tokens = {
+        name: result.alignment.tokens.get(name, like.tokens.get(name, ())) for name in adapter.head if TOKENS in name
+    }
+    write_peft_folder(adapter, folder, config_at_ranks(like.config, ranks, scalings, tokens), _card(result, like))
+    check_written(folder, adapter, scalings)
     described = {_described(client) for client in result.clients}
     if len(described) == 1 and (content := described.pop()):
         write_atomic(folder / DESCRIPTION, content.encode())

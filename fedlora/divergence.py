@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -120,6 +120,7 @@ def measure(
     mixing: Mapping[str, Tensor] | None = None,
     base_step: BaseUpdate | None = None,
     scaling: float = 1.0,
+    scalings: Mapping[str, float] | None = None,
 ) -> Divergence:
     """Compare what the clients will hold with the ideal.
 
@@ -129,21 +130,28 @@ def measure(
         mixing: by module, the weights (U) with which clients' B entered the broadcast, where not the clients' own.
         base_step: what the round added to the base (scaling included), part of what every client holds.
         scaling: s, which relates `base_step` to the products.
+        scalings: those of modules that have another: their products count by its ratio to s in what adds up.
     """
-    mixing, step = mixing or {}, base_step or BaseUpdate()
-    return Divergence(
-        {
-            module: measure_module(
-                updates.factors(module),
-                updates.weights,
-                [adapter.factors[module] for adapter in broadcasts],
-                updates.clients,
-                mixing.get(module),
-                _unscaled(step.modules.get(module), scaling),
-            )
-            for module in updates.modules
-        }
-    )
+    mixing, step, own = mixing or {}, base_step or BaseUpdate(), scalings or {}
+    found = {}
+    for module in updates.modules:
+        s = own.get(module, scaling)
+        measured = measure_module(
+            updates.factors(module),
+            updates.weights,
+            [adapter.factors[module] for adapter in broadcasts],
+            updates.clients,
+            mixing.get(module),
+            _unscaled(step.modules.get(module), s),
+        )
+        found[module] = measured if s == scaling else _in_units(measured, s / scaling)
+    return Divergence(found)
+
+
+def _in_units(measured: ModuleDivergence, ratio: float) -> ModuleDivergence:
+    """The squares of products of another scaling, in units of the common one; P and Q are of factors."""
+    squares = ("error2", "ideal2", "tail2", "R", "dispersion")
+    return replace(measured, **{name: ratio**2 * getattr(measured, name) for name in squares})
 
 
 def _unscaled(step: Factors | None, scaling: float) -> Factors | None:

@@ -116,7 +116,7 @@ def measure_round(strategy: Strategy, new: ServerState, updates: Updates) -> Div
     """The divergence of what the clients of a round will hold, from the state after it."""
     mixing = {module: values["p"] for module, values in new.diagnostics.items() if "p" in values}
     broadcasts = _folded([strategy.broadcast(new, client) for client in updates.clients])
-    return measure(updates.folded(), broadcasts, mixing, new.base_step, new.scaling)
+    return measure(updates.folded(), broadcasts, mixing, new.base_step, new.scaling, new.scalings)
 
 
 def _folded(broadcasts: Sequence[Adapter]) -> list[Adapter]:

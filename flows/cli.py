@@ -59,6 +59,9 @@ def aggregate(
     per_client: Annotated[bool, typer.Option(help="Also one folder per client, at its own rank.")] = False,
     report: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Divergence, bytes and seconds.")] = None,
     seed: Annotated[int, typer.Option(help="Of what a strategy draws.")] = 0,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Needed where clients trained rows of different tokens.")
+    ] = None,
 ) -> None:
     """Aggregate PEFT adapter folders: no training, no base model.
 
@@ -75,6 +78,7 @@ def aggregate(
         _numbers("ranks", ranks, int),
         configfile.parse_overrides(option or []),
         seed,
+        base=base,
     )
     result.save(out, per_client, report)
     found = result.divergence

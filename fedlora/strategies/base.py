@@ -57,8 +57,9 @@ class ServerState:
     themselves; `base` is all that was added to the frozen base so far, `base_step` what the last round added;
     `memory` holds whatever else a strategy must remember; `diagnostics[module]` small tensors of the last aggregation
     that are worth showing (`p`: the weights with which clients' B entered, where not their own).
-    `ranks` are those of clients that have not the highest; `scaling` is s, the same for every rank; `seed` is the key
-    of whatever a strategy draws.
+    `ranks` are those of clients that have not the highest; `scaling` is s, the same for every rank; `scalings` those of
+    modules that have another (adapters from elsewhere may; see `scaling_of`); `seed` is the key of whatever a strategy
+    draws.
     """
 
     adapter: Adapter
@@ -71,6 +72,11 @@ class ServerState:
     ranks: Mapping[int, int] = field(default_factory=dict)
     scaling: float = 1.0
     seed: int = 0
+    scalings: Mapping[str, float] = field(default_factory=dict)
+
+    def scaling_of(self, module: str) -> float:
+        """The s of a module."""
+        return self.scalings.get(module, self.scaling)
 
     def rank(self, module: str) -> int:
         """The rank of the global factors of a module."""
@@ -142,6 +148,11 @@ class Strategy(ABC):
     """Whether one client trains on everybody's data: a control."""
     trains_core: ClassVar[bool] = False
     """Whether clients train a matrix between fixed factors."""
+    any_scaling: ClassVar[bool] = False
+    """Whether clients may have different scalings, brought to one s by B·(s_u/s): only the updates `s_u·B_u·A_u` count
+    for what clients hold afterwards, not how each is split into s, B and A."""
+    scales_by_module: ClassVar[bool] = False
+    """Where the base is changed: whether every module's own s is used (`state.scaling_of`), not `state.scaling`."""
     one_rank: ClassVar[str] = ""
     """Why clients must all have one rank; empty where ranks are free."""
 
@@ -198,6 +209,10 @@ class Strategy(ABC):
         if self.trains_core:
             raise AdapterError(f"strategy {self.name} trains a matrix between A and B, which PEFT folders do not hold")
         return with_shared(state, uploads, self.shares, self.name) if self.shares else state
+
+    def rescaled(self, uploads: Sequence[Adapter]) -> Literal["A", "B"]:
+        """The factor that takes up s_u/s where clients have different scalings (`any_scaling`)."""
+        return "B"
 
     @abstractmethod
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:

@@ -16,7 +16,7 @@ class FedExLoRA(Strategy):
     """
 
     name, family, exact = "fedex-lora", Family.PRODUCT_SUM, True
-    changes_base = True
+    changes_base = scales_by_module = any_scaling = True
     summary = "means as in fedit, and what they miss added to the base: exact, the residual travels down"
     source = "arXiv 2410.09432"
     cost_down = "r*(d_out + d_in) + min((R - r)*(d_out + d_in), d_out*d_in)"
@@ -26,7 +26,7 @@ class FedExLoRA(Strategy):
         means, step = {}, {}
         for module in updates.modules:
             means[module] = updates.mean_factors(module)
-            step[module] = residual(updates, module, means[module], state.scaling)
+            step[module] = residual(updates, module, means[module], state.scaling_of(module))
         return state.with_factors(means).with_base(step)
 
 

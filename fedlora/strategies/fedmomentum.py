@@ -23,7 +23,7 @@ class FedMomentum(Strategy):
     """
 
     name, family, exact = "fedmomentum", Family.SUM_PRODUCT, False
-    changes_base = True
+    changes_base = scales_by_module = any_scaling = True
     summary = "top r directions of the mean product as adapter, the next ones into the base, noise dropped"
     source = "arXiv 2603.08014"
     cost_down = "r*(d_out + d_in) + min(max(R - r, 0)*(d_out + d_in), d_out*d_in)"
@@ -42,5 +42,5 @@ class FedMomentum(Strategy):
             kept = max(directions_for(torch.cat([found.S, found.tail]), energy), rank)
             adapters[module] = found.first(rank).balanced()
             left, right = found.U[:, rank:kept], found.Vh[rank:kept]
-            step[module] = Factors(left * (state.scaling * found.S[rank:kept]), right)
+            step[module] = Factors(left * (state.scaling_of(module) * found.S[rank:kept]), right)
         return state.with_factors(adapters).with_base(step)

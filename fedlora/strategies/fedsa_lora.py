@@ -25,7 +25,7 @@ class FedSALoRA(Strategy):
     summary = "A is averaged, every client keeps its own B: personal models for half the bytes"
     source = "arXiv 2410.01463"
     cost_up = cost_down = "r*d_in"
-    keeps_gauge = True
+    keeps_gauge = any_scaling = True
     one_rank = "the paper averages A of one rank; with clients of several ranks use replication or flexlora"
 
     class Options(Section):

@@ -21,7 +21,7 @@ class FedSVD(Strategy):
     source = "arXiv 2505.12805"
     cost_up = "r*d_out"
     shares = "A"
-    in_svd_order = True
+    in_svd_order = any_scaling = True
 
     def plan(self, round_number: int) -> Plan:
         return Plan(trains=ONLY_B, up=ONLY_B)

@@ -19,7 +19,7 @@ class FFALoRA(Strategy):
     source = "arXiv 2403.12313"
     cost_up = cost_down = "r*d_out"
     shares = "A"
-    keeps_gauge = True
+    keeps_gauge = any_scaling = True
 
     def plan(self, round_number: int) -> Plan:
         return Plan(trains=ONLY_B, up=ONLY_B, down=ONLY_B)

@@ -15,7 +15,7 @@ class FlexLoRA(Strategy):
     name, family, exact = "flexlora", Family.SUM_PRODUCT, False
     summary = "mean of products cut to each client's rank, its size on B and A orthonormal"
     source = "arXiv 2402.11505"
-    in_svd_order = True
+    in_svd_order = any_scaling = True
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         return state.with_factors({m: updates.mean_product(m).truncated(state.rank(m)).on_b() for m in updates.modules})

@@ -18,7 +18,7 @@ class FLoRA(Strategy):
     """
 
     name, family, exact = "flora", Family.SUM_PRODUCT, True
-    changes_base = True
+    changes_base = scales_by_module = any_scaling = True
     summary = "everybody's factors stacked into the base, a fresh adapter each round: exact for any ranks"
     source = "arXiv 2409.05976"
     cost_down = "min(R*(d_out + d_in), d_out*d_in)"
@@ -30,7 +30,7 @@ class FLoRA(Strategy):
         step, fresh = {}, {}
         for module in updates.modules:
             stacked = updates.mean_product(module).factors()
-            step[module] = Factors(stacked.B, state.scaling * stacked.A)
+            step[module] = Factors(stacked.B, state.scaling_of(module) * stacked.A)
             fresh[module] = fresh_factors(state, module)
         return state.with_factors(fresh).with_base(step)
 

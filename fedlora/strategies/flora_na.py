@@ -50,11 +50,17 @@ class FLoRANA(Strategy):
         groups = [list(updates.modules)] if options.shared else [[module] for module in updates.modules]
         factors, diagnostics = {}, {}
         for group in groups:
-            fit = solve([uploaded[module] for module in group], updates.weights, options)
+            fit = solve([_in_common_units(state, m, uploaded[m]) for m in group], updates.weights, options)
             for module in group:
                 factors[module] = _combine(uploaded[module], updates.weights, fit)
                 diagnostics[module] = {"p": fit.p, "q": fit.q, "objective": fit.objective}
         return state.with_factors(factors, diagnostics)
+
+
+def _in_common_units(state: ServerState, module: str, uploaded: Sequence[Factors]) -> Sequence[Factors]:
+    """Factors whose products compare with those of other modules: a module's weight in a common objective is s²."""
+    ratio = state.scaling_of(module) / state.scaling
+    return uploaded if ratio == 1 else [Factors(ratio * pair.B.double(), pair.A) for pair in uploaded]
 
 
 @dataclass(frozen=True)

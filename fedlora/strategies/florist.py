@@ -23,7 +23,7 @@ class FLoRIST(Strategy):
     """
 
     name, family, exact = "florist", Family.SUM_PRODUCT, False
-    changes_base = True
+    changes_base = scales_by_module = any_scaling = True
     summary = "as flora, with the stack cut where a share of its energy is reached: fewer bytes down"
     source = "arXiv 2506.09199"
     cost_down = "min(R*(d_out + d_in), d_out*d_in)"
@@ -41,6 +41,6 @@ class FLoRIST(Strategy):
         for module in updates.modules:
             found = updates.mean_product(module).truncated(min(state.adapter.factors[module].shape))
             kept = found.first(directions_for(found.S, energy))
-            step[module] = Factors(kept.U * (state.scaling * kept.S), kept.Vh)
+            step[module] = Factors(kept.U * (state.scaling_of(module) * kept.S), kept.Vh)
             fresh[module] = fresh_factors(state, module)
         return state.with_factors(fresh).with_base(step)

@@ -19,7 +19,7 @@ class Local(Strategy):
     summary = "control: each client trains alone, nothing is sent"
     source = "control"
     cost_up = cost_down = "0"
-    keeps_gauge = True
+    keeps_gauge = any_scaling = True
 
     def plan(self, round_number: int) -> Plan:
         return Plan(up=NOTHING, down=NOTHING)

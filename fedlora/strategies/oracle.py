@@ -18,7 +18,7 @@ class Oracle(Strategy):
     """
 
     name, family, exact = "oracle", Family.CONTROL, True
-    changes_base = True
+    changes_base = scales_by_module = any_scaling = True
     summary = "control: the rank-r optimum as adapter, the rest of the mean product in the base; nothing is lost"
     source = "control"
     cost_down = "r*(d_out + d_in) + min((R - m)*(d_out + d_in), d_out*d_in)"
@@ -31,7 +31,7 @@ class Oracle(Strategy):
             leading = found.first(state.rank(module))
             kept[module] = _cut_off(leading.balanced(), lowest, leading.Vh)
             rest = slice(min(lowest, state.rank(module)), None)  # a module may have fewer indices than any client
-            step[module] = Factors(found.U[:, rest] * (state.scaling * found.S[rest]), found.Vh[rest])
+            step[module] = Factors(found.U[:, rest] * (state.scaling_of(module) * found.S[rest]), found.Vh[rest])
         return state.with_factors(kept).with_base(step)
 
 

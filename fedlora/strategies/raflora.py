@@ -23,7 +23,7 @@ class RAFLoRA(Strategy):
     name, family, exact = "raflora", Family.SUM_PRODUCT, False
     summary = "mean of products, each rank index over the clients that hold it, cut to rank r"
     source = "arXiv 2602.13486"
-    in_svd_order = True
+    in_svd_order = any_scaling = True
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         return state.with_factors(

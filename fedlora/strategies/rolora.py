@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
+
+import torch
 
 from fedlora.adapter import Adapter, Factors
 from fedlora.errors import AdapterError
@@ -23,7 +26,7 @@ class RoLoRA(Strategy):
     source = "arXiv 2502.01755"
     cost_up = "r*d_out if odd else r*d_in"
     cost_down = "r*d_in if odd else r*d_out"
-    keeps_gauge = True
+    keeps_gauge = any_scaling = True
 
     def plan(self, round_number: int) -> Plan:
         now, before = (ONLY_B, ONLY_A) if _trains_b(round_number) else (ONLY_A, ONLY_B)
@@ -38,6 +41,17 @@ class RoLoRA(Strategy):
                 return replace(with_shared(state, uploads, "B", self.name), round=1)
             except AdapterError as error:
                 raise AdapterError(f"{error} (or one A: it takes either)") from None
+
+    def rescaled(self, uploads: Sequence[Adapter]) -> Literal["A", "B"]:
+        """The factor that was trained: the other is shared, and stays as it is."""
+        first = uploads[0]
+        for adapter in uploads[1:]:
+            for module in first.modules:
+                own, wanted = adapter.factors[module], first.factors[module]
+                rank = min(own.rank, wanted.rank)
+                if not torch.equal(own.A[:rank], wanted.A[:rank]):
+                    return "A"
+        return "B"
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         by_b = _trains_b(state.round + 1)

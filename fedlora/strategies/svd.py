@@ -17,7 +17,7 @@ class SVD(Strategy):
     name, family, exact = "svd", Family.SUM_PRODUCT, False
     summary = "mean of products cut to rank r: the smallest divergence that rank r allows"
     source = "our reading, after arXiv 2402.11505"
-    in_svd_order = True
+    in_svd_order = any_scaling = True
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         return state.with_factors(

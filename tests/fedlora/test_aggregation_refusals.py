@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q", "v"], "modules_to_save": ["head"]}
+CONFIG |= {"task_type": "SEQ_CLS"}
 Q, V = "base_model.model.enc.q.", "base_model.model.enc.v."
 NAN, INF = float("nan"), float("inf")
 
@@ -203,7 +204,7 @@ FOLDERS = {
     "magnitudes without DoRA": (magnitude(7), r"bob: the magnitude vector of module 'enc\.q' is not expected"),
     "DoRA without magnitudes": (with_config(use_dora=True), r"bob: the magnitude vector of module 'enc\.q' is missing"),
     "DoRA beside LoRA": (magnitude(7, use_dora=True), "bob is a dora adapter, but .*alice is lora"),
-    "rsLoRA beside LoRA": (with_config(use_rslora=True), "bob is a rslora adapter, but .*alice is lora"),
+    "rsLoRA beside LoRA": (with_config(use_rslora=True), r"bob has alpha/r 2\.12132, but .*alice has 1\.5"),
     "truncated": (with_bytes(lambda content: content[:-3]), UNREADABLE),
     "empty": (with_bytes(b""), UNREADABLE),
     "no safetensors": (with_bytes(b"PK\x03\x04 says it is a zip file" * 40), UNREADABLE),
@@ -252,8 +253,29 @@ FOLDERS = {
     "mixed alpha/r": (with_config(lora_alpha=4), r"bob has alpha/r 2, but .*alice has 1\.5"),
     "mixed alpha/r within": (
         with_config(alpha_pattern={"v": 4}),
-        r"bob: modules have different alpha/r \('enc\.q': 1\.5",
+        r"bob has alpha/r 2, but .*alice has 1\.5 \(module 'enc\.v'\)",
     ),
+    "another task": (with_config(task_type="CAUSAL_LM"), "bob: task_type is 'CAUSAL_LM', but 'SEQ_CLS' in .*alice"),
+    "other biases": (with_config(bias="all"), "bob: bias is 'all', but 'none' in .*alice"),
+    "another orientation": (with_config(fan_in_fan_out=True), "bob: fan_in_fan_out is True, but False in .*alice"),
+    "another tying": (with_config(ensure_weight_tying=True), "bob: ensure_weight_tying is True, but False in .*alice"),
+    "a wrapper that cannot be told": (
+        with_tensors(lambda t: t.update({n.replace("base_model.model.", "module."): t.pop(n) for n in list(t)})),
+        r"bob: tensor 'module\.\S+' has something before or instead of 'base_model\.model\.'",
+    ),
+    "a wrapper that nobody knows": (
+        with_tensors(lambda t: t.update({f"engine.{n}": t.pop(n) for n in list(t)})),
+        r"bob: tensor 'engine\.base_model\.\S+' has something before",
+    ),
+    "a tensor with and without a wrapper": (
+        setting(f"_orig_mod.{Q}lora_A.weight", torch.ones(2, 5)),
+        "bob: .* a tensor under two names",
+    ),
+    "parts of FSDP's": (
+        setting("base_model.model.enc._fsdp_wrapped_module._flat_param", torch.ones(9)),
+        "bob: tensor '.*_flat_param' is a part of FSDP's",
+    ),
+    "LoftQ": (with_config(init_lora_weights="loftq"), "bob/.*'loftq' changes the base weights; PEFT cannot convert it"),
     "alpha 0": (with_config(lora_alpha=0), "bob/.*: lora_alpha is 0; expected a positive number"),
     "alpha nan": (with_text(json.dumps(CONFIG | {"lora_alpha": NAN})), "bob/.*: lora_alpha is nan"),
     "alpha in words": (with_config(lora_alpha="3"), "bob/.*: lora_alpha is '3'"),

@@ -16,6 +16,7 @@ from fedlora.adapter import Adapter, Factors, Part
 from fedlora.config import RunConfig, Section
 from fedlora.divergence import Divergence
 from fedlora.lora_config import LoraConfig
+from fedlora.peftconfig import KEYS, Treatment
 from fedlora.rounds import measure_round
 from fedlora.seeds import torch_generator
 from fedlora.strategies import registry
@@ -336,6 +337,23 @@ def _yes(flag: bool) -> str:
     return "yes" if flag else "no"
 
 
+def scalings() -> str:
+    """The strategies for which clients may have different alpha/r."""
+    return ", ".join(f"`{name}`" for name in own_names() if registry.find(name).any_scaling)
+
+
+def peft_keys() -> str:
+    """What is done about every key of PEFT's configurations, LoRA's and HiRA's."""
+    keys = KEYS["LORA"] | KEYS["HIRA"]
+    rows = [
+        (f"`{name}`", keys[name].treatment.value, keys[name].reason)
+        for treatment in Treatment
+        for name in sorted(keys)
+        if keys[name].treatment is treatment
+    ]
+    return "\n".join(["| key | | why, or how |", "|---|---|---|", *map(_row, rows)])
+
+
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -353,9 +371,12 @@ def pages() -> dict[Path, str]:
     text = path.read_text()
     for mark, content in (("overview", overview), ("properties", properties), ("measurements", measurements)):
         text = between(text, mark, content())
+    aggregating = DOCS / "aggregate.md"
+    folders = between(aggregating.read_text(), "keys", peft_keys())
     return {
         DOCS / "configuration.md": configuration(),
         path: text,
+        aggregating: between(folders, "any scaling", scalings()),
         **{
             page: between(page.read_text(), "facts", facts(name))
             for name in described()

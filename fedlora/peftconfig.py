@@ -26,7 +26,7 @@ _LONGEST_TEXT = 1000
 _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Values of `init_lora_weights` with which PEFT alters the base weights, by rank, whenever it loads the adapter."""
 _NOT_CONVERTED = ("loftq",)
-"""Those of them that PEFT cannot save as plain LoRA."""
+"""Those of them that PEFT does not turn into plain LoRA when saving."""
 
 
 class Treatment(StrEnum):
@@ -113,7 +113,7 @@ def _check_start(place: Path, value: Any) -> None:
     )
     if value.lower().startswith(_NOT_CONVERTED):
         way = (
-            "PEFT cannot convert it; save the base that it changed as well (model.unload().save_pretrained), and in "
+            "PEFT does not convert it; save the base that it changed as well (model.unload().save_pretrained), and in "
             f"{CONFIGURATION} set init_lora_weights to true and base_model_name_or_path to that base"
         )
     raise AdapterError(f"{place}: init_lora_weights={short(value)} changes the base weights; {way}")

@@ -242,7 +242,9 @@ def _check_layout(path: Path, layout: Layout, variant: Variant, tensors: int) ->
     for module in layout.cores:
         raise AdapterError(f"{path}: module '{module}' has a core between its factors, which PEFT folders do not hold")
     if 2 * len(layout.factors) + len(layout.head) + len(layout.magnitudes) != tensors:
-        raise AdapterError(f"{path}: {WEIGHTS} holds a tensor under two names, with and without 'base_model.model.'")
+        raise AdapterError(
+            f"{path}: {WEIGHTS} holds a tensor under two names, with and without 'base_model.model.' or a wrapper"
+        )
     for module in layout.factors:
         if layout.kinds.get(module, "linear").startswith("hira") != (variant == "hira"):
             raise AdapterError(

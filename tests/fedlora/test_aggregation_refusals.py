@@ -275,7 +275,7 @@ FOLDERS = {
         setting("base_model.model.enc._fsdp_wrapped_module._flat_param", torch.ones(9)),
         "bob: tensor '.*_flat_param' is a part of FSDP's",
     ),
-    "LoftQ": (with_config(init_lora_weights="loftq"), "bob/.*'loftq' changes the base weights; PEFT cannot convert it"),
+    "LoftQ": (with_config(init_lora_weights="loftq"), "bob/.*'loftq' changes the base weights; PEFT does not convert"),
     "alpha 0": (with_config(lora_alpha=0), "bob/.*: lora_alpha is 0; expected a positive number"),
     "alpha nan": (with_text(json.dumps(CONFIG | {"lora_alpha": NAN})), "bob/.*: lora_alpha is nan"),
     "alpha in words": (with_config(lora_alpha="3"), "bob/.*: lora_alpha is '3'"),

@@ -1,11 +1,13 @@
 """`adapter_config.json` from anyone: each value of its type, or one line; and nothing else goes on to PEFT."""
 
+import dataclasses
 import json
 
+import peft
 import pytest
 
 from fedlora.errors import AdapterError
-from fedlora.peftconfig import read_configuration
+from fedlora.peftconfig import KEYS, Treatment, read_configuration, read_with_notes
 
 GOOD = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "use_dora": False}
 
@@ -49,3 +51,39 @@ def test_another_value_is_refused_with_its_key(read, key, value):
         read(**{key: value})
     assert str(refused.value).isprintable()
     assert len(str(refused.value)) < 500
+
+
+CONFIGS = {"LORA": peft.LoraConfig, "HIRA": peft.HiraConfig}
+OF_BOTH = [(method, key) for method, keys in KEYS.items() for key in keys]
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_every_key_of_peft_is_classified(method):
+    """A PEFT that has another one fails here: it may give tensors another meaning."""
+    installed = {field.name for field in dataclasses.fields(CONFIGS[method])}
+    assert installed - KEYS[method].keys() == set(), "say in fedlora/peftconfig.py what is done about these keys"
+    assert KEYS[method].keys() - installed == set()
+
+
+@pytest.mark.parametrize(("method", "key"), OF_BOTH)
+def test_and_treated_as_it_says(read, method, key):
+    known = KEYS[method][key]
+    assert known.reason
+    if known.treatment is Treatment.REFUSE and key != "init_lora_weights":
+        with pytest.raises(AdapterError, match=f"{key} is set"):
+            read(**{key: [1]})
+    elif known.treatment in (Treatment.AGREE, Treatment.ALIGN):
+        assert known.fits
+        assert known.expected
+    if known.default is not None:
+        assert known.default == getattr(CONFIGS[method](), key)
+
+
+def test_a_key_that_nobody_knows_is_noted(read, tmp_path):
+    read(use_newlora=True, older=None, off=False)
+    assert read_with_notes(tmp_path)[1] == ("'use_newlora'",)
+
+
+@pytest.mark.parametrize(("value", "known"), [("lora", "LORA"), ("Hira", "HIRA")])
+def test_the_method_is_spelt_as_peft_spells_it(read, value, known):
+    assert read(peft_type=value)["peft_type"] == known

@@ -225,11 +225,11 @@ def base_rows(base: Any, module: str, tokens: Sequence[int]) -> Tensor:
 
 def _folder_of(base: Any) -> Path:
     """A model's folder, or that of a hub's model where it has been downloaded."""
-    if Path(base).is_dir():
-        return Path(base)
     from huggingface_hub import snapshot_download
 
     try:
+        if Path(base).is_dir():
+            return Path(base)
         return Path(snapshot_download(str(base), local_files_only=True))
     except Exception:
         raise AdapterError(

@@ -74,6 +74,37 @@ def size(folder, *parts):
     return len(save(chosen, {})) if chosen else 0
 
 
+class TestBase:
+    """Rows of different tokens: what a client has not trained is the base's."""
+
+    @pytest.fixture
+    def folders(self, clients):
+        name = "base_model.model.embed.token_adapter.trainable_tokens_delta"
+        folders = clients()
+        for u, tokens in enumerate([[4, 1], [1], [1, 4]]):
+            rows = torch.tensor([[10.0 * u + token, 1.0] for token in tokens])
+            save_file({**tensors_of(folders[u]), name: rows}, folders[u] / "adapter_model.safetensors")
+            config = json.loads((folders[u] / "adapter_config.json").read_text())
+            config["trainable_token_indices"] = tokens
+            (folders[u] / "adapter_config.json").write_text(json.dumps(config))
+        return folders
+
+    def test_is_asked_for(self, fedlora, tmp_path, folders):
+        code, out, err = fedlora("aggregate", "--strategy", "svd", "--out", tmp_path / "out", *folders)
+        assert (code, out) == (2, "")
+        assert re.search(r"c1 has not trained token 4 of 'embed'.*--base", err)
+        assert not (tmp_path / "out").exists()
+
+    def test_and_read(self, fedlora, tmp_path, folders):
+        (tmp_path / "base").mkdir()
+        save_file({"embed.weight": torch.arange(12.0).reshape(6, 2)}, tmp_path / "base/model.safetensors")
+        words = ["--weights", "3,1,2", "--base", tmp_path / "base", "--out", tmp_path / "out"]
+        assert fedlora("aggregate", "--strategy", "svd", *words, *folders)[0] == 0
+        (rows,) = (t for name, t in tensors_of(tmp_path / "out").items() if "tokens" in name)
+        four = (3 * 4 + 1 * 8 + 2 * 24) / 6, (3 * 1 + 1 * 9 + 2 * 1) / 6
+        assert rows.tolist() == [pytest.approx([(3 * 1 + 1 * 11 + 2 * 21) / 6, 1.0]), pytest.approx(list(four))]
+
+
 class TestReport:
     @pytest.mark.parametrize(
         ("strategy", "ranks"), [("fedit", (2, 2, 2)), ("flexlora", (2, 3, 1)), ("local", (2, 2, 2))]

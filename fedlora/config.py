@@ -1,7 +1,8 @@
 """Everything that describes a run, in one typed place: the source of the YAML files, the dotted keys of the
 command line, the form in Prefect, the parameters in MLflow and the table in the docs.
 
-A value is set in one place and changes nothing else: no default depends on another value.
+A value is set in one place and changes nothing else: no default depends on another value, but for pairs of keys that
+say the same in two ways (`INSTEAD_OF`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from functools import reduce
 from operator import getitem
 from typing import Any, Literal
@@ -41,6 +43,13 @@ PARTITIONER_CLASSES: dict[str, str] = {
     "MixedQualityPartitioner": "mixed-quality",
 }
 """The class names of flwr-datasets (and ours in the same manner), accepted wherever a partition name is."""
+
+
+INSTEAD_OF = {
+    "training.local_steps": "training.local_epochs",
+    "training.local_epochs": "training.local_steps",
+}
+"""Keys that say the same in two ways: setting one unsets the other (`configfile.layered`)."""
 
 
 class ModelConfig(Section):
@@ -112,9 +121,9 @@ class TrainingConfig(Section):
     """What one client does in one round."""
 
     local_steps: int | None = Field(20, ge=1)
-    """Optimiser steps per round. Exclusive with `local_epochs`."""
+    """Optimiser steps per round. Setting it unsets `local_epochs`; both in one place are refused."""
     local_epochs: float | None = Field(None, gt=0)
-    """Passes over the client's data per round. Exclusive with `local_steps`."""
+    """Passes over the client's data per round. Setting it unsets `local_steps`; both in one place are refused."""
     batch_size: int = Field(16, ge=1)
     """Examples per step."""
     learning_rate: float = Field(5e-3, gt=0)
@@ -130,13 +139,22 @@ class TrainingConfig(Section):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this norm. Empty: no clipping."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unsets_the_other(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        pairs = ((key.partition(".")[2], other.partition(".")[2]) for key, other in INSTEAD_OF.items())
+        unset = {other: None for key, other in pairs if values.get(key) is not None and other not in values}
+        return {**values, **unset}
+
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> TrainingConfig:
         if (self.local_steps is None) == (self.local_epochs is None):
             cure = (
                 "neither is set; set one of them"
                 if self.local_steps is None
-                else "both are set; set one of them to null"
+                else "both are set in one place; leave one of them out"
             )
             raise ValueError(f"exactly one of local_steps and local_epochs says how long a client trains, and {cure}")
         return self

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -10,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fedlora import yamltext
-from fedlora.config import RunConfig
+from fedlora.config import INSTEAD_OF, RunConfig
 from fedlora.errors import ConfigError, StrategyRefusal, did_you_mean
 from fedlora.limits import clean, read_text, short
 from fedlora.sections import Section
@@ -26,7 +27,30 @@ def load(source: str | Path | None, overrides: Overrides | None = None, presets:
     Raises:
         ConfigError: unreadable file, unknown preset or key, a value that is not allowed, or an impossible combination.
     """
-    return build({**read_flat(source, presets), **(overrides or {})})
+    return build(layered(read_flat(source, presets), overrides or {}))
+
+
+def layered(*layers: Overrides) -> dict[str, Any]:
+    """Dotted keys of several layers, a later one over an earlier one.
+
+    Of keys that say the same in two ways (`config.INSTEAD_OF`) the later layer's counts: it unsets what an earlier
+    layer, or the default, says in the other way.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged |= {key: None for key in unset_by(layer) if merged.get(key, default_of(key)) is not None}
+        merged |= layer
+    return merged
+
+
+def unset_by(layer: Overrides) -> list[str]:
+    """The keys that a layer unsets because it says in another way what they would."""
+    return [other for key, other in INSTEAD_OF.items() if layer.get(key) is not None and other not in layer]
+
+
+def default_of(dotted: str) -> Any:
+    """The value of a key that is set nowhere; None for a key that there is not."""
+    return flatten(RunConfig().model_dump(mode="json")).get(dotted)
 
 
 def build(values: Overrides) -> RunConfig:
@@ -44,30 +68,57 @@ def build(values: Overrides) -> RunConfig:
 
 
 def read_flat(source: str | Path | None, presets: Path | None = None) -> dict[str, Any]:
-    """The dotted keys that a preset or YAML file sets (none for no source)."""
+    """The dotted keys that a preset or YAML file sets (none for no source); paths in it are relative to the file."""
     if source is None:
         return {}
     path = find(str(source), presets)
-    return flatten(read_yaml(path))
+    content = read_yaml(path)
+    try:
+        return absolute_paths(flatten(content), path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def find(source: str, presets: Path | None, kind: str = "preset") -> Path:
     """The file that a name in the folder `presets` (of presets, or whatever `kind` says) or a path means."""
-    if source.endswith((".yaml", ".yml")):
+    if source.endswith(YAML):
         try:
             path = Path(source).expanduser()
             if path.is_file():
                 return path
+            beside = [other.name for other in path.parent.iterdir() if other.suffix in YAML] if path.name else []
+        except FileNotFoundError:
+            beside = []
         except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, a home of nobody
             raise ConfigError(f"no such file: {clean(source)} ({clean(str(error))})") from None
-        raise ConfigError(f"no such file: {clean(source)}")
+        raise ConfigError(f"no such file: {clean(source)}{_nearest_file(path, beside)}")
     names = preset_names(presets)
     if source in names and presets is not None:
         return presets / f"{source}.yaml"
+    hint = did_you_mean(source, names) or _with_ending(source)
     raise ConfigError(
-        f"unknown {kind} '{clean(source)}'.{did_you_mean(source, names)} There are: {', '.join(names) or 'none'}; "
-        "or name a .yaml file."
+        f"unknown {kind} '{clean(source)}'.{hint} There are: {', '.join(names) or 'none'}; or name a .yaml file."
     )
+
+
+YAML = (".yaml", ".yml")
+"""How the names of YAML files end."""
+
+
+def _nearest_file(path: Path, beside: Sequence[str]) -> str:
+    """A hint with the file of the same name and the other ending, or else of the nearest name, in the same folder."""
+    same = [name for name in beside if Path(name).stem == path.stem]
+    near = same or difflib.get_close_matches(path.name, beside, n=1)
+    return f". Did you mean '{clean(str(path.with_name(near[0])))}'?" if near else ""
+
+
+def _with_ending(source: str) -> str:
+    """A hint where a file's name was given without its ending."""
+    try:
+        there = [f"{source}{ending}" for ending in YAML if Path(f"{source}{ending}").expanduser().is_file()]
+    except (OSError, ValueError, RuntimeError):
+        return ""
+    return f" Did you mean '{clean(there[0])}'?" if there else ""
 
 
 def preset_names(presets: Path | None) -> list[str]:
@@ -107,7 +158,11 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
             values[dotted] = _value(text)
         except ValueError as error:
             raise ConfigError(f"the value of '{clean(dotted)}' cannot be read: {clean(text)} ({error})") from None
-    return flatten(nest(values)) | {dotted: value for dotted, value in values.items() if value == {}}
+    nest(values)
+    flat: dict[str, Any] = {}
+    for dotted, value in values.items():
+        flat |= {dotted: value} if value == {} else flatten({dotted: value})
+    return flat
 
 
 def _value(text: str) -> Any:
@@ -116,20 +171,29 @@ def _value(text: str) -> Any:
     return text if isinstance(value, bool) and text.strip().lower() not in ("true", "false") else value
 
 
-def absolute_paths(values: Overrides) -> dict[str, Any]:
-    """The same keys with local data files and model folders made absolute: a worker has another working folder."""
-    return {
-        key: str(Path(value).expanduser().absolute()) if key in _PATH_KEYS and _is_path(value) else value
-        for key, value in values.items()
-    }
+def absolute_paths(values: Overrides, folder: Path | None = None) -> dict[str, Any]:
+    """The same keys with local data files and model folders made absolute: a worker has another working folder.
+
+    Args:
+        values: dotted keys; a list is that of a sweep's grid.
+        folder: what relative paths are relative to. Empty: the working directory.
+    """
+    return {key: _absolute(value, folder) if key in _PATH_KEYS else value for key, value in values.items()}
 
 
 _PATH_KEYS = ("data.name", "model.name")
 
 
-def _is_path(value: Any) -> bool:
-    """Whether a name is a local path rather than a hub id, which also holds a slash."""
-    return isinstance(value, str) and ("/" in value or "." in value) and Path(value).expanduser().exists()
+def _absolute(value: Any, folder: Path | None) -> Any:
+    if isinstance(value, list):
+        return [_absolute(each, folder) for each in value]
+    if not isinstance(value, str) or not ("/" in value or "." in value):  # a name with neither may be a known one
+        return value
+    try:
+        path = (folder or Path()) / Path(value).expanduser()
+        return str(path.absolute()) if path.exists() else value  # what is not there may be a hub id
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, a home of nobody
+        return value
 
 
 def dotted_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:
@@ -143,14 +207,19 @@ def dotted_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterato
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; the free-form `strategy_options` are opened one level, `lora.ranks` is not."""
+    """Nested mappings as dotted keys; the free-form `strategy_options` are opened one level, `lora.ranks` is not.
+
+    Raises:
+        ConfigError: a key is there in both forms.
+    """
     flat: dict[str, Any] = {}
     for name, value in values.items():
         dotted = f"{prefix}{name}"
-        if isinstance(value, Mapping) and not dotted.startswith("strategy_options.") and dotted not in _WHOLE:
-            flat |= flatten(value, f"{dotted}.")
-        else:
-            flat[dotted] = value
+        opened = isinstance(value, Mapping) and not dotted.startswith("strategy_options.") and dotted not in _WHOLE
+        found = flatten(value, f"{dotted}.") if opened else {dotted: value}
+        if twice := flat.keys() & found.keys():
+            raise ConfigError(f"'{clean(min(twice))}' is given twice, as a dotted key and in its section; remove one")
+        flat |= found
     return flat
 
 

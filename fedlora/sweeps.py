@@ -124,13 +124,29 @@ def load(source: str, overrides: Settings | None, presets: Path, sweeps: Path) -
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{source}: {clean('.'.join(map(str, first['loc'])))}: {first['msg']}") from None
+    try:
+        file = _beside(file, path)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     _check_lists(source, file)
-    return _resolve(source, file, _beside(file.base, path), overrides or {}, presets)
+    return _resolve(source, file, path.parent, overrides or {}, presets)
 
 
-def _beside(base: str, sweep: Path) -> str:
-    """A base that is a file, found beside the sweep file where it is not found from here."""
-    if not base.endswith((".yaml", ".yml")):
+def _beside(file: SweepFile, path: Path) -> SweepFile:
+    """The sweep with dotted keys, and paths as seen from its own folder; a base is looked for here first.
+
+    Cells keep the paths as they are written, by which they are called.
+    """
+    cells = [configfile.flatten(each) for each in file.cells]
+    common, *conditions = (
+        configfile.absolute_paths(configfile.flatten(each), path.parent) for each in (file.set, *file.skip)
+    )
+    changes = {"base": _base(file.base, path), "set": common, "skip": conditions, "cells": cells}
+    return file.model_copy(update=changes)
+
+
+def _base(base: str, sweep: Path) -> str:
+    if not base.endswith(configfile.YAML):
         return base
     try:
         here = Path(base).expanduser()
@@ -153,7 +169,7 @@ def _check_lists(source: str, file: SweepFile) -> None:
     if runs > MOST_RUNS:
         raise ConfigError(f"{source}: {runs} runs are too many; at most {MOST_RUNS} make one sweep")
     known = set(configfile.dotted_keys())
-    for condition in map(configfile.flatten, file.skip):
+    for condition in file.skip:
         if not set(condition) - {_REASON}:
             raise ConfigError(f"{source}: a skip entry without a condition would leave out everything")
         for key in condition:
@@ -161,24 +177,26 @@ def _check_lists(source: str, file: SweepFile) -> None:
                 raise ConfigError(f"{source}: skip: unknown key '{key}'.{did_you_mean(key, known)}")
 
 
-def _resolve(source: str, file: SweepFile, base: str, overrides: Settings, presets: Path) -> Sweep:
-    grid = {key: values for key, values in file.grid.items() if key not in overrides}
-    extra = [{k: v for k, v in configfile.flatten(cell).items() if k not in overrides} for cell in file.cells]
-    common = {**configfile.flatten(file.set), **overrides}
-    start = configfile.read_flat(base, presets)
+def _resolve(source: str, file: SweepFile, folder: Path, overrides: Settings, presets: Path) -> Sweep:
+    settled = {*overrides, *configfile.unset_by(overrides)}
+    grid = {key: values for key, values in file.grid.items() if key not in settled}
+    extra = [{k: v for k, v in cell.items() if k not in settled} for cell in file.cells]
+    common = configfile.layered(file.set, overrides)
+    start = configfile.read_flat(file.base, presets)
     wanted = list(_combinations(grid, bool(file.grid))) + extra
     keys = list(dict.fromkeys(itertools.chain(grid, *extra)))
     cells: list[Cell] = []
     skipped: list[Skipped] = []
-    for changes in wanted:
-        values = {**start, **common, **changes}
-        settings = {key: _shown(_value(values, key)) for key in keys}
+    for written in wanted:
+        changes = configfile.absolute_paths(written, folder)
+        values = configfile.layered(start, common, changes)
+        settings = {key: _shown(_value({**values, **written}, key)) for key in keys}
         reason = _left_out(file.skip, values)
         try:
             if reason is None:
                 config = configfile.build(values)
                 preflight.check_rank(config)
-                cells.append(Cell(settings, {**common, **changes}, config))
+                cells.append(Cell(settings, configfile.layered(common, changes), config))
                 continue
         except StrategyRefusal as error:
             reason = str(error)
@@ -192,7 +210,7 @@ def _resolve(source: str, file: SweepFile, base: str, overrides: Settings, prese
     varied = _telling(keys, cells)
     cells = [replace(cell, settings={key: cell.settings[key] for key in varied}) for cell in cells]
     fixed = {key: value for key, value in {**start, **common}.items() if key not in (*keys, *NEUTRAL)}
-    return Sweep(file.name, base, common, grid, varied, cells, skipped, _hash([file.name, fixed]), file.champion)
+    return Sweep(file.name, file.base, common, grid, varied, cells, skipped, _hash([file.name, fixed]), file.champion)
 
 
 def _combinations(grid: Mapping[str, Sequence[Any]], any_grid: bool) -> Iterator[Settings]:
@@ -224,15 +242,12 @@ def _telling(keys: Sequence[str], cells: Sequence[Cell]) -> list[str]:
 
 def _value(values: Settings, key: str) -> Any:
     """What a key is set to, or its default."""
-    if key in values:
-        return values[key]
-    node: Any = configfile.flatten(RunConfig().model_dump(mode="json"))
-    return node.get(key)
+    return values[key] if key in values else configfile.default_of(key)
 
 
 def _left_out(conditions: Sequence[Settings], values: Settings) -> str | None:
     """The reason of the first condition that holds for a run, or None."""
-    for condition in map(configfile.flatten, conditions):
+    for condition in conditions:
         tests = {key: allowed for key, allowed in condition.items() if key != _REASON}
         if all(_matches(_value(values, key), allowed) for key, allowed in tests.items()):
             return str(condition.get(_REASON) or f"left out by the sweep: {label(tests)}")

@@ -21,7 +21,12 @@ _SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_SAFE_LOADER):  # type: ignore[misc]
-    """Knows no dates, sets and binaries: what looks like a date stays text."""
+    """Knows no dates, sets and binaries: what looks like a date stays text. Every key is there once."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        _refuse_twice(self, node, set())
+        return node
 
 
 def _number(loader: Any, node: Any) -> Any:
@@ -31,6 +36,40 @@ def _number(loader: Any, node: Any) -> Any:
         raise yaml.constructor.ConstructorError(None, None, f"a number of {len(text)} characters", node.start_mark)
     kind = node.tag.rpartition(":")[2]
     return getattr(loader, f"construct_yaml_{kind}")(node)
+
+
+def _refuse_twice(loader: Any, node: Any, seen: set[int]) -> None:
+    """Look for a key that a mapping has twice: PyYAML takes the last, and what the first says is lost.
+
+    Before anything is made of the nodes: merging (`<<`) rewrites them, and what it brings may be given anew.
+    """
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for each in node.value:
+            _refuse_twice(loader, each, seen)
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[tuple[str, Any], Any] = {}
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                other = first.setdefault(_identity(loader, key), key)
+                if other is not key and not key.tag.endswith(":merge"):
+                    raise _OurError(
+                        f"the key {short(key.value)} is there twice, on lines {_line_number(other)} and "
+                        f"{_line_number(key)}; make one of the two"
+                    )
+            _refuse_twice(loader, value, seen)
+
+
+def _identity(loader: Any, key: Any) -> tuple[str, Any]:
+    """What tells a key from others: `4` and `0x4` are the same number, `4` and `"4"` are not the same key."""
+    kind = key.tag.rpartition(":")[2]
+    return kind, loader.construct_object(key) if kind in ("int", "float") else key.value
+
+
+def _line_number(node: Any) -> int:
+    return int(node.start_mark.line) + 1
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -49,7 +88,7 @@ def parse(text: str) -> Any:
 
     Raises:
         ValueError: not YAML, too large or too deep (aliases count each time they are used), a tag of another kind of
-            value, or a key that is no text or number; one line that says where.
+            value, a key that is no text or number, or one that is there twice; one line that says where.
     """
     if len(text) > LARGEST:
         raise ValueError(f"{len(text)} characters; at most {LARGEST} are read")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 
+from fedlora import yamltext
 from flows import authentication
 from flows.environment import defaults, prepare
 from flows.prefect_api import POOLS
@@ -64,11 +64,11 @@ def declared(source: Path = SOURCE) -> list[dict[str, Any]]:
     """
     file = source / PREFECT_FILE
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yamltext.parse(file.read_text())
         found = [each for each in content["deployments"] if each["name"] and each["entrypoint"]]
     except FileNotFoundError:
         raise ServiceError(f"{file} does not exist: is the installation complete?") from None
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ServiceError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
     except (KeyError, TypeError):
         raise ServiceError(f"{file}: expected a list `deployments`, each with a name and an entrypoint") from None

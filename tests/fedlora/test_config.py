@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora import configfile
-from fedlora.config import PARTITIONER_CLASSES, RunConfig, Section
+from fedlora.config import PARTITIONER_CLASSES, RunConfig, Section, TrainingConfig
 from fedlora.errors import ConfigError
 from fedlora.lora_config import LoraConfig
 
@@ -212,8 +212,8 @@ def test_devices(value):
     ("values", "message"),
     [
         (
-            {"training.local_epochs": 1},
-            "exactly one of local_steps and local_epochs .*both are set; set one of them to null",
+            {"training.local_epochs": 1, "training.local_steps": 5},
+            "exactly one of local_steps and local_epochs .*both are set in one place; leave one of them out",
         ),
         (
             {"training.local_steps": None},
@@ -234,6 +234,7 @@ def test_combinations_that_cannot_work(values, message):
     "values",
     [
         {"training.local_epochs": 1, "training.local_steps": None},
+        {"training.local_epochs": 1},
         {"partition.name": "natural-id", "data.client": "author"},
         {"training.momentum": 0.9, "training.optimizer": "sgd"},
         {"runner.device": "cpu", "runner.kind": "threads", "runner.slots": 1},
@@ -294,8 +295,6 @@ class TestOverrides:
     )
     def test_values(self, word, key, value):
         values = configfile.parse_overrides([word])
-        if key == "training.local_epochs":
-            values["training.local_steps"] = None
         found = configfile.flatten(configfile.build(values).model_dump())[key]
         assert found == value
         assert type(found) is type(value)
@@ -305,6 +304,11 @@ class TestOverrides:
         whole = configfile.parse_overrides(["strategy=flora-na", "strategy_options={max_sweeps: 3}"])
         assert dotted == whole == {"strategy": "flora-na", "strategy_options.max_sweeps": 3}
         assert configfile.build(whole).strategy_options == {"max_sweeps": 3}
+
+    def test_a_section_beside_one_of_its_keys(self):
+        both = {"lora.rank": 8, "lora.alpha": 3}
+        assert configfile.parse_overrides(["lora.rank=8", "lora={alpha: 3}"]) == both
+        assert configfile.parse_overrides(["lora={alpha: 3, rank: 2}", "lora.rank=8"]) == both
 
     def test_a_section_at_once(self):
         assert configfile.parse_overrides(["lora={rank: 2, alpha: 4}"]) == {"lora.rank": 2, "lora.alpha": 4}
@@ -330,6 +334,94 @@ class TestOverrides:
         (tmp_path / "run.yaml").write_text("seed: 3\nlora: {rank: 4, alpha: 5}\n")
         config = configfile.load(tmp_path / "run.yaml", {"lora.rank": 2})
         assert (config.seed, config.lora.rank, config.lora.alpha) == (3, 2, 5)
+
+
+STEPS, EPOCHS = "training.local_steps", "training.local_epochs"
+
+
+class TestTwoWaysToSayIt:
+    """How long a client trains, in steps or in passes: a later layer unsets what an earlier one says the other way."""
+
+    @pytest.mark.parametrize(
+        ("layers", "steps", "epochs"),
+        [
+            ([{EPOCHS: 1}], None, 1),
+            ([{STEPS: 5}], 5, None),
+            ([{STEPS: 5}, {EPOCHS: 2}], None, 2),
+            ([{EPOCHS: 2}, {STEPS: 5}], 5, None),
+            ([{EPOCHS: 2}, {EPOCHS: 3}], None, 3),
+            ([{STEPS: 5}, {EPOCHS: 2}, {STEPS: 7}], 7, None),
+            ([{STEPS: 5}, {EPOCHS: 2, STEPS: None}], None, 2),
+            ([{EPOCHS: 2, STEPS: None}, {"seed": 1}], None, 2),
+            ([{EPOCHS: 2}, {EPOCHS: None, STEPS: 4}], 4, None),
+        ],
+    )
+    def test_the_later_layer_counts(self, layers, steps, epochs):
+        training = configfile.build(configfile.layered(*layers)).training
+        assert (training.local_steps, training.local_epochs) == (steps, epochs)
+
+    def test_over_a_preset_from_the_command_line_and_in_a_file(self, tmp_path):
+        words = configfile.parse_overrides(["training.local_epochs=1"])
+        assert configfile.load("demo", {}, PRESETS).training.local_steps == 20
+        assert configfile.load("demo", words, PRESETS).training.local_steps is None
+        (tmp_path / "run.yaml").write_text("training: {local_epochs: 2}\n")
+        assert configfile.load(tmp_path / "run.yaml").training.local_steps is None
+        assert configfile.load(tmp_path / "run.yaml", {STEPS: 3}).training.local_epochs is None
+
+    def test_in_python(self):
+        assert TrainingConfig(local_epochs=1).local_steps is None
+        assert RunConfig.model_validate({"training": {"local_epochs": 1}}).training.local_steps is None
+
+    @pytest.mark.parametrize("later", [{STEPS: None}, {EPOCHS: None}])
+    def test_unsetting_both_is_refused(self, later):
+        earlier = {EPOCHS: 1} if EPOCHS in later else {STEPS: 5}
+        with pytest.raises(ConfigError, match="neither is set"):
+            configfile.build(configfile.layered(earlier, later))
+
+    def test_digests_are_what_they_were(self):
+        """Of runs made before: the defaults, epochs with steps unset, and the demo."""
+        assert RunConfig().digest() == "b50abcdfbb69f041"
+        assert configfile.build({EPOCHS: 1, STEPS: None}).digest() == "3b751090283d65d0"
+        assert configfile.build({EPOCHS: 1}).digest() == "3b751090283d65d0"
+        assert configfile.load("demo", {}, PRESETS).digest() == "895d51fddc64710a"
+
+    def test_a_layer_adds_no_keys_where_there_is_nothing_to_unset(self):
+        """The identity of a sweep is a hash of its settings."""
+        assert configfile.layered({"seed": 1}, {STEPS: 4}) == {"seed": 1, STEPS: 4}
+
+
+class TestPaths:
+    """Relative names of files are relative to the file that says them, or else to the working directory."""
+
+    @pytest.fixture(autouse=True)
+    def elsewhere(self, tmp_path, monkeypatch):
+        (tmp_path / "here").mkdir()
+        (tmp_path / "files" / "model").mkdir(parents=True)
+        (tmp_path / "files" / "mine.csv").write_text("text,label\n")
+        monkeypatch.chdir(tmp_path / "here")
+
+    def load(self, tmp_path, content, **overrides):
+        (tmp_path / "files" / "run.yaml").write_text(content)
+        return configfile.load("../files/run.yaml", overrides)
+
+    def test_beside_the_file(self, tmp_path):
+        config = self.load(tmp_path, "data: {name: mine.csv}\nmodel: {name: ./model}\n")
+        for name, wanted in ((config.data.name, "mine.csv"), (config.model.name, "model")):
+            assert Path(name).is_absolute()
+            assert Path(name).samefile(tmp_path / "files" / wanted)
+
+    def test_here_where_there_is_nothing_beside_it(self, tmp_path):
+        (tmp_path / "here" / "own.csv").write_text("text,label\n")
+        assert self.load(tmp_path, "data: {name: own.csv}\n").data.name == "own.csv"
+
+    @pytest.mark.parametrize("name", ["wordnet-nouns", "nobody/nothing", "model", "x" * 5000 + "/y", "~nobody/x"])
+    def test_what_is_no_path_stays(self, tmp_path, name):
+        assert self.load(tmp_path, f"data: {{name: {name}}}\n").data.name == name
+
+    def test_words_of_the_command_line_mean_the_working_directory(self, tmp_path):
+        words = configfile.absolute_paths({"data.name": "../files/mine.csv", "seed": 1})
+        assert Path(words["data.name"]).samefile(tmp_path / "files" / "mine.csv")
+        assert configfile.absolute_paths({"data.name": "mine.csv"}) == {"data.name": "mine.csv"}
 
 
 class TestFiles:
@@ -363,6 +455,30 @@ class TestFiles:
     def test_missing(self):
         with pytest.raises(ConfigError, match=r"^no such file: there/is/no.yaml$"):
             configfile.load("there/is/no.yaml")
+
+    @pytest.mark.parametrize(
+        ("there", "given", "meant"),
+        [("a.yml", "a.yaml", "a.yml"), ("a.yaml", "a.yml", "a.yaml"), ("mine.yaml", "mnie.yaml", "mine.yaml")],
+    )
+    def test_missing_but_there_is_one_of_nearly_that_name(self, tmp_path, there, given, meant):
+        (tmp_path / there).write_text("seed: 1\n")
+        with pytest.raises(ConfigError, match=rf"no such file: .*{given}\. Did you mean '.*/{meant}'\?"):
+            configfile.load(str(tmp_path / given))
+
+    @pytest.mark.parametrize("ending", ["yaml", "yml"])
+    def test_the_ending_was_forgotten(self, tmp_path, monkeypatch, ending):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / f"mine.{ending}").write_text("seed: 1\n")
+        with pytest.raises(ConfigError, match=rf"unknown preset 'mine'\. Did you mean 'mine\.{ending}'\?"):
+            configfile.load("mine", presets=PRESETS)
+
+    @pytest.mark.parametrize(
+        "content", ["lora: {rank: 2}\nlora.rank: 4\n", "lora.rank: 4\nlora: {rank: 2}\n", "a.b: {c: 1}\na: {b.c: 1}\n"]
+    )
+    def test_a_key_in_both_forms_is_there_twice(self, tmp_path, content):
+        (tmp_path / "run.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=r"run\.yaml: '(lora\.rank|a\.b\.c)' is given twice"):
+            configfile.load(tmp_path / "run.yaml")
 
     def test_unknown_preset(self):
         with pytest.raises(ConfigError, match=r"unknown preset 'dmo'\. Did you mean 'demo'\? There are: demo, "):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedlora import sweeps
+from fedlora import configfile, sweeps
 from fedlora.errors import ConfigError
 from flows.presets import PRESETS, SWEEPS
 
@@ -46,6 +46,47 @@ def test_cells_are_further_runs_shown_with_the_same_settings(load):
     assert [cell.label for cell in alone.cells] == ["svd rounds=8", "svd rounds=3"]
     one_left = load(GRID + "cells:\n  - {strategy: flora, lora.rank: 2}\nskip: [{strategy: flora}]\n")
     assert one_left.cells[0].label == "fedit seed=0"  # the rank tells nothing any more
+
+
+EPOCHS = "name: mine\nbase: demo\ngrid:\n  training.local_epochs: [1, 2]\n"
+
+
+def test_a_grid_over_epochs_needs_no_steps_unset(load):
+    found = load(EPOCHS)
+    lengths = [(cell.config.training.local_steps, cell.config.training.local_epochs) for cell in found.cells]
+    assert lengths == [(None, 1), (None, 2)]
+    mixed = load("name: mine\nbase: demo\ncells: [{training.local_steps: 5}, {training.local_epochs: 1}]\n")
+    assert [cell.label for cell in mixed.cells] == [
+        "training.local_steps=5 training.local_epochs=null", "training.local_steps=null training.local_epochs=1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("base", ["demo", "steps.yaml"])
+def test_steps_on_the_command_line_end_a_variation_of_epochs(load, base, tmp_path):
+    (tmp_path / "steps.yaml").write_text("training: {local_steps: 9}\n")
+    text = EPOCHS.replace("demo", base) + "  seed: [0, 1]\n"
+    found = load(text, {"training.local_steps": 3})
+    assert [cell.label for cell in found.cells] == ["seed=0", "seed=1"]
+    assert {cell.config.training.local_steps for cell in found.cells} == {3}
+    for cell in load(text).cells:  # what another process makes of the preset and the changes is the same run
+        again = configfile.load(found.base, cell.changes, PRESETS)
+        assert again.digest() == cell.digest
+
+
+def test_paths_are_relative_to_the_sweep_file(load, tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.csv").write_text("text,label\n")
+    (tmp_path / "base.yaml").write_text("data: {name: c.csv}\n")
+    grid = "grid:\n  data.name: [a.csv, ./b.csv, wordnet-nouns]\nskip: [{data.name: [b.csv], reason: not b}]\n"
+    found = load("name: mine\nbase: demo\n" + grid)
+    assert [cell.label for cell in found.cells] == ["data.name=a.csv", "data.name=wordnet-nouns"]
+    assert [cell.config.data.name for cell in found.cells] == [str(tmp_path / "a.csv"), "wordnet-nouns"]
+    assert found.cells[0].changes["data.name"] == str(tmp_path / "a.csv")
+    assert [left.label for left in found.skipped] == ["data.name=./b.csv"]
+    common = load("name: mine\nbase: demo\nset: {data: {name: a.csv}}\ngrid: {seed: [1]}\n")
+    assert common.cells[0].config.data.name == str(tmp_path / "a.csv")
+    beside = load("name: mine\nbase: base.yaml\ngrid: {seed: [1]}\n")
+    assert beside.cells[0].config.data.name == str(tmp_path / "c.csv")
 
 
 def test_conditions_leave_runs_out_and_their_reason_is_kept(load):

@@ -18,9 +18,14 @@ from flows.presets import PRESETS, SWEEPS
         ("[0x10, 1_000, .5, -1.0e+3, ~, true, text]", [16, 1000, 0.5, -1000.0, None, True, "text"]),
         ("a: &x [1, 2]\nb: *x", {"a": [1, 2], "b": [1, 2]}),
         ("a: &x {c: 1}\nb: {<<: *x, d: 2}", {"a": {"c": 1}, "b": {"c": 1, "d": 2}}),
+        ("a: &x {c: 1, d: 1}\nb: &y {<<: *x, d: 2}\nc: {<<: *y, c: 3}", {
+            "a": {"c": 1, "d": 1}, "b": {"c": 1, "d": 2}, "c": {"c": 3, "d": 2},
+        }),
+        ("a: &x {c: 1}\nb: {<<: *x, <<: {d: 2}}", {"a": {"c": 1}, "b": {"c": 1, "d": 2}}),
+        ("a: &x {c: 1}\nb: *x\nc: {c: *x}", {"a": {"c": 1}, "b": {"c": 1}, "c": {"c": {"c": 1}}}),
         ("", None),
     ],
-)
+)  # fmt: skip
 def test_plain_values(text, value):
     assert parse(text) == value
 
@@ -50,6 +55,10 @@ REFUSED = {
     "a truth value as a key": ("on: 1", "the key True is not text"),
     "a list as a key": ("? [a]\n: b", "unhashable|hashable"),
     "text and numbers as keys": ("{a: 1, 2: 3}", r"the keys \['a', 2\] are partly text, partly numbers"),
+    "a section twice": ("training:\n  a: 7\nlora: 2\ntraining:\n  b: 1", "'training' is there twice, on lines 1 and 4"),
+    "a key twice, deep": ("a:\n- b:\n    c: 1\n    'c': 2", "'c' is there twice, on lines 3 and 4"),
+    "a number twice": ("{4: .5,\n 0x4: .5}", "'0x4' is there twice, on lines 1 and 2"),
+    "a key twice in what is merged": ("a: &x\n  b: 1\n  b: 2\nc: {<<: *x}", "'b' is there twice, on lines 2 and 3"),
     "two documents": ("a: 1\n---\nb: 2", "line 2, column 1 but found another document"),
     "a null byte": ("a: \0", "control characters are not allowed"),
 }
@@ -64,9 +73,32 @@ def test_everything_else_in_one_line(name):
     assert len(str(refused.value)) < 400
 
 
+TWICE = "training: {batch_size: 4}\nlora.rank: 2\ntraining: {local_steps: 3}\n"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        configfile.load,
+        lambda file: configfile.load(file.stem, {}, file.parent),
+        lambda file: sweeps.load(str(file), None, PRESETS, SWEEPS),
+        lambda file: sweeps.load(file.stem, None, PRESETS, file.parent),
+    ],
+    ids=["run", "preset", "sweep file", "sweep"],
+)
+def test_a_section_given_twice_is_refused_with_both_lines(tmp_path, read):
+    file = tmp_path / "mine.yaml"
+    file.write_text(TWICE)
+    with pytest.raises(
+        ConfigError, match=r"mine\.yaml is not valid YAML: .*'training' is there twice, on lines 1 and 3"
+    ):
+        read(file)
+
+
 @pytest.mark.parametrize(
     "words",
     [
+        ["lora.ranks={4: .5, 4: .5}"],
         ["seed=0x" + "f" * 5000], ["name=!!int ''"], ["name=&a [*a]"], ["strategy_options=!!set {a}"],
         ["lora.ranks={a: 1, 2: 3}"],
         ["seed=" + "9" * 5000], ["x" * 9000 + "=1"], ["data.label=\x1b[2J"], ["x\ny=1"], ["lora.rank=" + "x" * 9000],

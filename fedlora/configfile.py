@@ -55,16 +55,25 @@ def default_of(dotted: str) -> Any:
 
 def build(values: Overrides) -> RunConfig:
     """A `RunConfig` from dotted keys; keys not given keep their defaults."""
-    known = set(dotted_keys())
-    for dotted in values:
-        if dotted not in known and not dotted.startswith("strategy_options."):
-            raise ConfigError(f"unknown key '{clean(str(dotted))}'.{_nearest_key(dotted, known)}")
+    check_keys(values)
     try:
         return RunConfig.model_validate(nest(values))
     except ValidationError as error:
         cause = error.errors()[0].get("ctx", {}).get("error")
         kind = StrategyRefusal if isinstance(cause, StrategyRefusal) else ConfigError
         raise kind(clean(_describe(error, values), _LONGEST_MESSAGE)) from None
+
+
+def check_keys(values: Iterable[str]) -> None:
+    """Refuse dotted keys that are none of a run's.
+
+    Raises:
+        ConfigError: there is one; with the nearest that there is.
+    """
+    known = set(dotted_keys())
+    for dotted in values:
+        if dotted not in known and not dotted.startswith("strategy_options."):
+            raise ConfigError(f"unknown key '{clean(str(dotted))}'.{_nearest_key(dotted, known)}")
 
 
 def read_flat(source: str | Path | None, presets: Path | None = None) -> dict[str, Any]:

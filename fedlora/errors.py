@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class FedloraError(Exception):
@@ -76,6 +81,30 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint ` Did you mean 'x'?` with the nearest of `known`, or an empty string when nothing is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def remembered(most: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A decorator: remember what a function returned for its latest `most` arguments (hashable), or, unlike
+    `lru_cache`, which error of ours it raised."""
+
+    def remember(function: Callable[P, T]) -> Callable[P, T]:
+        @lru_cache(maxsize=most)
+        def outcome(*args: P.args, **kwargs: P.kwargs) -> T | FedloraError:
+            try:
+                return function(*args, **kwargs)
+            except FedloraError as error:
+                return error
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            found = outcome(*args, **kwargs)  # type: ignore[arg-type]
+            if isinstance(found, FedloraError):
+                raise found.with_traceback(None)
+            return found
+
+        return call
+
+    return remember
 
 
 def first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from fedlora import channel, client, evaluation, home, provenance, ranks
+from fedlora import channel, client, evaluation, home, outline, provenance, ranks
 from fedlora.adapter import Adapter
 from fedlora.data import sources, tokens
 from fedlora.data.partition import Partition, partition
@@ -53,8 +53,8 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
 
     Raises:
         DataError: the data cannot be read, or not be partitioned as asked.
-        ModelError: the tokenizer cannot be loaded, `data.max_length` is more than the model reads, or the model is no
-            longer the one that the run began with.
+        ModelError: the tokenizer cannot be loaded, a text holds a token that the model has no row for,
+            `data.max_length` is more than the model reads, or the model is no longer the one that the run began with.
     """
     run = RunFolder(folder)
     config = run.config
@@ -66,9 +66,12 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
     check_length(config.model, config.data.max_length)
     text = sources.load(config.data, config.seed)
     origin = provenance.of_model(config.model)
-    tokenizer = load_tokenizer(provenance.pinned(config.model, origin))
+    base = provenance.pinned(config.model, origin)
+    tokenizer = load_tokenizer(base)
     path = tokens.tokenise(text, tokenizer, config.data.max_length, home.cache())
     data = bench.keep("data", path, lambda: tokens.open_tokens(path))
+    if made_of := outline.of(base):
+        made_of.check_vocabulary(config.model.name, tokens.highest(data))
     parts = partition(
         config.partition,
         config.clients,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,20 @@ def file_within(folder: Path, name: str) -> Path:
     if not (cached or target.is_relative_to(root)):
         raise OSError(f"{name} is a link that leads out of the folder; put the file itself there")
     return path
+
+
+FileStates = tuple[tuple[str, int, int], ...]
+"""Files by path, with size and time of change: what was found in them holds for as long as these stay."""
+
+
+def states(paths: Iterable[Path]) -> FileStates:
+    """How files are now, in the order of their paths.
+
+    Raises:
+        OSError: one cannot be looked at.
+    """
+    found = ((path, path.stat()) for path in sorted(paths))
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found)
 
 
 def read_text(path: Path, most: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fedlora import export, jobs, participation, recovery, rounds
+from fedlora import export, jobs, participation, preflight, recovery, rounds
 from fedlora.config import RunConfig
 from fedlora.errors import ClientFailed, WorkerError
 from fedlora.metrics import RoundRecord
@@ -35,8 +35,9 @@ def train(
             did not complete.
 
     Raises:
-        FedloraError: whatever the user can mend, in one line.
+        FedloraError: whatever the user can mend, in one line; before there is a folder where it can be known then.
     """
+    preflight.before_run(config, Path(path))
     run = RunFolder.create(Path(path), config)
     with run.held(), open_pool(config.runner) as pool, ThreadPoolExecutor(len(pool.slots)) as threads:
         for line in recovery.mend(run):

@@ -159,7 +159,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(config.name), **_source(config))
     except Exception as error:
-        raise _cannot_load(config, "tokenizer", error) from error
+        raise cannot_load(config, "tokenizer", error) from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # Transformers makes one up from nothing
         raise ModelError(
             f"model.name={config.name}: its tokenizer has no words; the model's folder needs the tokenizer's files too "
@@ -176,16 +176,35 @@ def check_length(config: ModelConfig, tokens: int) -> None:
     Raises:
         ModelError: `tokens` is above the limit, or the model's configuration cannot be loaded.
     """
+    check_positions(config, positions_of(load_declared(config)), tokens)
+
+
+def load_declared(config: ModelConfig) -> Any:
+    """What the model's `config.json` says, as Transformers understands it.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     from transformers import AutoConfig
 
     try:
-        declared = AutoConfig.from_pretrained(resolve(config.name), **_source(config)).get_text_config()
+        return AutoConfig.from_pretrained(resolve(config.name), **_source(config))
     except Exception as error:
-        raise _cannot_load(config, "configuration", error) from error
-    positions = getattr(declared, "max_position_embeddings", None) or 0
-    if positions > 0 and _OFFSET_POSITIONS & set(declared.model_type.split("-")):
-        positions -= (declared.pad_token_id or 0) + 1
-    if 0 < positions < tokens:
+        raise cannot_load(config, "configuration", error) from error
+
+
+def positions_of(declared: Any) -> int | None:
+    """Most tokens that a model reads, by its configuration; None where it declares no limit."""
+    text = declared.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or 0
+    if positions > 0 and _OFFSET_POSITIONS & set(text.model_type.split("-")):
+        positions -= (text.pad_token_id or 0) + 1
+    return positions if positions > 0 else None
+
+
+def check_positions(config: ModelConfig, positions: int | None, tokens: int) -> None:
+    """Raise what `check_length` does, for a limit that is known."""
+    if positions is not None and positions < tokens:
         raise ModelError(
             f"data.max_length={tokens}, but model.name={config.name} reads at most {positions} tokens; "
             f"set data.max_length to {positions} or less"
@@ -213,7 +232,7 @@ def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | No
             location, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=_positions(labels), **common
         )
     except Exception as error:
-        raise _cannot_load(config, "weights", error) from error
+        raise cannot_load(config, "weights", error) from error
     if pad_token_id is not None:  # whatever the model declares: a decoder finds the last token of a text by it
         model.config.pad_token_id = pad_token_id
     for name in head_modules(model):
@@ -236,7 +255,8 @@ def _source(config: ModelConfig) -> dict[str, Any]:
     return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 
 
-def _cannot_load(config: ModelConfig, what: str, error: Exception) -> ModelError:
+def cannot_load(config: ModelConfig, what: str, error: Exception) -> ModelError:
+    """Why a part of a model (`what`) cannot be had, as an error to raise."""
     if "trust_remote_code" in str(error):
         return ModelError(
             f"model.name={config.name} needs Python files that come with it, which are not run; read them, then set "
@@ -261,16 +281,37 @@ def target_modules(model: Any, lora: LoraConfig) -> list[str]:
     Raises:
         ModelError: nothing matches, or there is nothing to choose by; the layers that can be adapted are listed.
     """
+    architecture = model.config.model_type
+    return targets_among(adaptable_modules(model), architecture, default_targets(architecture), lora)
+
+
+def adaptable_modules(model: Any) -> list[str]:
+    """Names of the modules that an adapter can be put on: linear layers and embeddings outside the head."""
+    head = tuple(head_modules(model))
+    return [name for name, module in model.named_modules() if _adaptable(module) and not name.startswith(head)]
+
+
+def default_targets(architecture: str) -> tuple[str, ...] | None:
+    """What PEFT adapts in an architecture where nothing is said; None where it has no choice."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-    head = tuple(head_modules(model))
-    adaptable = [name for name, module in model.named_modules() if _adaptable(module) and not name.startswith(head)]
+    found = DEFAULTS.get(architecture)
+    return tuple(found) if found else None
+
+
+def targets_among(
+    adaptable: Sequence[str], architecture: str, defaults: Sequence[str] | None, lora: LoraConfig
+) -> list[str]:
+    """The target modules among these of an architecture, where PEFT would take `defaults`.
+
+    Raises:
+        ModelError: as `target_modules`.
+    """
     endings = sorted({name.rsplit(".", 1)[-1] for name in adaptable})
-    wanted = lora.target_modules or DEFAULTS.get(model.config.model_type) or _query_and_value(endings)
+    wanted = lora.target_modules or defaults or _query_and_value(endings)
     if wanted is None:
         raise ModelError(
-            f"no default lora.target_modules for architecture '{model.config.model_type}'; "
-            f"choose among: {', '.join(endings)}"
+            f"no default lora.target_modules for architecture '{architecture}'; choose among: {', '.join(endings)}"
         )
     for target in wanted:
         if not any(name == target or name.endswith(f".{target}") for name in adaptable):
@@ -279,6 +320,25 @@ def target_modules(model: Any, lora: LoraConfig) -> list[str]:
                 f"{did_you_mean(target, endings)} There are: {', '.join(endings)}."
             )
     return list(wanted)
+
+
+def check_sides(lora: LoraConfig, module: str, shape: tuple[int, int]) -> None:
+    """Refuse a rank that is above the smaller side of a module's weight (d_out × d_in).
+
+    Raises:
+        ModelError: it is.
+    """
+    key, rank = ("lora.ranks", lora.highest_rank) if lora.ranks else ("lora.rank", lora.rank)
+    if rank > min(shape):
+        raise ModelError(
+            f"{key}={rank} is above the smaller side of module '{module}' ({shape[0]} × {shape[1]}); choose a rank of "
+            f"at most {min(shape)}"
+        )
+
+
+def no_place_for_core(module: str) -> ModelError:
+    """Why a strategy that trains a matrix between A and B cannot adapt a module, as an error to raise."""
+    return ModelError(f"module '{module}' is no linear layer, and only these can have a core between A and B")
 
 
 def _adaptable(module: nn.Module) -> bool:

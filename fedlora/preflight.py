@@ -1,25 +1,94 @@
-"""What can be known to be wrong before anything is loaded."""
+"""What can be known to be wrong before a run, its folder, a server or a worker exists.
+
+Nothing is started, written (but for the cache) or downloaded, and no weights are read: the data's labels and owners are
+looked at and dealt as the run will deal them, and the model is built from its configuration on the `meta` device.
+"""
 
 from __future__ import annotations
 
-from fedlora import model
-from fedlora.config import RunConfig
-from fedlora.data import sources
-from fedlora.errors import StrategyRefusal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedlora import limits
+from fedlora.config import DataConfig, PartitionConfig, RunConfig
+from fedlora.data import catalogue
+from fedlora.errors import StrategyRefusal, remembered
+from fedlora.limits import FileStates
 from fedlora.strategies import registry
-from fedlora.workers import slot_devices
+
+if TYPE_CHECKING:
+    from fedlora.data.survey import Survey
+    from fedlora.outline import Layer
 
 
-def check(config: RunConfig) -> None:
-    """Resolve every name in a configuration: strategy, data, model, device.
+@dataclass(frozen=True)
+class Dealt:
+    """A run's data, in numbers."""
+
+    labels: int
+    train: int
+    test: int
+    smallest: int
+    """Training examples of the client that has fewest."""
+    largest: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a check has found: a run that can begin."""
+
+    config: RunConfig
+    dealt: Dealt | None
+    """None where the data is on the hub, or large: the run itself will tell."""
+    layers: tuple[Layer, ...] | None
+    """What the adapter is put on; None where only loading the model would tell."""
+
+    def line(self) -> str:
+        """The run in one line."""
+        return f"{self.config.strategy} on {self.config.data.name}, {self._of_data()}; {self._of_model()}"
+
+    def _of_data(self) -> str:
+        clients = f"{self.config.clients} client{'s' * (self.config.clients > 1)}"
+        if self.dealt is None:
+            return f"{clients} (the data was not looked at: it is on the hub, or large)"
+        found = self.dealt
+        each = str(found.smallest) if found.smallest == found.largest else f"{found.smallest} to {found.largest}"
+        return f"{found.labels} labels, {found.train} + {found.test} examples, {clients} with {each}"
+
+    def _of_model(self) -> str:
+        name, rank = self.config.model.name, self.config.lora.highest_rank
+        if self.layers is None:
+            return f"{name}, rank {rank} (the model was not looked at: it is on the hub, or runs its own code)"
+        endings = sorted({layer.name.rsplit(".", 1)[-1] for layer in self.layers})
+        return f"{name}, rank {rank} on {len(self.layers)} modules ({', '.join(endings)})"
+
+
+def check(config: RunConfig) -> Found:
+    """Refuse a run that cannot work, as far as that can be known now. A second look at the same data, partition or
+    model costs next to nothing.
 
     Raises:
         ConfigError, DataError, ModelError: one line that names the key, the value and what to do.
     """
+    names(config)
+    layers = _layers(config)
+    data = config.data.model_copy(update={"max_length": DataConfig().max_length})  # which is no matter of the rows
+    return Found(config, _dealt(data, config.partition, config.clients, config.seed, _files(data)), layers)
+
+
+def names(config: RunConfig) -> None:
+    """Resolve every name in a configuration: strategy, data, model, device. Looks into no file.
+
+    Raises:
+        ConfigError, DataError, ModelError: one line that names the key, the value and what to do.
+    """
+    catalogue.check(config.data)
     check_rank(config)
-    sources.check(config.data)
+    from fedlora import model, workers  # torch, which a mistake in the lines above need not wait for
+
     model.resolve(config.model.name)
-    slot_devices(config.runner)
+    workers.slot_devices(config.runner)
 
 
 def check_rank(config: RunConfig) -> None:
@@ -31,3 +100,63 @@ def check_rank(config: RunConfig) -> None:
     rank = config.lora.highest_rank
     if reason := registry.make(config.strategy, config.strategy_options).refuses_rank(rank):
         raise StrategyRefusal(f"strategy={config.strategy} does not go with lora.rank={rank}: {reason}")
+
+
+def before_run(config: RunConfig, folder: Path) -> Found | None:
+    """The check of a run that is to begin in a folder; of one that is continued there the data may be gone by now, and
+    only the folder is looked at (None).
+
+    Raises:
+        ConfigError, DataError, ModelError: as `check`.
+        RunFolderError: as `RunFolder.create`.
+    """
+    from fedlora.runfolder import RunFolder
+
+    RunFolder.check(folder, config)
+    return None if (folder / "partition.json").is_file() else check(config)
+
+
+def _files(data: DataConfig) -> FileStates:
+    root = catalogue.resolve(data).path
+    if root is None:
+        return ()
+    return limits.states(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else limits.states([root])
+
+
+@remembered(4096)
+def _dealt(data: DataConfig, partition: PartitionConfig, clients: int, seed: int, files: FileStates) -> Dealt | None:
+    """The data, dealt as the run will deal it; None where it cannot be looked at."""
+    from fedlora.data.partition import partition as deal
+
+    seen = _surveyed(data, seed, files)
+    if seen is None:
+        return None
+    owners = [
+        None if each is None else [str(name) for name in each] for each in (seen.train_clients, seen.test_clients)
+    ]
+    sizes = deal(partition, clients, seed, seen.train, seen.test, seen.labels, "", *owners).sizes
+    return Dealt(len(seen.labels), len(seen.train), len(seen.test), min(sizes), max(sizes))
+
+
+@remembered(4)
+def _surveyed(data: DataConfig, seed: int, files: FileStates) -> Survey | None:
+    from fedlora.data.survey import survey
+
+    return survey(data, seed)
+
+
+def _layers(config: RunConfig) -> tuple[Layer, ...] | None:
+    """What the adapter is put on, after a look at whether it, the texts and the tokenizer fit the model."""
+    from fedlora import model, outline
+
+    found = outline.of(config.model)
+    if found is None:
+        return None
+    model.check_positions(config.model, found.positions, config.data.max_length)
+    found.check_vocabulary(config.model.name)
+    layers = found.targets(config.lora)
+    for layer in layers:
+        model.check_sides(config.lora, layer.name, (layer.d_out, layer.d_in))
+        if registry.find(config.strategy).trains_core and not layer.linear:
+            raise model.no_place_for_core(layer.name)
+    return layers

@@ -20,7 +20,16 @@ from fedlora.base_update import BaseUpdate
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
 from fedlora.lora_config import LoraConfig
-from fedlora.model import PooledClassifier, head_modules, load_base, only_conv1d, stores_transposed, target_modules
+from fedlora.model import (
+    PooledClassifier,
+    check_sides,
+    head_modules,
+    load_base,
+    no_place_for_core,
+    only_conv1d,
+    stores_transposed,
+    target_modules,
+)
 
 
 class ResidentModel:
@@ -71,14 +80,8 @@ class ResidentModel:
                     parameter.copy_(torch.randn(parameter.shape) if parsed.part == "A" else torch.zeros(()))
 
     def _check_rank(self, lora: LoraConfig) -> None:
-        key, rank = ("lora.ranks", lora.highest_rank) if lora.ranks else ("lora.rank", lora.rank)
-        for module, pair in self.read().factors.items():
-            side = min(pair.shape)
-            if rank > side:
-                raise ModelError(
-                    f"{key}={rank} is above the smaller side of module '{module}' "
-                    f"({pair.shape[0]} × {pair.shape[1]}); choose a rank of at most {side}"
-                )
+        for module, pair in self.factors().items():
+            check_sides(lora, module, pair.shape)
 
     def load(self, adapter: Adapter) -> None:
         """Overwrite the attached adapter and head with `adapter`; what it does not reach of the rank becomes zero."""
@@ -167,7 +170,7 @@ class _Core:
 
     def __init__(self, module: str, layer: Any) -> None:
         if "default" not in getattr(layer, "lora_A", {}):
-            raise ModelError(f"module '{module}' is no linear layer, and only these can have a core between A and B")
+            raise no_place_for_core(module)
         self._core = self._gates = nn.Parameter(torch.empty(0))
         self._hook = layer.lora_A["default"].register_forward_hook(self._apply)
 

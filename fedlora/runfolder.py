@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlora import __version__, configfile, limits, lock, statefile
-from fedlora.atomic import write_atomic
+from fedlora.atomic import check_writable, write_atomic
 from fedlora.config import RunConfig
 from fedlora.errors import AdapterError, ConfigError, RunFolderError
 from fedlora.strategies.base import ServerState
@@ -54,12 +54,23 @@ class RunFolder:
             RunFolderError: not writable, holds something else, was made by another version of this layout, or with
                 another configuration: says what differs.
         """
+        folder = cls.check(path, config)
+        folder._describe(config)
+        return folder
+
+    @classmethod
+    def check(cls, path: Path, config: RunConfig) -> RunFolder:
+        """Where `create` would make or continue a folder for `config`; nothing is made or changed.
+
+        Raises:
+            RunFolderError: as `create`.
+        """
         folder = cls(path.expanduser().absolute())
         if folder.holds_run():
             folder._check_same(config)
         elif folder.path.is_dir() and any(each.name != lock.FILE for each in folder.path.iterdir()):
             raise RunFolderError(f"{folder.path} is not empty and holds no run; choose another --run-dir")
-        folder._describe(config)
+        check_writable(folder.path)
         return folder
 
     @classmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,8 @@ class CellState:
     status: Status
     reason: str | None = None
     run: str | None = None
+    refused: bool = False
+    """It failed because it could not begin, which is looked at anew every time."""
 
 
 @dataclass
@@ -99,7 +102,11 @@ class SweepFolder:
 
     def begin(self, sweep: Sweep, flow_run: str, forget_failures: bool) -> None:
         """Take up the runs of `sweep`; what is known of those that were here before stays."""
-        known = {cell.digest: cell for cell in self.cells if not (forget_failures and cell.status == "failed")}
+        known = {
+            cell.digest: cell
+            for cell in self.cells
+            if not (cell.status == "failed" and (forget_failures or cell.refused))
+        }
         fresh = [CellState(cell.label, cell.settings, cell.digest, "waiting") for cell in sweep.cells]
         self.cells = [
             replace(cell, status=old.status, reason=old.reason, run=old.run)
@@ -115,6 +122,15 @@ class SweepFolder:
         """Note how a run stands."""
         self.cells = [
             replace(cell, status=status, reason=reason, run=run) if cell.digest == digest else cell
+            for cell in self.cells
+        ]
+
+    def refuse(self, reasons: Mapping[str, str]) -> None:
+        """Note which runs cannot begin, and why, by their digest."""
+        self.cells = [
+            replace(cell, status="failed", reason=reasons[cell.digest], refused=True)
+            if cell.digest in reasons and cell.status == "waiting"
+            else cell
             for cell in self.cells
         ]
 

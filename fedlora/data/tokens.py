@@ -115,6 +115,12 @@ def label_array(split: datasets.Dataset) -> npt.NDArray[np.int64]:
     return labels
 
 
+def highest(data: TokenisedData) -> int:
+    """The highest token id in both splits, padding included."""
+    chunks = (chunk for split in (data.train, data.test) for chunk in split.data.column("input_ids").chunks)
+    return max(data.pad_token_id, *(int(chunk.flatten().to_numpy().max(initial=0)) for chunk in chunks))
+
+
 def client_array(split: datasets.Dataset) -> list[str] | None:
     """The natural owner of every row, or None where the set has none."""
     return list(split["client"]) if "client" in split.column_names else None

@@ -1,25 +1,89 @@
-"""What the command line looks at before it starts Prefect: a mistake is told within seconds."""
+"""What is looked at before Prefect, a run folder or a worker is there: a mistake is told within seconds and leaves
+nothing behind."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows import environment
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
+    from fedlora.preflight import Found
+    from fedlora.sweeps import Cell, Sweep
 
 
-def before_start(config: RunConfig) -> None:
+def before_start(config: RunConfig, folder: Path) -> Found | None:
     """Everything that can be known to be wrong with a run, and whether the servers that are named answer.
+
+    Raises:
+        FedloraError: one line that names the key, the value and what to do.
+    """
+    found = of_run(config, folder)
+    servers(config)
+    return found
+
+
+def of_run(config: RunConfig, folder: Path) -> Found | None:
+    """The same without a Prefect server; of a run that is continued, its names and folder only (None).
 
     Raises:
         FedloraError: one line that names the key, the value and what to do.
     """
     from fedlora import preflight
 
-    preflight.check(config)
-    servers(config)
+    found = preflight.before_run(config, folder)
+    if found is None:
+        preflight.names(config)
+    if not (folder / "tracking.json").is_file():  # a run that is in MLflow already goes on while that is away
+        tracking(config)
+    return found
+
+
+def of_sweep(plan: Sweep, finished: Collection[str] = ()) -> dict[str, str]:
+    """Why runs of a sweep cannot begin, by their digest; the other runs need not suffer for that.
+
+    Args:
+        plan: the sweep.
+        finished: digests of runs that are not looked at.
+
+    Raises:
+        FedloraError: none of its runs can.
+    """
+    from fedlora import preflight
+    from fedlora.errors import FedloraError
+
+    refused: list[tuple[Cell, FedloraError]] = []
+    for cell in plan.cells:
+        if cell.digest not in finished:
+            try:
+                preflight.check(cell.config)
+            except FedloraError as error:
+                refused.append((cell, error))
+    if len(refused) == len(plan.cells):
+        cell, error = refused[0]
+        raise type(error)(f"sweep {plan.name}: no run can begin; the first, {cell.label}: {error}")
+    return {cell.digest: str(error) for cell, error in refused}
+
+
+def stores_of(plan: Sweep) -> list[RunConfig]:
+    """One configuration for every tracking store and experiment of a sweep."""
+    return list({cell.config.tracking.model_dump_json(): cell.config for cell in plan.cells}.values())
+
+
+def tracking(config: RunConfig) -> None:
+    """Whether the tracking store answers and takes runs of the experiment.
+
+    Raises:
+        TrackingError: it does not.
+    """
+    from mlflow_tracking import store
+
+    uri = store.resolve_uri(config.tracking.uri)
+    store.check(uri)
+    store.check_experiment(uri, config.tracking.experiment)
 
 
 def servers(config: RunConfig) -> None:
@@ -28,7 +92,5 @@ def servers(config: RunConfig) -> None:
     Raises:
         FedloraError: one of them does not.
     """
-    from mlflow_tracking import store
-
-    store.check(store.resolve_uri(config.tracking.uri))
+    tracking(config)
     environment.check_prefect()

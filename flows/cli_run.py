@@ -32,6 +32,9 @@ def run(
     run_dir: Annotated[
         Path | None, typer.Option(help="Folder of the run; one that was interrupted is continued.", metavar="DIR")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only see whether the run could begin; start nothing.")
+    ] = False,
 ) -> None:
     """One federated run. DIR/adapter/ is the final adapter.
 
@@ -43,8 +46,11 @@ def run(
 
     source, overrides = _split(words, "demo")
     config = configfile.load(source, overrides, PRESETS)
-    checks.before_start(config)
     folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()
+    found = checks.before_start(config, folder)
+    if check:
+        print(f"OK: {found.line() if found else f'the run in {folder} can be continued'}")
+        return
     print(f"run folder: {folder}", flush=True)
     _run_and_show(source, overrides, config, folder)
 
@@ -65,10 +71,30 @@ def resume(
 
     folder = resuming.folder_of(what)
     config = RunFolder.open(folder).config
-    preflight.check(config)
+    preflight.names(config)
     environment.check_prefect()
     print(f"run folder: {folder}", flush=True)
     _run_and_show(str(folder / "config.yaml"), {}, config, folder)
+
+
+def watch(
+    what: Annotated[
+        str | None, typer.Argument(metavar="[FLOW_RUN]", help="Its id or name. Without it: the one asked for last.")
+    ] = None,
+) -> None:
+    """Follow a flow run that a worker executes: a line per round, its results, or why it failed.
+
+    For example: prefect deployment run federated/demo; fedlora watch
+    """
+    environment.prepare(_CONSOLE)
+    environment.check_prefect()
+    from prefect.settings import get_current_settings
+
+    from flows import watching
+
+    if not get_current_settings().api.url:
+        raise FedloraError("there is no Prefect server to ask: `fedlora up`, or set PREFECT_API_URL")
+    watching.follow(what, lambda line: print(line, flush=True))
 
 
 def _run_and_show(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,20 +40,24 @@ def sweep(
     """
     environment.prepare("CRITICAL")  # before anything that imports Prefect: its settings are read once
     from fedlora import configfile, home, sweeps
-    from flows import checks, handover, interruption, private_server
-    from flows import sweep as flow
+    from flows import checks
     from flows.presets import PRESETS, SWEEPS
-    from flows.progress import shown_on
 
-    source = str(Path(file).expanduser().absolute()) if file.endswith((".yaml", ".yml")) else file
+    source = str(Path(file).expanduser().absolute()) if file.endswith(configfile.YAML) else file
     changes = configfile.absolute_paths(configfile.parse_overrides(overrides or []))
     plan = sweeps.load(source, changes, PRESETS, SWEEPS)
-    check = checks.servers if pool else checks.before_start  # data and models are where the workers are
-    for cell in plan.cells:
-        check(cell.config)
+    known = {} if fresh else _known(plan)
+    finished = [digest for digest, status in known.items() if status == "finished"]
+    refused = {} if pool else checks.of_sweep(plan, finished)  # data and models are where the workers are
+    for config in checks.stores_of(plan):
+        checks.servers(config)
     if dry_run:
-        _list(plan, parallel)
+        _list(plan, known, refused, parallel)
         return
+    from flows import handover, interruption, private_server  # Prefect: what is wrong was told before
+    from flows import sweep as flow
+    from flows.progress import shown_on
+
     if pool:
         _need_server(pool)
         handover.check(pool)
@@ -105,19 +110,31 @@ def _print_left(folder: SweepFolder, status: Any) -> None:
         print(f"{status}: {state.label}: {state.reason}")
 
 
-def _list(plan: Sweep, parallel: int | None) -> None:
-    """What would be run, how it stands, and what it would take."""
-    from fedlora import estimate, home
+def _known(plan: Sweep) -> dict[str, str]:
+    """How runs of a sweep stand in its latest execution, by digest; those that could not begin are as new."""
+    from fedlora import home
     from fedlora.sweepfolder import SweepFolder
+
+    latest = SweepFolder.latest(home.sweeps(), plan)
+    return {str(state.digest): str(state.status) for state in latest.cells if not state.refused} if latest else {}
+
+
+def _list(plan: Sweep, known: Mapping[str, str], refused: Mapping[str, str], parallel: int | None) -> None:
+    """What would be run, how it stands, and what it would take."""
+    from fedlora import estimate
     from flows import tables
 
-    known = SweepFolder.latest(home.sweeps(), plan)
-    stands = {str(state.digest): str(state.status) for state in known.cells} if known else {}
+    stands = {**known, **dict.fromkeys(refused, "cannot begin")}
     todo = [cell for cell in plan.cells if stands.get(cell.digest, "waiting") == "waiting"]
     if todo:
         print("trying a little of it", flush=True)
     costs = estimate.sweep(todo)
     tables.planned(plan, stands, costs, parallel or 1, sys.stdout)
+    for cell in plan.cells:
+        if cell.digest in refused:
+            print(f"cannot begin: {cell.label}: {refused[cell.digest]}")
+    if refused:
+        raise typer.Exit(1)
 
 
 def report(

@@ -11,15 +11,19 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from fedlora import yamltext
+from fedlora import configfile, yamltext
+from fedlora.errors import FedloraError
 from flows import authentication
 from flows.environment import defaults, prepare
+from flows.form import AS_IN_PRESET
 from flows.prefect_api import POOLS
+from flows.presets import PRESETS, SWEEPS
 from flows.processes import ServiceError, ending
 
 SOURCE = Path(__file__).resolve().parent.parent
@@ -43,17 +47,50 @@ def deploy(prefect_url: str, source: Path = SOURCE) -> None:
 
 
 def check_source(source: Path) -> None:
-    """Raise before anything starts if a file that the worker would run is not there.
+    """Raise before anything starts if a file that the worker would run is not there, or parameters name nothing.
 
     Raises:
-        ServiceError: it is missing, or `prefect.yaml` cannot be read.
+        ServiceError: it is missing, `prefect.yaml` cannot be read, or a deployment's parameters cannot be a run's.
     """
-    for entrypoint in sorted({each["entrypoint"] for each in declared(source)}):
+    wanted = declared(source)
+    for each in wanted:
+        for parameters in _parameters(each):
+            try:
+                _check_parameters(each["entrypoint"], parameters, source / PREFECT_FILE.parent)
+            except FedloraError as error:
+                raise ServiceError(f"{source / PREFECT_FILE}: deployment '{each['name']}': {error}") from None
+    for entrypoint in sorted({each["entrypoint"] for each in wanted}):
         file = source / entrypoint.partition(":")[0]
         if not file.is_file():
             raise ServiceError(
                 f"{file}, a flow that the worker would run, does not exist: is the installation complete?"
             )
+
+
+def _parameters(deployment: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parameters of a deployment, and of each of its schedules on top."""
+    own = deployment.get("parameters") or {}
+    given = [own, *({**own, **(each.get("parameters") or {})} for each in deployment.get("schedules") or [])]
+    yield from filter(None, given)
+
+
+def _check_parameters(entrypoint: str, parameters: dict[str, Any], folder: Path) -> None:
+    """Names and keys, by what costs no import of seconds; the run itself looks at the rest.
+
+    Raises:
+        ConfigError: there is no such preset or sweep, or a setting of a run that there is not.
+    """
+    overrides = configfile.absolute_paths(parameters.get("overrides") or {}, folder)
+    if entrypoint.endswith(":federated"):
+        flat = {key: parameters[key] for key in _FLAT if parameters.get(key) not in (None, AS_IN_PRESET)}
+        configfile.load(str(parameters.get("preset", "demo")), {**overrides, **flat}, folder / PRESETS.name)
+    elif entrypoint.endswith(":run_sweep"):
+        configfile.find(str(parameters.get("sweep", "demo")), folder / SWEEPS.name, "sweep")
+        configfile.check_keys(overrides)
+
+
+_FLAT = ("strategy", "rounds", "clients", "fraction", "seed")
+"""Parameters of the flow `federated` that are settings of the run."""
 
 
 def declared(source: Path = SOURCE) -> list[dict[str, Any]]:

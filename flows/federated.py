@@ -20,15 +20,15 @@ from prefect.futures import PrefectFuture, as_completed  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 from pydantic import Field  # noqa: E402
 
-from fedlora import configfile, home, jobs, participation, preflight, provenance, recovery, rounds, workers  # noqa: E402
+from fedlora import configfile, home, jobs, participation, provenance, recovery, rounds, workers  # noqa: E402
 from fedlora.config import RunConfig  # noqa: E402
 from fedlora.errors import WorkerError  # noqa: E402
 from fedlora.rounds import Timings  # noqa: E402
 from fedlora.rounds import unfinished as rounds_to_do  # noqa: E402
 from fedlora.runfolder import RunFolder  # noqa: E402
 from fedlora.strategies import registry  # noqa: E402
-from flows import form, interruption, names, pages, progress  # noqa: E402
-from flows.presets import PRESETS  # noqa: E402
+from flows import checks, form, interruption, names, pages, progress, refusals  # noqa: E402
+from flows.presets import DEPLOYMENTS, PRESETS  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 from mlflow_tracking import store, tracker  # noqa: E402
 from mlflow_tracking.tracker import Tracked  # noqa: E402
@@ -56,6 +56,7 @@ _TASKS: Any = ThreadPoolTaskRunner(max_workers=16)
 
 
 @flow(name="federated", task_runner=_TASKS, validate_parameters=True)
+@refusals.told
 def federated(
     preset: Annotated[str, form.name_or_file(configfile.preset_names(PRESETS), "preset")] = "demo",
     strategy: Annotated[StrategyName | None, form.one_of(registry.names())] = form.AS_IN_PRESET,
@@ -76,16 +77,19 @@ def federated(
         clients: Clients among whom the data is dealt. Empty: the preset's.
         fraction: Share of the clients that take part in a round. Empty: the preset's.
         seed: Everything random follows from it. Empty: the preset's.
-        overrides: Any other setting by its dotted key, for example {"lora.rank": 4, "partition.alpha": 0.1}.
+        overrides: Any other setting by its dotted key, for example {"lora.rank": 4, "partition.alpha": 0.1}. Relative
+            paths are relative to deployments/prefect.yaml.
         run_dir: Folder of the run, below $FEDLORA_HOME/runs unless it is absolute; one that was interrupted is
             continued. Empty: a new one.
         mlflow_parent: MLflow run id of the sweep that this run belongs to.
     """
     flat = {"strategy": strategy, "rounds": rounds, "clients": clients, "fraction": fraction, "seed": seed}
     given = {key: value for key, value in flat.items() if value not in (None, form.AS_IN_PRESET)}
-    config = configfile.load(preset, {**(overrides or {}), **given}, PRESETS)
-    preflight.check(config)
-    folder = RunFolder.create(home.runs() / run_dir if run_dir else default_folder(config), config)
+    others = configfile.absolute_paths(overrides or {}, DEPLOYMENTS)
+    config = configfile.load(preset, {**others, **given}, PRESETS)
+    place = home.runs() / run_dir if run_dir else default_folder(config)
+    checks.of_run(config, place)
+    folder = RunFolder.create(place, config)
     names.replace_generated(run_name(config))
     with execution(folder, config) as (run, told):
         tracking = open_tracking.submit(run, run_name(config), mlflow_parent, _prefect_tags())
@@ -104,6 +108,7 @@ def federated(
             page.update(number)
         publish.submit(run, tracked, page.note()).result()
         page.summarise()
+        told.results(page.address, folder.path)
     return str(folder.path)
 
 

@@ -11,12 +11,19 @@ from collections.abc import Sequence
 from pydantic.json_schema import WithJsonSchema
 
 AS_IN_PRESET = "as in the preset"
+_YAML = r"\.ya?ml$"
+"""What is no name must be a file: Prefect refuses a mistyped name when the run is asked for, not when it runs."""
 
 
 def name_or_file(names: Sequence[str], title: str) -> WithJsonSchema:
     """A drop-down of names, and a second tab to write the path of a YAML file."""
     return WithJsonSchema(
-        {"anyOf": [{"type": "string", "enum": list(names), "title": title}, {"type": "string", "title": "YAML file"}]}
+        {
+            "anyOf": [
+                {"type": "string", "enum": list(names), "title": title},
+                {"type": "string", "title": "YAML file", "pattern": _YAML},
+            ]
+        }
     )
 
 

@@ -44,6 +44,8 @@ def environments(services: Services, databases: Databases) -> dict[str, dict[str
     common = _common(services)
     prefect = {
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # without these two, `--watch` shows events and no log
+        "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
         **of_server(),
         **_writable_ui_folder(),
         **authentication.without(common, authentication.OF_MLFLOW + _OF_FLOW_RUNS),

@@ -64,6 +64,7 @@ def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> None:
     pages = [where.mlflow_page(parent.uri, page) for page in pages]
     links = {name: where.mlflow_page(parent.uri, page) for name, page in links.items()}
     board = description(plan, folder, found, pages, links)
+    told.results(links["charts"], folder.path)
     create_markdown_artifact(board, key="sweep-summary", description=plan.name)
 
 

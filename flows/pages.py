@@ -61,10 +61,14 @@ class RunPage:
             lambda: create_markdown_artifact(text, key="federated-summary", description=about), _PATIENCE_S
         )
 
-    def _way_to_mlflow(self) -> str:
+    @property
+    def address(self) -> str:
+        """Of its page in MLflow."""
         tracked = self._tracked
-        url = where.mlflow_page(tracked.uri, store.run_page(tracked.experiment, tracked.run))
-        return f"[MLflow run]({url}), run folder `{self._folder.path}`"
+        return where.mlflow_page(tracked.uri, store.run_page(tracked.experiment, tracked.run))
+
+    def _way_to_mlflow(self) -> str:
+        return f"[MLflow run]({self.address}), run folder `{self._folder.path}`"
 
 
 def rounds_table(folder: RunFolder) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_DEPLOYMENTS = Path(__file__).resolve().parent.parent / "deployments"
+DEPLOYMENTS = Path(__file__).resolve().parent.parent / "deployments"
 
-PRESETS = _DEPLOYMENTS / "presets"
-SWEEPS = _DEPLOYMENTS / "sweeps"
+PRESETS = DEPLOYMENTS / "presets"
+SWEEPS = DEPLOYMENTS / "sweeps"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
+from pathlib import Path
 from types import MappingProxyType
 from typing import TextIO
 
@@ -63,6 +64,9 @@ class Progress:
 
     def round(self, record: RoundRecord, of: int) -> None:
         """A round is complete."""
+
+    def results(self, page: str, folder: Path) -> None:
+        """The run is complete: its page in MLflow, and its folder. A terminal is told of them by the command itself."""
 
     def end(self) -> None:
         """The run is over, whether well or not."""
@@ -153,6 +157,10 @@ class Tee(Progress):
     def round(self, record: RoundRecord, of: int) -> None:
         self._log.info("%s", round_line(record, of))
         self._shown.round(record, of)
+
+    def results(self, page: str, folder: Path) -> None:
+        self._log.info("results: %s", page)
+        self._log.info("folder: %s", folder)
 
     def end(self) -> None:
         self._shown.end()

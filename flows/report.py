@@ -18,7 +18,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact  # 
 
 from fedlora import home, report  # noqa: E402
 from fedlora.report import tables, views  # noqa: E402
-from flows import names, where  # noqa: E402
+from flows import names, refusals, where  # noqa: E402
 from mlflow_tracking import compare, store  # noqa: E402
 from mlflow_tracking.compare import LATEST, Source  # noqa: E402
 
@@ -78,6 +78,7 @@ def default_folder(source: Source) -> Path:
 
 
 @flow(name="report", validate_parameters=True)
+@refusals.told
 def make_report(source: str = LATEST, out: str | None = None) -> str:
     """Compare the runs of a sweep or experiment on one HTML page; returns its path.
 

@@ -18,14 +18,15 @@ from fedlora import configfile, home, lock, sweeps  # noqa: E402
 from fedlora.errors import FedloraError  # noqa: E402
 from fedlora.sweepfolder import SweepFolder  # noqa: E402
 from fedlora.sweeps import Cell, Sweep  # noqa: E402
-from flows import cells, form, interruption, names, outcome, progress  # noqa: E402
-from flows.presets import PRESETS, SWEEPS  # noqa: E402
+from flows import cells, checks, form, interruption, names, outcome, progress, refusals  # noqa: E402
+from flows.presets import DEPLOYMENTS, PRESETS, SWEEPS  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 from mlflow_tracking import parents  # noqa: E402
 from mlflow_tracking.parents import Parent  # noqa: E402
 
 
 @flow(name="sweep", validate_parameters=True)
+@refusals.told
 def run_sweep(
     sweep: Annotated[str, form.name_or_file(configfile.preset_names(SWEEPS), "sweep")] = "demo",
     overrides: dict[str, Any] | None = None,
@@ -38,20 +39,25 @@ def run_sweep(
 
     Args:
         sweep: A sweep of deployments/sweeps, or a YAML file on the worker.
-        overrides: Settings for all runs by dotted key, for example {"rounds": 4}.
+        overrides: Settings for all runs by dotted key, for example {"rounds": 4}. Relative paths are relative to
+            deployments/prefect.yaml.
         parallel: Runs side by side. Empty: one after the other here, all at once in a work pool.
         pool: Work pool that executes the runs, so that several machines share them. Empty: this process.
         fresh: Begin anew, also where the same sweep was run before. Otherwise what has finished is not repeated.
         retry_failed: Run again what failed before.
     """
-    plan = sweeps.load(sweep, overrides, PRESETS, SWEEPS)
+    plan = sweeps.load(sweep, configfile.absolute_paths(overrides or {}, DEPLOYMENTS), PRESETS, SWEEPS)
     names.replace_generated(f"sweep {plan.name}")
     flow_run = str(runtime.flow_run.id or "")
+    refused = {} if pool else checks.of_sweep(plan, known_finished(plan, fresh))  # data are where the workers are
+    for config in checks.stores_of(plan):
+        checks.tracking(config)
     folder = SweepFolder.choose(home.sweeps(), plan, fresh, flow_run)
     if folder.parent and not parents.there(Parent(**folder.parent)):  # deleted in MLflow: so is what was under it
         folder = SweepFolder.choose(home.sweeps(), plan, fresh=True)
     with lock.held(folder.path, f"sweep {plan.name} in {folder.path}", "wait for it, or begin another with --fresh"):
         folder.begin(plan, flow_run, retry_failed)
+        folder.refuse(refused)
         parent = open_parent(plan, folder)
         with interruption.noted(), parents.closing(parent):
             execute(plan, folder, parent, parallel, pool)
@@ -60,6 +66,12 @@ def run_sweep(
         failed = folder.having("failed")[0]
         raise FedloraError(f"sweep {plan.name}: no run finished; the first, {failed.label}: {failed.reason}")
     return str(folder.path)
+
+
+def known_finished(plan: Sweep, fresh: bool) -> set[str]:
+    """Digests of the runs that finished in the latest execution of a sweep."""
+    latest = None if fresh else SweepFolder.latest(home.sweeps(), plan)
+    return {str(state.digest) for state in latest.having("finished")} if latest else set()
 
 
 def open_parent(plan: Sweep, folder: SweepFolder) -> Parent:
@@ -105,7 +117,8 @@ def report_known(told: Progress, plan: Sweep, folder: SweepFolder) -> None:
     if done:
         told.say(f"{len(done)} of {len(plan.cells)} runs had finished before, not repeated (--fresh begins anew)")
     for state in failed:
-        told.say(f"{state.label} failed before and is not tried again (--retry-failed): {state.reason}")
+        how = "cannot begin" if state.refused else "failed before and is not tried again (--retry-failed)"
+        told.say(f"{state.label} {how}: {state.reason}")
     for state in folder.having("skipped"):
         told.say(f"{state.label} is left out: {state.reason}")
 

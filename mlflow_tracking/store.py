@@ -7,9 +7,10 @@ would silently open an orphan run.
 from __future__ import annotations
 
 import os
+import sqlite3
 import urllib.parse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _ANSWER_WITHIN_S = 5
+_SQLITE = "sqlite:///"
 _CHEAP = "/api/2.0/mlflow/experiments/search?max_results=1"
 """A request that needs a login where there is one."""
 _PAGE = 1000
@@ -53,8 +55,8 @@ def check(uri: str) -> None:
     """
     if is_server(uri):
         _check_server(uri)
-    elif uri.startswith("sqlite:///"):
-        folder = os.path.dirname(uri.removeprefix("sqlite:///")) or "."
+    elif uri.startswith(_SQLITE):
+        folder = os.path.dirname(uri.removeprefix(_SQLITE)) or "."
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
@@ -67,6 +69,53 @@ def check(uri: str) -> None:
         raise TrackingError(
             f"tracking.uri={uri}: expected http://…, sqlite:///… or postgresql://… (MLflow writes no plain folders)"
         )
+
+
+def check_experiment(uri: str, name: str) -> None:
+    """Whether runs can be logged to an experiment; without MLflow's client where that takes seconds to open.
+
+    Raises:
+        TrackingError: it was deleted.
+    """
+    found = _experiment_in_file(uri, name) if uri.startswith(_SQLITE) else _experiment(uri, name)
+    if found and found[1] == "deleted":
+        raise _was_deleted(name, found[0])
+
+
+def _was_deleted(name: str, experiment: str) -> TrackingError:
+    return TrackingError(
+        f"MLflow experiment '{name}' was deleted; restore it (mlflow experiments restore -x {experiment}) or choose "
+        "another tracking.experiment"
+    )
+
+
+def _experiment_in_file(uri: str, name: str) -> tuple[str, str] | None:
+    """Id and stage of an experiment, read from MLflow's database; None where there is none, or another schema."""
+    file = Path(uri.removeprefix(_SQLITE).partition("?")[0]).absolute()
+    query = "SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?"
+    try:
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=_ANSWER_WITHIN_S)) as database:
+            row = database.execute(query, [name]).fetchone()
+    except sqlite3.Error:
+        return None
+    return (str(row[0]), str(row[1])) if row else None
+
+
+def _experiment(uri: str, name: str) -> tuple[str, str] | None:
+    """The same of any store."""
+    if is_server(uri):
+        import requests
+
+        query = urllib.parse.urlencode({"experiment_name": name})
+        try:
+            answer = _get(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name?{query}")
+            found = answer.json()["experiment"] if answer.ok else None
+        except (requests.RequestException, OSError, ValueError, KeyError):  # told of where the run is opened
+            return None
+        return (found["experiment_id"], found["lifecycle_stage"]) if found else None
+    with errors(uri):
+        known = client(uri).get_experiment_by_name(name)
+        return (known.experiment_id, known.lifecycle_stage) if known else None
 
 
 def _check_server(uri: str) -> None:
@@ -139,10 +188,7 @@ def experiment_id(store: MlflowClient, uri: str, name: str) -> str:
         found = store.get_experiment_by_name(name)
         if found is not None:
             if found.lifecycle_stage == "deleted":
-                raise TrackingError(
-                    f"MLflow experiment '{name}' was deleted; restore it (mlflow experiments restore "
-                    f"-x {found.experiment_id}) or choose another tracking.experiment"
-                )
+                raise _was_deleted(name, found.experiment_id)
             return str(found.experiment_id)
         try:
             return str(store.create_experiment(name, artifact_location=_artifact_location(uri, name)))

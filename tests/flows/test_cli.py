@@ -12,6 +12,8 @@ import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 
+from fedlora import jobs
+
 FEDLORA = str(Path(sys.executable).with_name("fedlora"))
 
 
@@ -37,7 +39,9 @@ MISTAKES = {
     "data set": (["data.name=wordnet-noun"], "data.name='wordnet-noun'", "wordnet-nouns"),
     "model": (["model.name=bert-tinny"], "model.name=bert-tinny: no such model", "Did you mean 'bert-tiny'?"),
     "alpha": (["lora.alpha=0"], "lora.alpha=0 is not allowed", "greater than 0"),
-    "steps and epochs": (["training.local_epochs=1"], "exactly one of local_steps and local_epochs", "null"),
+    "steps and epochs": (
+        ["training.local_steps=2", "training.local_epochs=1"], "exactly one of local_steps and local_epochs", "leave",
+    ),
     "natural owner": (["partition.name=natural-id"], "needs data.client", "column"),
     "option": (["strategy_options.sweeps=3"], "strategy_options.sweeps=3", "Options: none"),
     "device": (["runner.device=cuda:9"], "runner.device=cuda:9", "use runner.device=cpu"),
@@ -60,6 +64,7 @@ def test_a_mistake_is_one_clear_line_and_a_non_zero_exit(fedlora, small, prefect
     assert err.count("\n") == 1
     assert what in err
     assert cure in err
+    assert not (tmp_path / "run").exists()
 
 
 BAD_FILES = {
@@ -71,14 +76,45 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("fault", BAD_FILES)
-def test_data_that_cannot_be_used_is_one_clear_line(fedlora, small, prefect_server, fault, labelled, tmp_path):
+def test_data_that_cannot_be_used_is_one_clear_line(
+    fedlora, small, prefect_server, store_uri, fault, labelled, tmp_path
+):
+    """And leaves nothing behind: no run folder, no run in MLflow, no flow run."""
     columns, *words = BAD_FILES[fault]
     file = labelled(tmp_path / "mine.csv", **columns)
     sizes = ["data.train_size=null", "data.test_size=null"]
+    before = recorded(store_uri)
     code, _, err = fedlora("run", "demo", *small, *sizes, f"data.name={file}", "--run-dir", tmp_path / "run")
     assert code == 2
     assert err.count("\n") == 1
     assert all(word in err for word in words)
+    assert not (tmp_path / "run").exists()
+    assert recorded(store_uri) == before
+
+
+def recorded(store_uri):
+    """How many runs MLflow has, and how many flow runs Prefect."""
+    client = MlflowClient(store_uri)
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    with get_client(sync_client=True) as prefect:
+        return len(runs), len(prefect.read_flow_runs(limit=200))
+
+
+@pytest.mark.parametrize("words", [["lora.rank=200"], ["tracking.experiment=thrown-out"], ["clients=900"], []])
+def test_a_check_starts_nothing(fedlora, small, prefect_server, store_uri, words, tmp_path):
+    client = MlflowClient(store_uri)
+    if not client.get_experiment_by_name("thrown-out"):
+        client.delete_experiment(client.create_experiment("thrown-out"))
+    before = recorded(store_uri)
+    code, out, err = fedlora("run", "demo", *small, *words, "--check", "--run-dir", tmp_path / "run")
+    assert code == (2 if words and "experiment" not in words[0] else len(words))
+    if words:
+        assert (out, err.count("\n")) == ("", 1)
+    else:
+        assert out.startswith("OK: fedit on wordnet-nouns, 20 labels, 400 + 120 examples, 3 clients with ")
+        assert (err, out.count("\n")) == ("", 1)
+    assert not (tmp_path / "run").exists()
+    assert recorded(store_uri) == before
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(fedlora, small, prefect_server, tmp_path):
@@ -215,11 +251,17 @@ def test_settings_are_in_place_before_prefect_is_imported():
         assert done.stdout.splitlines()[:1] != ["True"], command  # later calls, as flows are imported, change nothing
 
 
-def test_data_that_fails_leaves_no_run_running(fedlora, small, prefect_server, labelled, tmp_path, store_uri):
-    file = labelled(tmp_path / "mine.csv", label="a")
+def test_data_that_fails_leaves_no_run_running(
+    fedlora, small, prefect_server, labelled, tmp_path, store_uri, monkeypatch
+):
+    """After the check of it: the file is another by the time that the run reads it."""
+    file = labelled(tmp_path / "mine.csv")
     words = ["data.train_size=null", "data.test_size=null", f"data.name={file}", "tracking.experiment=failing"]
-    code, _, _ = fedlora("run", "demo", *small, *words, "--run-dir", tmp_path / "run")
-    assert code == 2
+    real = jobs.check_length
+    monkeypatch.setattr(jobs, "check_length", lambda *a: (labelled(file, label="a"), real(*a)))
+    code, _, err = fedlora("run", "demo", *small, *words, "--run-dir", tmp_path / "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "has one class only" in err
     client = MlflowClient(store_uri)
     runs = client.search_runs([client.get_experiment_by_name("failing").experiment_id])
     assert [run.info.status for run in runs] == ["FAILED"]

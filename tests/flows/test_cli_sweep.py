@@ -1,5 +1,8 @@
 """`fedlora sweep` as a user meets it: what it prints, what it returns, and one clear line for each mistake."""
 
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
@@ -75,6 +78,46 @@ def test_a_run_that_failed_is_told_and_is_the_exit_code(fedlora, small, tmp_path
     assert "failed: svd" in out
     assert "class" in out
     assert any(line.strip().startswith("fedit") for line in out.splitlines())
+
+
+def test_what_cannot_begin_is_told_before_anything_is_tried(fedlora, small, tmp_path, store_uri):
+    """In a dry run, and with a code that a script sees."""
+    file = tmp_path / "partly.yaml"
+    file.write_text("name: checked\nbase: demo\ngrid:\n  lora.rank: [4, 400]\n  clients: [3, 900]\n")
+    words = [word for word in small if not word.startswith("clients=")]
+    code, out, _ = fedlora("sweep", file, *words, "--dry-run")
+    assert code == 1
+    states = [line.split()[:4] for line in out.splitlines() if line.strip().startswith(("4   ", "400   "))]
+    assert states == [
+        ["4", "3", "to", "run"], ["4", "900", "cannot", "begin"],
+        ["400", "3", "cannot", "begin"], ["400", "900", "cannot", "begin"],
+    ]  # fmt: skip
+    assert "cannot begin: lora.rank=4 clients=900: 400 training examples cannot give 900 clients" in out
+    assert "cannot begin: lora.rank=400 clients=3: lora.rank=400 is above the smaller side" in out
+    assert not list(home.sweeps().glob("checked-*"))
+
+
+def test_where_no_run_can_begin_the_sweep_is_one_clear_line_and_leaves_nothing(fedlora, small, mine, store_uri):
+    before = len(MlflowClient(store_uri).search_experiments())
+    code, out, err = fedlora("sweep", mine, *small, "data.label=topic", "tracking.experiment=nothing")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "sweep listed: no run can begin; the first, fedit: " in err
+    assert "no column 'topic' for the label" in err
+    assert not list(home.sweeps().glob("listed-*"))
+    assert len(MlflowClient(store_uri).search_experiments()) == before
+
+
+@pytest.mark.parametrize("name", ["nope.yaml", "demoo"])
+def test_a_sweep_that_is_not_there_is_told_before_anything_heavy_is_imported(name):
+    code = (
+        "import sys; from flows import cli; sys.argv = ['fedlora', 'sweep', sys.argv[1]]\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: print(end.code, [m for m in ('torch', 'prefect', 'mlflow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "2 []\n"
+    assert done.stderr.count("\n") == 1
+    assert name in done.stderr
 
 
 MISTAKES = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +17,14 @@ import pytest
 import yaml
 
 from fedlora import configfile
+from fedlora.errors import TrackingError
 from flows import deploying, environment, launch
 from flows.database import Databases
 from flows.environment import Services
 from flows.form import AS_IN_PRESET
 from flows.processes import ServiceError
 from flows.services import down, status, up
+from mlflow_tracking import store
 
 Ports = Callable[[], tuple[int, int]]
 OURS = ("PREFECT_", "MLFLOW_", "FEDLORA_")
@@ -144,12 +148,54 @@ def test_changing_one_value_changes_nothing_else(live: Services, tiny: dict[str,
     assert all((tmp_path / name / "adapter" / "adapter_model.safetensors").is_file() for name in cases)
 
 
-def test_a_name_that_is_not_in_the_list_is_refused(live: Services) -> None:
-    deployment = read(live, "federated/custom")
-    url = f"{live.prefect_url}/deployments/{deployment['id']}/create_flow_run"
-    answer = httpx.post(url, json={"parameters": {"strategy": "flora-nah"}}, timeout=30)
+@pytest.mark.parametrize(
+    ("deployment", "parameters"),
+    [
+        ("federated/custom", {"strategy": "flora-nah"}),
+        ("federated/custom", {"preset": "deom"}),
+        ("sweep/on-demand", {"sweep": "demoo"}),
+    ],
+)
+def test_a_name_that_is_not_in_the_list_is_refused(live: Services, deployment: str, parameters: dict[str, str]) -> None:
+    url = f"{live.prefect_url}/deployments/{read(live, deployment)['id']}/create_flow_run"
+    answer = httpx.post(url, json={"parameters": parameters}, timeout=30)
     assert answer.status_code == 409
-    assert "flora-nah" in answer.text
+    assert next(iter(parameters.values())) in answer.text
+
+
+def test_a_run_that_cannot_begin_fails_with_one_line_and_leaves_nothing(live: Services, tmp_path: Path) -> None:
+    """As a person meets it who watches: the line, no traceback; no run folder, and no run in MLflow."""
+    settings = {"data.label": "topic", "tracking.experiment": "refused"}
+    words = ["-p", f"overrides={json.dumps(settings)}", "-p", f"run_dir={json.dumps(str(tmp_path / 'run'))}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "deployment", "run", "federated/custom", "--watch", *words],
+        env={**os.environ, "PREFECT_API_URL": live.prefect_url, "COLUMNS": "500"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    line = "has no column 'topic' for the label; its columns are: text, label. Set data.label to one of them"
+    assert done.returncode == 1
+    assert line in done.stdout
+    assert "Traceback" not in done.stdout
+    found = httpx.post(f"{live.prefect_url}/flow_runs/filter", json={"limit": 1, "sort": "START_TIME_DESC"}, timeout=30)
+    state = found.json()[0]["state"]
+    assert (state["type"], "\n" in state["message"]) == ("FAILED", False)
+    assert state["message"].endswith(line)
+    assert not (tmp_path / "run").exists()
+    experiments = httpx.get(f"{live.mlflow_url}/api/2.0/mlflow/experiments/search?max_results=50", timeout=30).json()
+    assert "refused" not in [each["name"] for each in experiments.get("experiments", [])]
+
+
+def test_an_experiment_that_was_deleted_on_the_server_is_known_before_a_run(live: Services) -> None:
+    api = f"{live.mlflow_url}/api/2.0/mlflow/experiments"
+    made = httpx.post(f"{api}/create", json={"name": "a & b"}, timeout=30).json()["experiment_id"]
+    store.check_experiment(live.mlflow_url, "a & b")
+    store.check_experiment(live.mlflow_url, "never seen")
+    httpx.post(f"{api}/delete", json={"experiment_id": made}, timeout=30).raise_for_status()
+    with pytest.raises(TrackingError, match=f"'a & b' was deleted; restore it .*-x {made}"):
+        store.check_experiment(live.mlflow_url, "a & b")
 
 
 def test_only_the_gpu_worker_sees_gpus() -> None:
@@ -166,12 +212,38 @@ def test_only_the_gpu_worker_sees_gpus() -> None:
         ("deployments:\n- {name: x}", "expected a list `deployments`"),
         ("- a", "expected a list `deployments`"),
         ("deployments: []", "declares no deployment"),
+        ("deployments: []\nname: x\ndeployments: []", "'deployments' is there twice, on lines 1 and 3"),
     ],
 )
 def test_a_file_that_declares_nothing_is_one_line(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "deployments").mkdir()
     (tmp_path / "deployments" / "prefect.yaml").write_text(text)
     with pytest.raises(ServiceError, match=said) as refused:
+        deploying.check_source(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+FEDERATED = "- {name: mine, entrypoint: flows/federated.py:federated, parameters: %s}"
+SWEEP = "- {name: mine, entrypoint: flows/sweep.py:run_sweep, parameters: {sweep: demo}, schedules: [{parameters: %s}]}"
+MISTAKES = {
+    "preset": (FEDERATED, "{preset: deom}", "unknown preset 'deom'. Did you mean 'demo'?"),
+    "file": (FEDERATED, "{preset: /no/such.yaml}", "no such file: /no/such.yaml"),
+    "key": (FEDERATED, "{overrides: {lora.rnak: 4}}", "unknown key 'lora.rnak'. Did you mean 'lora.rank'?"),
+    "value": (FEDERATED, "{overrides: {lora.rank: 0}}", "lora.rank=0 is not allowed"),
+    "parameter": (FEDERATED, "{fraction: 2}", "fraction=2 is not allowed"),
+    "sweep": (SWEEP, "{sweep: demoo}", "unknown sweep 'demoo'. Did you mean 'demo'?"),
+    "key of a schedule": (SWEEP, "{overrides: {sede: 4}}", "unknown key 'sede'. Did you mean 'seed'?"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_parameters_that_no_run_can_have_are_one_line_before_anything_starts(tmp_path: Path, mistake: str) -> None:
+    declared, parameters, said = MISTAKES[mistake]
+    for folder in ("presets", "sweeps"):
+        shutil.copytree(deploying.SOURCE / "deployments" / folder, tmp_path / "deployments" / folder)
+    file = tmp_path / "deployments" / "prefect.yaml"
+    file.write_text(f"deployments:\n{declared % parameters}\n")
+    with pytest.raises(ServiceError, match=re.escape(f"{file}: deployment 'mine': {said}")) as refused:
         deploying.check_source(tmp_path)
     assert "\n" not in str(refused.value)
 

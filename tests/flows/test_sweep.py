@@ -62,6 +62,7 @@ def test_one_bad_cell_loses_nothing_and_is_tried_again_on_demand(run, write, sto
     again = run(file)
     assert again.path == first.path
     assert [cell.status for cell in again.cells] == ["finished", "failed"]
+    assert "class" in again.cells[1].reason
     finished = [child for child in children(store_uri, again) if child.info.status == "FINISHED"]
     assert [child.info.run_id for child in finished] == [again.cells[0].run]  # not repeated
     labelled(bad)
@@ -71,6 +72,19 @@ def test_one_bad_cell_loses_nothing_and_is_tried_again_on_demand(run, write, sto
     assert parent.info.status == "FINISHED"
     note = parent.data.tags["mlflow.note.content"]
     assert all(f"[run](#/experiments/{mended.parent['experiment']}/runs/{cell.run})" in note for cell in mended.cells)
+
+
+def test_a_run_that_could_not_begin_left_no_trace_and_is_looked_at_anew(run, write, store_uri, labelled, tmp_path):
+    bad = labelled(tmp_path / "own.csv", label="a")
+    cells = [{"strategy": "svd"}, {"strategy": "svd", "data.name": str(bad), "data.train_size": None, "clients": 2}]
+    file = write("anew-looked-at", {"cells": cells})
+    first = run(file)
+    assert [cell.status for cell in first.cells] == ["finished", "failed"]
+    assert len(children(store_uri, first)) == 1
+    labelled(bad)
+    again = run(file)  # without --retry-failed: it did not fail, it never began
+    assert again.path == first.path
+    assert [cell.status for cell in again.cells] == ["finished", "finished"]
 
 
 def test_side_by_side_is_the_same_as_one_after_the_other(run, write, store_uri):
@@ -101,7 +115,7 @@ def test_fresh_begins_anew_and_so_does_a_sweep_whose_parent_was_deleted(run, wri
 def test_where_nothing_finishes_the_sweep_fails_and_says_why(run, write, labelled, tmp_path):
     bad = labelled(tmp_path / "own.csv", label="a")
     file = write("hopeless", {"grid": {"strategy": ["fedit"]}}, **{"data.name": str(bad), "data.train_size": None})
-    with pytest.raises(FedloraError, match=r"sweep hopeless: no run finished; the first, fedit: .*class"):
+    with pytest.raises(FedloraError, match=r"sweep hopeless: no run can begin; the first, fedit: .*class"):
         run(file)
 
 

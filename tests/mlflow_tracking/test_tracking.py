@@ -104,6 +104,19 @@ def test_a_deleted_experiment_is_named(uri):
     client.delete_experiment(store.experiment_id(client, uri, "gone"))
     with pytest.raises(TrackingError, match="'gone' was deleted; restore it"):
         store.experiment_id(client, uri, "gone")
+    with pytest.raises(TrackingError, match="'gone' was deleted; restore it"):
+        store.check_experiment(uri, "gone")
+
+
+def test_an_experiment_is_checked_without_opening_the_store(uri, tmp_path, monkeypatch):
+    """MLflow's client takes seconds, and would make a database; what cannot be known is left to it."""
+    monkeypatch.setattr(store, "client", lambda uri: pytest.fail("opened"))
+    for name in ("fedlora", "never seen", "it's \" odd"):
+        store.check_experiment(uri, name)
+    store.check_experiment(f"sqlite:///{tmp_path / 'none.db'}", "fedlora")
+    (tmp_path / "other.db").write_bytes(b"no database" * 100)
+    store.check_experiment(f"sqlite:///{tmp_path / 'other.db'}", "fedlora")
+    assert [path.name for path in tmp_path.iterdir()] == ["other.db"]
 
 
 def test_where_things_are_logged(monkeypatch, tmp_path):

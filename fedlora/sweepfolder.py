@@ -128,8 +128,8 @@ class SweepFolder:
     def refuse(self, reasons: Mapping[str, str]) -> None:
         """Note which runs cannot begin, and why, by their digest."""
         self.cells = [
-            replace(cell, status="failed", reason=reasons[cell.digest], refused=True)
-            if cell.digest in reasons and cell.status == "waiting"
+            replace(cell, status="failed", reason=reason, refused=True)
+            if cell.status == "waiting" and (reason := reasons.get(str(cell.digest)))
             else cell
             for cell in self.cells
         ]

@@ -63,9 +63,9 @@ def of_sweep(plan: Sweep, finished: Collection[str] = ()) -> dict[str, str]:
             except FedloraError as error:
                 refused.append((cell, error))
     if len(refused) == len(plan.cells):
-        cell, error = refused[0]
-        raise type(error)(f"sweep {plan.name}: no run can begin; the first, {cell.label}: {error}")
-    return {cell.digest: str(error) for cell, error in refused}
+        first, why = refused[0]
+        raise type(why)(f"sweep {plan.name}: no run can begin; the first, {first.label}: {why}")
+    return {cell.digest: str(why) for cell, why in refused}
 
 
 def stores_of(plan: Sweep) -> list[RunConfig]:

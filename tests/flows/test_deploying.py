@@ -175,14 +175,15 @@ def test_a_run_that_cannot_begin_fails_with_one_line_and_leaves_nothing(live: Se
         timeout=240,
         check=False,
     )
-    line = "has no column 'topic' for the label; its columns are: text, label. Set data.label to one of them"
+    line, cure = "has no column 'topic' for the label; its columns are: text, label.", "Set data.label to one of them"
     assert done.returncode == 1
     assert line in done.stdout
     assert "Traceback" not in done.stdout
     found = httpx.post(f"{live.prefect_url}/flow_runs/filter", json={"limit": 1, "sort": "START_TIME_DESC"}, timeout=30)
     state = found.json()[0]["state"]
     assert (state["type"], "\n" in state["message"]) == ("FAILED", False)
-    assert state["message"].endswith(line)
+    assert line in state["message"]
+    assert state["message"].endswith(cure)
     assert not (tmp_path / "run").exists()
     experiments = httpx.get(f"{live.mlflow_url}/api/2.0/mlflow/experiments/search?max_results=50", timeout=30).json()
     assert "refused" not in [each["name"] for each in experiments.get("experiments", [])]
@@ -208,7 +209,7 @@ def test_only_the_gpu_worker_sees_gpus() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("deployments: [", "cannot be read: .*line 1"),
+        ("deployments: [", "cannot be read: line 2, column 1"),
         ("deployments:\n- {name: x}", "expected a list `deployments`"),
         ("- a", "expected a list `deployments`"),
         ("deployments: []", "declares no deployment"),

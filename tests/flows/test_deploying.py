@@ -179,7 +179,8 @@ def test_a_run_that_cannot_begin_fails_with_one_line_and_leaves_nothing(live: Se
     assert done.returncode == 1
     assert line in done.stdout
     assert "Traceback" not in done.stdout
-    found = httpx.post(f"{live.prefect_url}/flow_runs/filter", json={"limit": 1, "sort": "START_TIME_DESC"}, timeout=30)
+    failed = {"flow_runs": {"state": {"type": {"any_": ["FAILED"]}}}}
+    found = httpx.post(f"{live.prefect_url}/flow_runs/filter", json=failed, timeout=30)
     state = found.json()[0]["state"]
     assert (state["type"], "\n" in state["message"]) == ("FAILED", False)
     assert line in state["message"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from fedlora.errors import ConfigError, FedloraError
-from flows import cli_run, cli_sweep, environment
+from flows import cli_run, cli_status, cli_sweep, environment
 
 if TYPE_CHECKING:
     pass
@@ -213,6 +213,9 @@ def down() -> None:
     from flows import services
 
     services.down()
+
+
+app.command()(cli_status.status)
 
 
 Number = TypeVar("Number", int, float)

@@ -189,8 +189,12 @@ def run_name(config: RunConfig) -> str:
 
 
 def default_folder(config: RunConfig) -> Path:
-    """A folder for the flow run under way: the same for every retry of it."""
-    return home.runs() / f"{config.strategy}-seed{config.seed}-{str(runtime.flow_run.id or 'run')[:8]}"
+    """A folder for the flow run under way: the same for every retry of it.
+
+    Named by the end of the flow run's id. Its beginning is the time at which the run was planned, which runs of one
+    minute share, and all that a schedule has ahead of it.
+    """
+    return home.runs() / f"{config.strategy}-seed{config.seed}-{str(runtime.flow_run.id or 'run')[-12:]}"
 
 
 def _prefect_tags() -> dict[str, str]:

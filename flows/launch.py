@@ -15,6 +15,7 @@ from flows import authentication, database
 from flows.database import Databases
 from flows.environment import Services, defaults, of_server
 from flows.prefect_api import CPU_POOL, GPU_POOL
+from flows.server_log import DATE_FORMAT
 
 WORKERS = {"worker": CPU_POOL, "gpu-worker": GPU_POOL}
 """The pool that each worker serves."""
@@ -46,6 +47,8 @@ def environments(services: Services, databases: Databases) -> dict[str, dict[str
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # without these two, `--watch` shows events and no log
         "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "2",  # `up` waits for it; 5 by default
+        **DATE_FORMAT,
         **of_server(),
         **_writable_ui_folder(),
         **authentication.without(common, authentication.OF_MLFLOW + _OF_FLOW_RUNS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,24 @@ def call(method: str, url: str, body: Any = None) -> httpx.Response:
     """One request to a Prefect server of ours, past any proxy, with user and password if the environment has them."""
     headers = authentication.header(authentication.prefect_login())
     return httpx.request(method, url, json=body, headers=headers, timeout=2.0, trust_env=False)
+
+
+def insist(method: str, url: str, body: Any = None, seconds: float = 60.0) -> httpx.Response:
+    """The same of a server that may be busy: asked again while it does not answer, or says that its database is.
+
+    Raises:
+        httpx.HTTPError: it has not answered until the time was up.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            answer = call(method, url, body)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                return answer
+        except httpx.TransportError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
 
 
 def has_worker(prefect_url: str, pool: str) -> bool:
@@ -40,11 +59,11 @@ def ensure_pools(prefect_url: str, limits: Mapping[str, int | None], usual: Mapp
     for pool, limit in limits.items():
         new = {"name": pool, "type": "process", "concurrency_limit": usual[pool] if limit is None else limit}
         try:
-            answer = call("POST", f"{prefect_url}/work_pools/", new)
+            answer = insist("POST", f"{prefect_url}/work_pools/", new)
             if answer.status_code != httpx.codes.CONFLICT:  # there from an earlier `up`
                 answer.raise_for_status()
             elif limit is not None:
-                call("PATCH", f"{prefect_url}/work_pools/{pool}", {"concurrency_limit": limit}).raise_for_status()
+                insist("PATCH", f"{prefect_url}/work_pools/{pool}", {"concurrency_limit": limit}).raise_for_status()
         except httpx.HTTPError as error:
             if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
                 raise ServiceError(

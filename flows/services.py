@@ -27,7 +27,7 @@ import httpx
 
 from fedlora import home
 from fedlora.errors import ConfigError
-from flows import authentication, database, deploying, gpus, launch, ports, verifying
+from flows import authentication, database, deploying, gpus, launch, planning, ports, server_log, verifying
 from flows.database import Databases
 from flows.deploying import PATIENCE, SOURCE
 from flows.environment import Process, Services, is_alive, recorded_services
@@ -86,7 +86,9 @@ def up(
     gpu_runs: int | None = None,
     authenticate: bool = False,
 ) -> Services:
-    """Start what does not run yet of Prefect server, MLflow server and workers, and return when all of them answer.
+    """Start what does not run yet of Prefect server, MLflow server and workers.
+
+    Returns when all of them answer and the Prefect server plans the runs of our schedules.
 
     If anything fails, what this call started is stopped again.
 
@@ -107,8 +109,8 @@ def up(
         ConfigError: others could reach a server that asks for no password, `host` is not an address of this machine, a
             port or number is invalid, in use or given twice, or the servers run otherwise (address, database).
         FedloraError: the database cannot be reached or made.
-        ServiceError: a process died or did not answer within two minutes (its last log lines follow the first line), or
-            a server that should ask for a password does not.
+        ServiceError: a process died or did not answer within two minutes (its last log lines follow the first line), a
+            server that should ask for a password does not, or the Prefect server does not plan runs.
     """
     reach = _reach(host, authenticate)
     with _alone():
@@ -119,6 +121,7 @@ def up(
             report("already running (`fedlora down` stops it):")
             _wait(before, SERVERS, time.monotonic() + PATIENCE, report)
             _limit(before, plan)
+            _wait_for_plans(before, plan, report)
         else:
             stop(_without(before.processes, alive))  # children that outlived them
             wanted = {"prefect": prefect_port, "mlflow": mlflow_port}
@@ -270,6 +273,17 @@ def _start(services: Services, plan: _Plan, report: Report) -> None:
         deploying.finish(registering, time.monotonic() + deploying.PATIENCE)
     finally:
         deploying.end(registering)
+    _wait_for_plans(services, plan, report)
+
+
+def _wait_for_plans(services: Services, plan: _Plan, report: Report) -> None:
+    """Return when the server plans the runs of our schedules; say which of its services fail besides."""
+    log, process = log_file("prefect"), services.processes["prefect"]
+    deadline = time.monotonic() + PATIENCE
+    planning.wait(services.prefect_url, plan.source, log, deadline, report, lambda: is_alive(process))
+    for failed in server_log.failures(log):
+        if not failed.passing:
+            report(f"warning: of the Prefect server, {planning.described(failed, log)}")
 
 
 def _wait(services: Services, names: Iterable[str], deadline: float, report: Report) -> None:

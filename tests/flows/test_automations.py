@@ -1,4 +1,5 @@
-"""What a real Prefect server does by itself: give up a run whose process was killed, tell how a sweep ended."""
+"""What a real Prefect server does by itself: plan and start what is scheduled, mark runs that are late, give up a run
+whose process was killed, tell how a sweep ended, tidy up. One server for all, its services due every second or two."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ import json
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from prefect import flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from fedlora import home
-from flows import automations, environment
+from fedlora.config import RunConfig
+from flows import automations, environment, processes, server_log, standing
 from flows.environment import Services
+from flows.federated import default_folder
 from flows.services import down, up
 
 STAND_IN = '''
@@ -32,6 +36,11 @@ from prefect import flow
 def federated() -> None:
     """A run that takes its time."""
     time.sleep(300)
+
+
+@flow
+def tick() -> None:
+    """One that does not."""
 '''
 DECLARED = """
 build:
@@ -40,7 +49,28 @@ pull:
 - prefect.deployments.steps.set_working_directory: {directory: "{{ source.stdout }}"}
 deployments:
 - {name: custom, entrypoint: "flows/federated.py:federated", work_pool: {name: cpu-workers}}
+- name: nightly
+  entrypoint: flows/federated.py:federated
+  work_pool: {name: cpu-workers}
+  schedules: [{slug: every-night, cron: "0 2 * * *", timezone: UTC}]
+- name: soon
+  entrypoint: flows/federated.py:tick
+  work_pool: {name: cpu-workers}
+  schedules: [{slug: soon, interval: 5, active: false}]
+- {name: unserved, entrypoint: "flows/federated.py:tick", work_pool: {name: gpu-workers}}
 """
+OFTEN = {
+    "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "4",
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": "2",
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS": "2",
+    "PREFECT_SERVER_SERVICES_FOREMAN_LOOP_SECONDS": "2",
+    "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_LOOP_SECONDS": "2",
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_LOOP_SECONDS": "2",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "2",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ORPHAN_CLEANUP_LOOP_SECONDS": "2",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs,orphans",
+    "PREFECT_WORKER_HEARTBEAT_SECONDS": "2",
+}
 SECRET = "/hooks/s3cret-t0ken"
 
 
@@ -93,6 +123,8 @@ def live(
             patch.delenv(name)
         patch.setenv("FEDLORA_HOME", str(with_databases(tmp_path_factory.mktemp("home"))))
         patch.setenv(automations.NOTIFY_URL, listener.url)
+        for name, value in OFTEN.items():
+            patch.setenv(name, value)
         said: list[str] = []
         services = up(*free_ports(), report=said.append, source=source)
         try:
@@ -120,6 +152,127 @@ def test_where_nobody_wants_to_know_nobody_is_told(prefect_server: None, monkeyp
     """First: afterwards another server is the one that is asked."""
     monkeypatch.delenv(automations.NOTIFY_URL, raising=False)
     assert list(automations.apply()) == [automations.crashed_without_heartbeat().name]
+
+
+def deployment(live: tuple[Services, list[str]], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{live[0].prefect_url}/deployments/name/{name}", timeout=30).json()
+    return found
+
+
+def states(live: tuple[Services, list[str]], send: Send, chosen: dict[str, Any], kind: str = "flow") -> list[str]:
+    """Names of the states of chosen runs."""
+    return [each["state"]["name"] for each in send("POST", f"{live[0].prefect_url}/{kind}_runs/filter", chosen)]
+
+
+def of_deployment(id: str) -> dict[str, Any]:
+    return {"flow_runs": {"deployment_id": {"any_": [id]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 200}
+
+
+def test_up_returns_when_the_runs_of_a_cron_are_planned(live: tuple[Services, list[str]], send: Send) -> None:
+    """Asked once: `up` has waited. A release of SQLAlchemy or Prefect under which nothing is planned ends here."""
+    nightly = deployment(live, "federated/nightly")
+    runs = send("POST", f"{live[0].prefect_url}/flow_runs/filter", of_deployment(nightly["id"]))
+    assert len(runs) >= 3
+    assert {each["state"]["name"] for each in runs} == {"Scheduled"}
+    assert all(each["auto_scheduled"] and "T02:00:00" in each["expected_start_time"] for each in runs)
+    folders = set()
+    for each in runs:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", each["id"])
+            folders.add(default_folder(RunConfig()))
+    assert len(folders) == len(runs)  # the second night does not find the first one's run and call it finished
+
+
+def test_runs_that_are_missing_are_planned_again(live: tuple[Services, list[str]], send: Send) -> None:
+    """By the scheduler's main loop: the other one looks only at deployments of the last seconds."""
+    chosen = of_deployment(deployment(live, "federated/nightly")["id"])
+    old = {each["id"] for each in send("POST", f"{live[0].prefect_url}/flow_runs/filter", chosen)}
+    time.sleep(4)
+    for each in old:
+        send("DELETE", f"{live[0].prefect_url}/flow_runs/{each}", None)
+
+    def planned() -> set[str]:
+        return {each["id"] for each in send("POST", f"{live[0].prefect_url}/flow_runs/filter", chosen)}
+
+    assert eventually(lambda: len(planned() - old) >= 3)
+
+
+def test_a_schedule_fires_and_its_run_completes(live: tuple[Services, list[str]], send: Send) -> None:
+    soon = deployment(live, "tick/soon")
+    schedule = f"{live[0].prefect_url}/deployments/{soon['id']}/schedules/{soon['schedules'][0]['id']}"
+    send("PATCH", schedule, {"active": True})
+    try:
+        assert eventually(lambda: "Completed" in states(live, send, of_deployment(soon["id"])))
+    finally:
+        send("PATCH", schedule, {"active": False})
+    first = send("POST", f"{live[0].prefect_url}/flow_runs/filter", of_deployment(soon["id"]))[0]
+    assert first["auto_scheduled"]
+    assert first["start_time"] >= first["expected_start_time"]
+
+
+def test_a_run_that_nobody_takes_is_late_and_the_status_says_why(live: tuple[Services, list[str]], send: Send) -> None:
+    unserved = deployment(live, "tick/unserved")
+    run = send("POST", f"{live[0].prefect_url}/deployments/{unserved['id']}/create_flow_run", {})
+    assert eventually(lambda: states(live, send, of_deployment(unserved["id"])) == ["Late"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_API_URL", live[0].prefect_url)
+        found = standing.look()
+    assert [each.state for each in found.servers] == ["running"] * 3
+    pools = {each.name: each for each in found.pools}
+    assert (pools["gpu-workers"].waiting, pools["gpu-workers"].workers, pools["gpu-workers"].stuck) == (1, [], True)
+    assert len(pools["cpu-workers"].workers) == 1
+    assert [each.deployment for each in found.schedules if each.at] == ["federated/nightly"]
+    assert not found.well
+    send("DELETE", f"{live[0].prefect_url}/flow_runs/{run['id']}", None)
+
+
+def running(live: tuple[Services, list[str]], send: Send) -> str:
+    """The id of a run that says that it runs."""
+    flow_id = deployment(live, "tick/unserved")["flow_id"]
+    body = {"flow_id": flow_id, "state": {"type": "RUNNING", "name": "Running"}}
+    return str(send("POST", f"{live[0].prefect_url}/flow_runs/", body)["id"])
+
+
+def set_state(live: tuple[Services, list[str]], send: Send, run: str, state: dict[str, Any]) -> None:
+    send("POST", f"{live[0].prefect_url}/flow_runs/{run}/set_state", {"state": state, "force": True})
+
+
+def test_a_pause_ends_and_tasks_of_a_cancelled_run_are_cancelled(live: tuple[Services, list[str]], send: Send) -> None:
+    paused, cancelled = running(live, send), running(live, send)
+    task = {"flow_run_id": cancelled, "task_key": "train", "dynamic_key": "0", "state": {"type": "RUNNING"}}
+    send("POST", f"{live[0].prefect_url}/task_runs/", task)
+    over = {"pause_timeout": "2026-01-01T00:00:00Z"}
+    set_state(live, send, paused, {"type": "PAUSED", "name": "Paused", "state_details": over})
+    set_state(live, send, cancelled, {"type": "CANCELLED", "name": "Cancelled"})
+    one, other = ({"flow_runs": {"id": {"any_": [each]}}} for each in (paused, cancelled))
+    assert eventually(lambda: states(live, send, one) == ["Failed"])
+    assert eventually(lambda: states(live, send, other, "task") == ["Cancelled"])
+
+
+def test_old_events_and_the_logs_of_runs_that_are_gone_are_removed(
+    live: tuple[Services, list[str]], send: Send
+) -> None:
+    api, run = live[0].prefect_url, running(live, send)
+    kept, old = ({"occurred": occurred, "event": "fedlora.tests", "id": str(uuid.uuid4())} for occurred in _days(0, 30))
+    for event in (kept, old):
+        event |= {"resource": {"prefect.resource.id": "fedlora.tests"}, "related": [], "payload": {}}  # type: ignore[dict-item]
+    send("POST", f"{api}/events", [kept, old])
+    log = {"name": "a logger", "level": 20, "message": "a line", "timestamp": kept["occurred"], "flow_run_id": run}
+    send("POST", f"{api}/logs/", [log])
+    chosen_events = {"filter": {"occurred": {"since": _days(60)[0]}, "event": {"name": ["fedlora.tests"]}}}
+    chosen_logs = {"logs": {"flow_run_id": {"any_": [run]}}}
+    assert eventually(lambda: len(send("POST", f"{api}/logs/filter", chosen_logs)) == 1)
+    send("DELETE", f"{api}/flow_runs/{run}", None)
+    assert eventually(lambda: not send("POST", f"{api}/logs/filter", chosen_logs))
+
+    def left() -> list[str]:
+        return [each["id"] for each in send("POST", f"{api}/events/filter", chosen_events)["events"]]
+
+    assert eventually(lambda: left() == [kept["id"]])
+
+
+def _days(*ago: int) -> list[str]:
+    return [(datetime.now(UTC) - timedelta(days=days)).isoformat() for days in ago]
 
 
 def test_a_second_time_changes_nothing_and_switched_off_stays_off(live: tuple[Services, list[str]], send: Send) -> None:
@@ -171,11 +324,11 @@ def test_a_sweep_that_fails_is_told_and_the_address_stays_secret(
 def test_a_run_whose_process_and_worker_are_killed_becomes_crashed(
     live: tuple[Services, list[str]], send: Send
 ) -> None:
-    """Last: nobody works here afterwards."""
+    """Last but one: nobody works here afterwards."""
     services, _ = live
     automations.apply(timedelta(seconds=10))
-    deployment = httpx.get(f"{services.prefect_url}/deployments/name/federated/custom", timeout=30).json()
-    run = send("POST", f"{services.prefect_url}/deployments/{deployment['id']}/create_flow_run", {})
+    custom = deployment(live, "federated/custom")
+    run = send("POST", f"{services.prefect_url}/deployments/{custom['id']}/create_flow_run", {})
     heartbeat = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}}}
     resource = f"prefect.flow-run.{run['id']}"
 
@@ -194,3 +347,17 @@ def test_a_run_whose_process_and_worker_are_killed_becomes_crashed(
 
     assert eventually(lambda: state()["type"] == "CRASHED"), state()
     assert "no heartbeat for 10 s" in state()["message"]
+
+    def workers() -> list[str]:
+        found = send("POST", f"{services.prefect_url}/work_pools/cpu-workers/workers/filter", {})
+        return [each["status"] for each in found]
+
+    assert eventually(lambda: workers() == ["OFFLINE"])
+    assert httpx.get(f"{services.prefect_url}/work_pools/cpu-workers", timeout=30).json()["status"] == "NOT_READY"
+    assert [each.state for each in standing.look().servers] == ["running", "running", "stopped"]
+
+
+def test_no_service_of_that_server_has_failed(live: tuple[Services, list[str]]) -> None:
+    """Whatever else it runs: the last of these tests. A lock that was not got in time is no fault."""
+    failed = server_log.failures(processes.log_file("prefect"))
+    assert [each for each in failed if not each.passing] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sqlite3
 import subprocess
@@ -70,11 +71,11 @@ def marked() -> list[int]:
     return [process.pid for process in psutil.process_iter() if processes._marked(process, marks)]
 
 
-def write_flow(source: Path, text: str = STAND_IN) -> None:
+def write_flow(source: Path, text: str = STAND_IN, declared: str = DECLARED) -> None:
     (source / "flows").mkdir()
     (source / "flows" / "federated.py").write_text(text)
     (source / "deployments").mkdir()
-    (source / "deployments" / "prefect.yaml").write_text(DECLARED)
+    (source / "deployments" / "prefect.yaml").write_text(declared)
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
@@ -244,10 +245,19 @@ def test_servers_for_others_ask_for_passwords_and_these_are_written_nowhere(
         command = [sys.executable, "-m", "fedlora_cli", "run", "demo", *words]
         done = subprocess.run(command, check=False, env=client, capture_output=True, text=True, cwd=deploying.SOURCE)
         assert done.returncode == 0, done.stderr
+        looking = {name: value for name, value in client.items() if name not in authentication.OF_PREFECT}
+        standing = [
+            subprocess.run([*command[:3], "status"], check=False, env=each, capture_output=True, text=True)
+            for each in (client, looking)
+        ]
     finally:
         down(report=said.append)
+    assert [each.returncode for each in standing] == [0, 1]
+    assert [each.stdout.count(" running  ") for each in standing] == [3, 2]
+    assert "cpu-workers  2 at a time" in standing[0].stdout
+    assert "WANTS A PASSWORD" in standing[1].stdout
     encoded = [authentication.header(login)["Authorization"].partition(" ")[2] for login in LOGINS]
-    assert SECRET not in f"{done.stdout}{done.stderr}{said}"
+    assert SECRET not in f"{done.stdout}{done.stderr}{said}{standing}"
     assert holding(home.home(), SECRET, *encoded) == set()
     for database in (home.prefect_database(), home.mlflow_database()):
         with closing(sqlite3.connect(database)) as connection:
@@ -294,6 +304,27 @@ def test_a_server_that_dies_takes_the_others_with_it(
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "sqlite:////proc/nowhere/mlflow.db")
     with pytest.raises(FedloraError, match=r"(?s)MLflow server stopped while starting.*/proc/nowhere"):
         up(*free_ports(), report=lambda line: None, source=own_home)
+    assert marked() == []
+    assert not home.services_file().exists()
+
+
+def test_a_server_that_plans_nothing_is_stopped_and_the_service_and_its_line_are_named(
+    free_ports: Ports, own_home: Path, with_databases: Callable[[Path], Path]
+) -> None:
+    """Its database refuses what the scheduler writes; everything else of it works."""
+    write_flow(own_home, declared=f'{DECLARED.rstrip()[:-1]}, schedules: [{{cron: "0 2 * * *"}}]}}')
+    with_databases(own_home)
+    refuse = "BEFORE INSERT ON flow_run WHEN NEW.auto_scheduled BEGIN SELECT RAISE(ABORT, 'no plans today'); END"
+    with closing(sqlite3.connect(home.prefect_database())) as connection:
+        connection.execute(f"CREATE TRIGGER refuse {refuse}")
+        connection.commit()
+    with pytest.raises(
+        ServiceError, match=r"plans no runs of custom: its service schedule_.*no plans today"
+    ) as refused:
+        up(*free_ports(), report=lambda line: None, source=own_home)
+    assert "\n" not in str(refused.value)
+    log, line = re.findall(r"\((\S+/prefect\.log):(\d+)\)", str(refused.value))[0]
+    assert re.search(r"ERROR .*schedule_(recent_)?deployments", Path(log).read_text().split("\n")[int(line) - 1])
     assert marked() == []
     assert not home.services_file().exists()
 

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two busy cores: threads that wait must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup setup-dev standard demo test test-system test-browser fuzz chaos screenshots lint types audit up down format clean
+.PHONY: setup setup-dev standard demo test test-system test-newest test-browser fuzz chaos screenshots lint types audit up down format clean
 
 # Compiled by all cores, which pip does with one. Not left to the first import: where PYTHONDONTWRITEBYTECODE is set, as
 # in many images, every process would do it again (ten seconds each).
@@ -51,6 +51,13 @@ test: lint types
 # What takes minutes or needs PostgreSQL (Debian: apt-get install postgresql): servers on it, a work pool, Ctrl-C, …
 test-system: setup-dev
 	FULL_TESTS=1 $(BIN)/pytest -m system tests
+
+# The newest release of everything that pyproject.toml allows, in a venv of its own: whether one of them breaks us
+# (docs/reliability.md). Torch alone stays as tested: its newest build is gigabytes.
+test-newest:
+	$(PYTHON) -m venv --clear $(VENV)/newest
+	$(VENV)/newest/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -e '.[dev]'
+	$(VENV)/newest/bin/python benchmarks/newest.py --out docs/data/newest.json
 
 # Known vulnerabilities of the tested set (SECURITY.md). Fails where one cannot be looked up: that is not an all-clear.
 # AUDIT=osv asks osv.dev instead of the package index.

@@ -31,7 +31,7 @@ sqlalchemy.exc.OperationalError: (sqlite3.OperationalError) database is locked
 2026-11-27 19:25:00.000 | ERROR   | prefect.server - EventPersister service failed!
 2026-11-27 19:25:01.000 | WARNING | prefect.server.events.triggers - nothing that matters
 2026-11-27 19:25:02.000 | ERROR   | prefect.server.services.scheduler - Error scheduling deployment 'x'.
-2026-11-27 19:25:03.100 | ERROR   | docket.dependencies - ↩ [    54ms] schedule_recent_deployments(){schedule_recent_deployments}
+2026-11-27 19:25:03.100 | ERROR   | docket.dependencies - ↩ [    5ms] schedule_recent_deployments(){schedule_recent}
 Traceback (most recent call last):
 ValueError
 """

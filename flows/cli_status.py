@@ -120,6 +120,8 @@ def _failed(failed: list[Failure], found: Standing) -> Iterator[str]:
         often = f", {each.times} times" if each.times > 1 else ""
         yield _cut(f"  {each.when}  {each.service}{often} (line {each.line})")
         yield _cut(f"      {each.reason}")
+        if each.passing:
+            yield "      (another process held SQLite's lock; the service works again when it is next due)"
 
 
 def _cut(line: str) -> str:

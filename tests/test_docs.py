@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -165,6 +166,28 @@ def test_the_model_of_the_how_to_can_be_loaded(tmp_path, monkeypatch):
     loaded = model.load_base(ModelConfig(name="./my-encoder", pooling="mean"), ["a", "b"])
     assert model.load_tokenizer(ModelConfig(name="./my-encoder"))
     assert sum(parameter.numel() for parameter in loaded.parameters()) > 4e6
+
+
+def test_every_service_of_the_prefect_server_is_in_the_table():
+    """A release of Prefect that adds one ends here: see it at its work, and say what it does for us."""
+    from prefect.server.api import server  # noqa: F401 (its import registers them)
+    from prefect.server.services.base import Service
+    from prefect.server.services.perpetual_services import get_perpetual_services
+
+    names = {each.function.__name__ for each in get_perpetual_services()} | {
+        each.__name__ for each in Service.all_services()
+    }
+    assert len(names) > 15
+    page = (ROOT / "docs" / "deployments.md").read_text()
+    assert {name for name in names if f"`{name}`" not in page} == set()
+
+
+def test_when_the_newest_releases_last_worked_is_what_was_measured():
+    found = json.loads((ROOT / "docs" / "data" / "newest.json").read_text())
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    row = " | ".join([found["green"], found["python"], *found["versions"].values()])
+    assert f"| {row} |" in page
+    assert f"| last green | Python | {' | '.join(found['versions'])} |" in page
 
 
 def test_no_place_of_a_particular_machine_is_named():

@@ -29,7 +29,12 @@ from flows.services import down, up
 
 STAND_IN = '''
 import time
-from prefect import flow
+from prefect import flow, task
+
+
+@task
+def train() -> None:
+    """What a run consists of."""
 
 
 @flow
@@ -41,6 +46,7 @@ def federated() -> None:
 @flow
 def tick() -> None:
     """One that does not."""
+    train()
 '''
 DECLARED = """
 build:
@@ -209,6 +215,8 @@ def test_a_schedule_fires_and_its_run_completes(live: tuple[Services, list[str]]
     fired = next(each for each in runs if each["state"]["name"] == "Completed")
     assert fired["auto_scheduled"]
     assert fired["start_time"] >= fired["expected_start_time"]
+    of_fired = {"flow_runs": {"id": {"any_": [fired["id"]]}}}
+    assert eventually(lambda: states(live, send, of_fired, "task") == ["Completed"])  # recorded from its events
 
 
 def test_a_run_that_nobody_takes_is_late_and_the_status_says_why(live: tuple[Services, list[str]], send: Send) -> None:

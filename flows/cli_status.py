@@ -38,7 +38,7 @@ def lines(found: Standing, now: datetime) -> list[str]:
     """What is printed, in 100 columns but for paths and addresses."""
     if not found.servers:
         return [f"nothing runs: no server or worker of `fedlora up` with the home {home.home()}", "start: fedlora up"]
-    told = ["servers", *_servers(found)]
+    told = ["servers and workers", *_servers(found)]
     if found.pools:
         told += ["pools", *(_cut(line) for line in _pools(found.pools))]
     if found.schedules:

@@ -17,7 +17,8 @@ import yaml
 
 from fedlora import home
 from fedlora.errors import ConfigError, FedloraError
-from flows import database
+from flows import database, server_log
+from flows.processes import log_file
 from flows.services import down, status, up
 from mlflow_tracking import compare, store
 
@@ -38,7 +39,10 @@ build:
 pull:
 - prefect.deployments.steps.set_working_directory: {directory: "{{ source.stdout }}"}
 deployments:
-- {name: here, entrypoint: "flows/federated.py:stand_in", work_pool: {name: cpu-workers}}
+- name: here
+  entrypoint: flows/federated.py:stand_in
+  work_pool: {name: cpu-workers}
+  schedules: [{cron: "0 2 * * *"}] # `up` returns when the scheduler has planned runs on PostgreSQL too
 """
 
 
@@ -112,6 +116,7 @@ def test_both_servers_keep_their_state_and_the_password_is_nowhere(
         query = {"experiment_name": "kept"}
         httpx.get(f"{again.mlflow_url}/api/2.0/mlflow/experiments/get-by-name", params=query).raise_for_status()
         four_runs_side_by_side(own_home, again.mlflow_url, tiny)
+        assert server_log.failures(log_file("prefect")) == []
     finally:
         down(report=said.append)
     written = [path for path in home.home().rglob("*") if path.is_file() and path.stat().st_size < 5e6]

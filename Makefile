@@ -56,7 +56,9 @@ test-system: setup-dev
 # (docs/reliability.md). Torch alone stays as tested: its newest build is gigabytes.
 test-newest:
 	$(PYTHON) -m venv --clear $(VENV)/newest
-	$(VENV)/newest/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -e '.[dev]'
+	$(VENV)/newest/bin/pip install --quiet --disable-pip-version-check --no-compile \
+	  "$$(grep '^torch==' constraints.txt)" -e '.[dev]'
+	$(VENV)/newest/bin/python -m compileall -qq -j 0 $(VENV)/newest/lib || true
 	$(VENV)/newest/bin/python benchmarks/newest.py --out docs/data/newest.json
 
 # Known vulnerabilities of the tested set (SECURITY.md). Fails where one cannot be looked up: that is not an all-clear.

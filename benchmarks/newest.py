@@ -28,8 +28,6 @@ PACKAGES = ("prefect", "mlflow", "sqlalchemy", "fastapi", "transformers", "peft"
 TESTS = (
     "tests/flows/test_automations.py",
     "tests/flows/test_services.py",
-    "tests/flows/test_deploying.py",
-    "tests/flows/test_cli.py",
     "tests/flows/test_federated.py",
     "tests/mlflow_tracking/test_tracking.py",
     "tests/fedlora/strategies/test_peft_oracle.py",
@@ -68,7 +66,8 @@ def tests(words: list[str]) -> int:
     """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", f"--junitxml={results}"]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-n", "2", "--dist", "loadfile"]
+        command += ["-p", "no:cacheprovider", f"--junitxml={results}"]
         code = subprocess.run([*command, *TESTS, *words], cwd=ROOT, check=False).returncode
         suites = ElementTree.parse(results).getroot().iter("testsuite") if results.exists() else []
         counted = [{key: int(suite.get(key, 0)) for key in ("tests", "skipped")} for suite in suites]

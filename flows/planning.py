@@ -89,9 +89,10 @@ def wait(
             )
         now = time.monotonic()
         if now > deadline or not alive():
+            what = "has planned no" if alive() else "stopped before it had planned"
             raise ServiceError(
-                f"the Prefect server has planned no runs of {', '.join(waiting)} within {now - begun:.0f} s, and does "
-                f"not say why; its log: {log}"
+                f"the Prefect server {what} runs of {', '.join(waiting)} within {now - begun:.0f} s, and does not say "
+                f"why; its log: {log}"
             )
         if now - told >= 5:
             told = now

@@ -153,6 +153,7 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
         {
             "partition": dealt_data,
             "modules": shapes,
+            "head": model.head_note,
             "adapter_parameters": sum(p.A.numel() + p.B.numel() for p in adapter.factors.values()),
             "head_parameters": sum(tensor.numel() for tensor in adapter.head.values()),
             "base_parameters": sum(p.numel() for p in model.peft.get_base_model().parameters()),

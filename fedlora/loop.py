@@ -45,7 +45,8 @@ def train(
         pool.run(jobs.prepare_data, run.path)
         for line in jobs.told_of_data(run):
             say(line)
-        pool.run(jobs.initialise, run.path)
+        if head := pool.run(jobs.initialise, run.path).get("head"):
+            say(head)
         for number in rounds.unfinished(run):
             begun = trained = time.perf_counter()
             if number:

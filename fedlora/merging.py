@@ -25,6 +25,7 @@ from fedlora.atomic import new_folder, write_atomic
 from fedlora.base_update import FILE, BaseUpdate
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError
+from fedlora.heads import PooledClassifier
 from fedlora.limits import UPLOAD, clean
 from fedlora.peftconfig import read_configuration
 from fedlora.peftfolder import DESCRIPTION, PeftFolder, open_peft_folder
@@ -131,7 +132,7 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
         if hasattr(layer, "get_base_layer") and hasattr(layer, "merge"):
             _check_untied(layers, name, layer.get_base_layer())
     merged: Any = attached.merge_and_unload()
-    pooled = isinstance(merged, models.PooledClassifier)
+    pooled = isinstance(merged, PooledClassifier)
     with new_folder(target) as draft:
         (merged.encoder if pooled else merged).save_pretrained(draft)
         if tokenizer is not None:
@@ -178,7 +179,7 @@ def _peft_config(folder: PeftFolder) -> Any:
     return (peft.HiraConfig if folder.variant == "hira" else peft.LoraConfig)(**content)
 
 
-def _write_classifier(model: models.PooledClassifier, folder: Path) -> None:
+def _write_classifier(model: PooledClassifier, folder: Path) -> None:
     """What a Transformers folder of the encoder does not hold: the classifier, and how tokens are pooled."""
     write_atomic(folder / _CLASSIFIER, serialise(model.classifier.state_dict()))
     pooling = {"pooling_mode_mean_tokens": model.pooling == "mean", "pooling_mode_cls_token": model.pooling == "cls"}
@@ -203,7 +204,7 @@ def load_merged(folder: str | Path) -> tuple[Any, Any, list[str]]:
     here = ModelConfig(name=str(path.absolute()), pooling=config.pooling, dtype=config.dtype)
     tokenizer = models.load_tokenizer(here)
     model = models.load_base(here, content["labels"], tokenizer.pad_token_id)
-    if isinstance(model, models.PooledClassifier):
+    if isinstance(model, PooledClassifier):
         _read_classifier(model.classifier, path / _CLASSIFIER)
     return model.eval(), tokenizer, content["labels"]
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedlora import seeds
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError, did_you_mean, first_line
+from fedlora.heads import PooledClassifier, head_modules, load_classifier
 from fedlora.lora_config import LoraConfig
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -87,30 +88,6 @@ def resolve(name: str) -> str:
         f"model.name={name}: no such model.{did_you_mean(name, KNOWN)} Give a packaged name ({', '.join(KNOWN)}), "
         "a local folder, or a Hugging Face id like google-bert/bert-base-uncased."
     )
-
-
-class PooledClassifier(nn.Module):
-    """A sentence encoder, the mean or first token of its output, and a linear classifier."""
-
-    def __init__(self, encoder: Any, labels: int, pooling: str) -> None:
-        super().__init__()
-        config = encoder.config
-        self.config = config
-        self.encoder = encoder
-        self.pooling = pooling
-        self.classifier = nn.Linear(config.hidden_size, labels)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Any:
-        """Logits (batch × labels) as `.logits`, from token ids and mask (batch × tokens)."""
-        from transformers.modeling_outputs import SequenceClassifierOutput
-
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
-        if self.pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            mask = attention_mask[..., None].to(hidden.dtype)
-            pooled = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
-        return SequenceClassifierOutput(logits=self.classifier(pooled.to(self.classifier.weight.dtype)))
 
 
 def pooling_of(config: ModelConfig) -> str:
@@ -212,14 +189,15 @@ def check_positions(config: ModelConfig, positions: int | None, tokens: int) -> 
 
 
 def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | None = None, seed: int = 0) -> nn.Module:
-    """A classifier over `labels` on the pre-trained weights, with a fresh head drawn by `seed`.
+    """A classifier over `labels` on the pre-trained weights, with a fresh head drawn by `seed`; a checkpoint that is a
+    classifier of the same names keeps its head, with the rows in our order (`fedlora.heads`).
 
     Weights are read from safetensors only. The base is in the configured precision, the head in fp32.
 
     Raises:
         ModelError: it cannot be loaded (not there, no network, no safetensors, not a text model).
     """
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     location, pooling = resolve(config.name), pooling_of(config)
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
@@ -228,9 +206,10 @@ def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | No
     try:
         if pooling != "head":
             return PooledClassifier(AutoModel.from_pretrained(location, **common), len(labels), pooling)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
-            location, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=_positions(labels), **common
-        )
+        declared = AutoConfig.from_pretrained(location, **_source(config))
+        model: Any = load_classifier(AutoModelForSequenceClassification, location, declared, labels, seed, **common)
+    except ModelError:
+        raise
     except Exception as error:
         raise cannot_load(config, "weights", error) from error
     if pad_token_id is not None:  # whatever the model declares: a decoder finds the last token of a text by it
@@ -244,10 +223,6 @@ def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | No
 def _to_its_precision(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     dtype = next(module.parameters()).dtype
     return tuple(value.to(dtype) if torch.is_tensor(value) else value for value in inputs)
-
-
-def _positions(labels: Sequence[str]) -> dict[str, int]:
-    return {label: index for index, label in enumerate(labels)}
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
@@ -267,12 +242,6 @@ def cannot_load(config: ModelConfig, what: str, error: Exception) -> ModelError:
         f"model.name={config.name}: its {what} cannot be loaded: {first_line(error)} "
         "(expected a packaged name, a folder, or a reachable Hugging Face id, with safetensors weights)"
     )
-
-
-def head_modules(model: nn.Module) -> list[str]:
-    """Names of the modules that make up the head: all children with parameters outside the pre-trained body."""
-    body = "encoder" if isinstance(model, PooledClassifier) else getattr(model, "base_model_prefix", "")
-    return [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
 
 
 def target_modules(model: Any, lora: LoraConfig) -> list[str]:

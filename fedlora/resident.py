@@ -19,11 +19,10 @@ from fedlora.adapter import EVERY_PART, PEFT_PREFIX, Adapter, Factors, Part, ful
 from fedlora.base_update import BaseUpdate
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
+from fedlora.heads import NOTE, PooledClassifier, head_modules
 from fedlora.lora_config import LoraConfig
 from fedlora.model import (
-    PooledClassifier,
     check_sides,
-    head_modules,
     load_base,
     no_place_for_core,
     only_conv1d,
@@ -69,6 +68,11 @@ class ResidentModel:
         resident._start_embeddings()
         resident._check_rank(lora)
         return resident
+
+    @property
+    def head_note(self) -> str:
+        """What was done about the checkpoint's own head, in words; empty where it has none."""
+        return str(getattr(self.peft.get_base_model(), NOTE, ""))
 
     def _start_embeddings(self) -> None:
         """A random and B zero, as for every other layer: PEFT has it the other way round for embeddings, and what

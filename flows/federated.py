@@ -97,7 +97,8 @@ def federated(
             partition.submit(run).result()
             for line in jobs.told_of_data(folder):
                 told.say(line)
-            initialise.submit(run).result()
+            if head := initialise.submit(run).result().get("head"):
+                told.say(head)
         finally:  # also when these fail: the MLflow run must be there before it can be closed as failed
             tracked = tracking.result()
         tracked, waits = describe.submit(run, tracked).result()

@@ -146,7 +146,10 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
     config = run.config
     dealt = ranks.at_start(config.lora, config.clients, config.seed)
     fresh = ServerState(adapter, scaling=config.lora.scaling, seed=config.seed, ranks=dealt)
-    begun = registry.make(config.strategy, config.strategy_options).begin(fresh, model.base_weight)
+    strategy = registry.make(config.strategy, config.strategy_options)
+    if strategy.changes_base:
+        model.check_untied()
+    begun = strategy.begin(fresh, model.base_weight)
     model.load(begun.adapter)  # what does not fit the model is refused now, not when the first client trains
     return run.write_state(
         begun,
@@ -249,21 +252,21 @@ def _data(run: RunFolder, bench: Workbench) -> tokens.TokenisedData:
 
 
 def _partition(run: RunFolder, bench: Workbench) -> Partition:
-    return bench.keep("partition", run.path, lambda: Partition.load(run.path / "partition.npz"))
+    return bench.keep("partition", run.id, lambda: Partition.load(run.path / "partition.npz"))
 
 
 def _setup(run: RunFolder, bench: Workbench) -> dict[str, Any]:
-    return bench.keep("setup", run.path, lambda: run.need_json("setup.json"))
+    return bench.keep("setup", run.id, lambda: run.need_json("setup.json"))
 
 
 def _state(run: RunFolder, bench: Workbench, number: int) -> ServerState:
-    return bench.keep("state", (run.path, number), lambda: run.read_state(number))
+    return bench.keep("state", (run.id, number), lambda: run.read_state(number))
 
 
 def _model(run: RunFolder, bench: Workbench, state: ServerState, number: int) -> ResidentModel:
     """The resident model on the base that a state has after round `number`."""
     model = _loaded(run, bench)
-    model.set_base(state.base, (run.path, number))
+    model.set_base(state.base, (run.id, number))
     return model
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedlora import inference
 from fedlora import model as models
-from fedlora.adapter import check_shapes
+from fedlora.adapter import PEFT_PREFIX, check_shapes
 from fedlora.aggregation_files import check_free
 from fedlora.atomic import new_folder, write_atomic
 from fedlora.base_update import FILE, BaseUpdate
@@ -29,7 +29,7 @@ from fedlora.heads import PooledClassifier
 from fedlora.limits import UPLOAD, clean
 from fedlora.peftconfig import read_configuration
 from fedlora.peftfolder import DESCRIPTION, PeftFolder, open_peft_folder
-from fedlora.resident import add_to_weight
+from fedlora.resident import add_to_weight, tied_to
 from fedlora.tensorfile import read_tensors, serialise
 from fedlora.tensorheader import read_header
 
@@ -84,25 +84,39 @@ def add_base_update(model: Any, update: BaseUpdate) -> None:
             raise AdapterError(f"base update: module '{module}' is {pair.shape}, but the model's weight is {shape}")
         if not (torch.isfinite(pair.A).all() and torch.isfinite(pair.B).all()):
             raise AdapterError(f"base update: module '{module}' has values that are not finite")
-        _check_untied(layers, module, layer)
+        _refuse_tied(layers, module, layer)
         found[module] = layer
     with torch.no_grad():
         for module, layer in found.items():
             add_to_weight(layer, update.modules[module])
 
 
-def _check_untied(layers: Mapping[str, nn.Module], module: str, layer: Any) -> None:
-    """Refuse to change a weight that another module uses too."""
-    others = (name for name, other in layers.items() if other is not layer and _weight(other) is layer.weight)
-    if (tied := next(others, None)) is not None:
+def _refuse_tied(layers: Mapping[str, nn.Module], module: str, layer: Any, apart: Collection[int] = ()) -> None:
+    """Refuse to change a weight that another module uses too, except those in `apart` (by `id`)."""
+    if (tied := tied_to(layers, layer, apart)) is not None:
         raise AdapterError(
             f"module '{module}' shares its weight with '{tied}', which would change too; untie them in the base model"
         )
 
 
-def _weight(layer: nn.Module) -> Any:
-    """A layer's own weight; none where it only hands on that of a layer within it."""
-    return layer._parameters.get("weight")
+def _check_merge(layers: Mapping[str, Any]) -> None:
+    """Refuse what PEFT would merge wrongly: weights that others share, and attention whose output it adds twice.
+
+    Rows of single tokens may be shared: PEFT has them changed together in both modules, on purpose.
+    """
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    adapted = {name: layer for name, layer in layers.items() if hasattr(layer, "merge") and hasattr(layer, "lora_A")}
+    rows = {name: layer for name, layer in layers.items() if isinstance(layer, TrainableTokensLayer)}
+    together = {id(layer.get_base_layer()) for layer in rows.values()}
+    for name, layer in (adapted | rows).items():
+        base = layer.get_base_layer()
+        if isinstance(base, nn.MultiheadAttention):
+            raise AdapterError(
+                f"module '{name}' is an nn.MultiheadAttention, whose output projection PEFT merges twice; keep the "
+                "adapter beside the base (PeftModel.from_pretrained)"
+            )
+        _refuse_tied(layers, name, base, together if name in rows else ())
 
 
 def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
@@ -127,10 +141,7 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
     model, tokenizer, description = _base_of(source, base)
     apply_base_update(model, source)
     attached = attach(model, source)
-    layers = dict(_plain(attached).named_modules())
-    for name, layer in layers.items():
-        if hasattr(layer, "get_base_layer") and hasattr(layer, "merge"):
-            _check_untied(layers, name, layer.get_base_layer())
+    _check_merge(dict(_plain(attached).named_modules()))
     merged: Any = attached.merge_and_unload()
     pooled = isinstance(merged, PooledClassifier)
     with new_folder(target) as draft:
@@ -153,6 +164,7 @@ def attach(model: Any, folder: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     opened = open_peft_folder(folder)
+    _grow(model, opened)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -161,10 +173,23 @@ def attach(model: Any, folder: Path) -> Any:
         raise AdapterError(f"{folder} does not fit the base model: {clean(_words(error))}") from error
     wanted = {name.removesuffix(".weight") for name in get_peft_model_state_dict(attached, save_embedding_layers=False)}
     given = {name.removesuffix(".weight") for name in opened.stored if not name.endswith(".base_layer.weight")}
-    for name in sorted(given ^ wanted):
+    saved = {name.removesuffix(".weight") for name in get_peft_model_state_dict(attached, save_embedding_layers=True)}
+    for name in sorted((given ^ wanted) - (given & saved)):
         state = "is not in the base model" if name in given else "is missing"
         raise AdapterError(f"{folder} does not fit the base model: tensor '{name}' {state}")
     return attached
+
+
+def _grow(model: Any, folder: PeftFolder) -> None:
+    """Give the model as many tokens as the embedding that PEFT saved beside the factors has rows: the vocabulary was
+    changed before training, and both embeddings come with the adapter."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if embedding is None or not hasattr(model, "resize_token_embeddings"):
+        return
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
+    stored = folder.stored.shapes.get(f"{PEFT_PREFIX}{name}.weight")
+    if stored and stored[0] != embedding.weight.shape[0]:
+        model.resize_token_embeddings(stored[0], mean_resizing=False)
 
 
 def _words(error: Exception) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora import plots, rounds
+from fedlora import model, plots, rounds
 from fedlora.adapter import Adapter
 from fedlora.atomic import write_atomic
 from fedlora.config import RunConfig
@@ -75,6 +75,7 @@ def _card(run: RunFolder, number: int, peft_config: Mapping[str, Any]) -> str:
             '\ncall `fedlora.apply_base_update(base, "this folder")` before `PeftModel.from_pretrained`, or make a'
             "\nplain model with `fedlora merge`. `fedlora.load_adapter` does it for you."
         )
+    labels = len(run.need_json("setup.json")["labels"])
     return f"""---
 library_name: peft
 base_model: {config.model.name}
@@ -91,13 +92,24 @@ model, tokenizer, labels = fedlora.load_adapter("this folder")
 ```
 
 With PEFT alone: `PeftModel.from_pretrained(base, "this folder")`, where `base` is
-`fedlora.load_base("{config.model.name}", labels={len(run.need_json("setup.json")["labels"])})`
-(pooling and classifier as in training).{base}
+`fedlora.load_base("{config.model.name}", labels={labels})`
+(pooling and classifier as in training).{base}{_auto(config, bool(base), labels)}
 
 | metric | value |
 |---|---|
 {scores}
 """
+
+
+def _auto(config: RunConfig, changed: bool, labels: int) -> str:
+    """How PEFT's automatic class loads it, where it can: a head of the architecture's own, on a base it can find."""
+    if changed or model.pooling_of(config.model) != "head" or config.model.name in model.KNOWN:
+        return ""
+    return (
+        '\n\nOr `peft.AutoPeftModelForSequenceClassification.from_pretrained("this folder", '
+        f"num_labels={labels}, dtype='float32')`, which finds\nthe base by its name and must be told the number of "
+        "classes."
+    )
 
 
 def _kind(config: RunConfig, peft_config: Mapping[str, Any]) -> str:

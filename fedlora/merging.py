@@ -123,8 +123,10 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
     """Merge an adapter and its base update into a plain model folder.
 
     Adapters of a fedlora run know their base; for others it is `base`, or what their configuration names. A model with
-    its architecture's own head becomes a Transformers folder; a pooled sentence encoder becomes its encoder's folder
-    with the classifier beside it (`fedlora.load_merged` reads either).
+    its architecture's own head becomes a Transformers folder, which Transformers alone loads, head and label names
+    included. A pooled sentence encoder becomes its encoder's folder with the classifier beside it, for which
+    Transformers has no class: README.md in the folder has the lines that load it with Transformers, torch and
+    safetensors alone. `fedlora.load_merged` reads either.
 
     Args:
         folder: the adapter.
@@ -144,12 +146,16 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
     _check_merge(dict(_plain(attached).named_modules()))
     merged: Any = attached.merge_and_unload()
     pooled = isinstance(merged, PooledClassifier)
+    if pooled and description:  # in the encoder's configuration too, which is all that others read
+        merged.encoder.config.id2label = dict(enumerate(description["labels"]))
+        merged.encoder.config.label2id = {label: index for index, label in enumerate(description["labels"])}
     with new_folder(target) as draft:
         (merged.encoder if pooled else merged).save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         if pooled:
             _write_classifier(merged, draft)
+        write_atomic(draft / "README.md", _card(merged, tokenizer is not None, description).encode())
         if description:
             write_atomic(draft / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
 
@@ -209,6 +215,63 @@ def _write_classifier(model: PooledClassifier, folder: Path) -> None:
     write_atomic(folder / _CLASSIFIER, serialise(model.classifier.state_dict()))
     pooling = {"pooling_mode_mean_tokens": model.pooling == "mean", "pooling_mode_cls_token": model.pooling == "cls"}
     write_atomic(folder / "1_Pooling" / "config.json", json.dumps(pooling).encode())
+
+
+def _card(model: Any, tokenizer: bool, description: Mapping[str, Any] | None) -> str:
+    """README.md of a merged model: how it is loaded without PEFT and fedlora, as code that runs from anywhere."""
+    pooled = isinstance(model, PooledClassifier)
+    kind = type(model).__name__
+    most = (description or {}).get("max_length", 128)
+    if pooled:
+        code = _POOLED.format(most=most, pool=_POOLS[model.pooling])
+    elif kind.endswith("ForSequenceClassification") and tokenizer:
+        code = _OWN_HEAD.format(most=most)
+    else:
+        code = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("this folder").eval()\n'
+    head = "# A merged model\n\nAn adapter in the weights of its base. It needs neither PEFT nor fedlora:\n\n"
+    return f"{head}```python\n{code}```\n{_NO_CLASS if pooled else ''}"
+
+
+_NO_CLASS = """
+Do not load it as `AutoModelForSequenceClassification`: no class of Transformers pools this encoder's tokens as it was
+trained (`1_Pooling/config.json`), and a random head would take the place of `classifier.safetensors`.
+"""
+
+
+_OWN_HEAD = """\
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "this folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+texts = ["one text", "another text"]
+inputs = tokenizer(texts, padding=True, truncation=True, max_length={most}, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**inputs).logits
+print([model.config.id2label[index] for index in logits.argmax(1).tolist()])
+"""
+_POOLED = """\
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+folder = "this folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+encoder = AutoModel.from_pretrained(folder).eval()
+head = load_file(f"{{folder}}/classifier.safetensors")
+texts = ["one text", "another text"]
+inputs = tokenizer(texts, padding=True, truncation=True, max_length={most}, return_tensors="pt")
+with torch.no_grad():
+    hidden = encoder(**inputs).last_hidden_state.float()
+{pool}
+    logits = pooled @ head["weight"].T + head["bias"]
+print([encoder.config.id2label[index] for index in logits.argmax(1).tolist()])
+"""
+_POOLS = {
+    "mean": '    mask = inputs["attention_mask"][..., None].float()\n    pooled = (hidden * mask).sum(1) / mask.sum(1)',
+    "cls": "    pooled = hidden[:, 0]",
+}
 
 
 def _read_classifier(classifier: nn.Module, path: Path) -> None:

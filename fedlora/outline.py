@@ -21,11 +21,11 @@ from fedlora import home, limits
 from fedlora.atomic import write_atomic
 from fedlora.config import ModelConfig
 from fedlora.errors import FedloraError, ModelError, RunFolderError, remembered
+from fedlora.heads import PooledClassifier
 from fedlora.limits import FileStates
 from fedlora.lora_config import LoraConfig
 from fedlora.model import (
     KNOWN,
-    PooledClassifier,
     adaptable_modules,
     cannot_load,
     default_targets,

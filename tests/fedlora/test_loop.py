@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -391,3 +392,14 @@ def test_a_strategy_that_does_not_fit_the_layers_is_refused_before_anyone_trains
     with pytest.raises(ModelError, match="is no linear layer, and only these can have a core between A and B"):
         train(configure(changes), tmp_path / "run")
     assert not (tmp_path / "run/rounds").exists()
+
+
+def test_a_new_run_in_the_folder_of_a_deleted_one_has_nothing_of_it(configure, finished, tmp_path):
+    """A worker that stays, as in a sweep, keeps partition, states and base by the run's id, not by its place."""
+    other = {"strategy": "flora", "seed": 1}
+    with open_pool(configure().runner):
+        train(configure({"strategy": "flora"}), tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+        train(configure(other), tmp_path / "run")
+    left, right = (folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "run", finished(other)))
+    assert left.read_bytes() == right.read_bytes()

@@ -1,7 +1,13 @@
 """Adapter and base update as a plain model: its logits are those of the model with the adapter on it."""
 
+import ast
 import json
+import os
 import pickle
+import re
+import shutil
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -11,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import fedlora
 from fedlora import merging
+from fedlora import model as models
 from fedlora.adapter import Factors
 from fedlora.base_update import BaseUpdate
 from fedlora.errors import AdapterError, ModelError
@@ -84,8 +91,6 @@ def combined(tmp_path_factory):
 @pytest.fixture
 def copy(combined, tmp_path):
     """A copy of the BERT adapter that may be changed, and its base."""
-    import shutil
-
     base, adapter = combined("bert")
     shutil.copytree(adapter, tmp_path / "adapter")
     return base, tmp_path / "adapter"
@@ -111,6 +116,106 @@ def test_a_run(finished, tmp_path, strategy, pooling):
         plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain").eval()
         same(plain(**tokens).logits, wanted(**tokens).logits)
         assert list(plain.config.id2label.values()) == labels
+
+
+ALONE = """
+from importlib.machinery import PathFinder
+
+everything = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(
+    lambda name, *more: None if name.split(".")[0] in ("fedlora", "peft") else everything(name, *more)
+)
+"""
+TEXTS = ["a small dog", "the capital of a country far away"]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "head"])
+def test_the_readme_of_a_merged_model_loads_it_where_neither_peft_nor_fedlora_is(finished, tmp_path, pooling):
+    adapter = finished({"strategy": "flora", "model.pooling": pooling}) / "adapter"
+    fedlora.merge(adapter, tmp_path / "plain")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "plain" / "README.md").read_text(), flags=re.S)
+    told = snippet.replace("this folder", str(tmp_path / "plain")).replace('["one text", "another text"]', repr(TEXTS))
+    code = f"{ALONE}{told}\nprint(logits.tolist())"
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    names, numbers = map(ast.literal_eval, done.stdout.splitlines()[-2:])
+    model, tokenizer, labels = fedlora.load_adapter(adapter)
+    with torch.no_grad():
+        wanted = model(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+    same(torch.tensor(numbers), wanted)
+    assert names == [labels[index] for index in wanted.argmax(1).tolist()]
+    declared = json.loads((tmp_path / "plain" / "config.json").read_text())["id2label"]
+    assert list(declared.values()) == labels
+
+
+def llama(tie=False, rows=64):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(
+        vocab_size=rows, num_key_value_heads=2, tie_word_embeddings=tie, pad_token_id=0, **sizes
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+CAUSAL = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.mark.parametrize("kind", ["saved embeddings", "saved and grown", "tokens", "tied tokens"])
+def test_embeddings_that_come_with_an_adapter_are_merged_as_peft_merges_them(tmp_path, kind):
+    """In float64, and as the folder that Transformers reads."""
+    tie, grown = kind == "tied tokens", kind == "saved and grown"
+    base = llama(tie)
+    if grown:
+        base.resize_token_embeddings(70, mean_resizing=False)
+    rows = {"trainable_token_indices": [1, 5]} if "tokens" in kind else {}
+    live = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, **CAUSAL, **rows))
+    with torch.no_grad():
+        for name, parameter in live.named_parameters():
+            if parameter.requires_grad or "embed_tokens" in name or "lm_head" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    live.save_pretrained(tmp_path / "adapter", save_embedding_layers=not rows)
+
+    own = llama(tie)
+    if grown:
+        own.resize_token_embeddings(70, mean_resizing=False)
+    wanted = peft.PeftModel.from_pretrained(own.double(), tmp_path / "adapter").merge_and_unload().eval()
+    fedlora.merge(tmp_path / "adapter", tmp_path / "plain", llama(tie).double())
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float64).eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, wanted(ids).logits, rtol=1e-9, atol=1e-12)
+        assert (plain(ids).logits[..., :64] - llama(tie).double()(ids).logits).abs().max() > 1e-3
+
+
+def test_attention_that_peft_merges_wrongly_is_refused(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.attn(x, x, x)[0]
+
+    peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["attn"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"module 'attn' is an nn\.MultiheadAttention, whose output projection PEFT"):
+        fedlora.merge(tmp_path / "adapter", tmp_path / "plain", Net())
+    assert not (tmp_path / "plain").exists()
+
+
+def test_pefts_automatic_class_loads_what_the_card_says(finished, tmp_path_factory):
+    tiny_copy = shutil.copytree(models.resolve("bert-tiny"), tmp_path_factory.mktemp("base") / "bert")
+    adapter = finished({"model.name": str(tiny_copy), "model.pooling": "head"}) / "adapter"
+    model, tokenizer, labels = fedlora.load_adapter(adapter)
+    assert f"num_labels={len(labels)}, dtype='float32')`" in (adapter / "README.md").read_text()
+    found = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        adapter, num_labels=len(labels), dtype="float32"
+    )
+    tokens = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        same(found.eval()(**tokens).logits, model(**tokens).logits)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])

@@ -382,3 +382,29 @@ class TestBase:
         frozen = base_weights(resident)
         assert {id(p) for p in chosen} == {id(p) for p in resident.peft.parameters() if p.requires_grad}
         assert not any(p.requires_grad for n, p in resident.peft.named_parameters() if n in frozen)
+
+
+def test_a_base_whose_weights_are_shared_is_refused_before_a_strategy_changes_them(folders):
+    resident = build(folders["bert"], target_modules=["word_embeddings", "query"])
+    resident.check_untied()
+    base = resident.peft.get_base_model()
+    base.head = torch.nn.Linear(16, 99, bias=False)
+    base.head.weight = base.bert.embeddings.word_embeddings.get_base_layer().weight
+    with pytest.raises(ModelError, match=r"'bert\.embeddings\.word_embeddings' shares its weight with 'head', and the"):
+        resident.check_untied()
+
+
+@pytest.mark.parametrize("strategy", ["flora", "fedit"])
+def test_a_run_asks_that_where_the_strategy_changes_the_base(configure, tmp_path, monkeypatch, strategy):
+    from fedlora.loop import train
+
+    def shared(self):
+        raise ModelError("shares its weight")
+
+    monkeypatch.setattr(ResidentModel, "check_untied", shared)
+    config = configure({"strategy": strategy, "rounds": 1, "training.local_steps": 1})
+    if strategy == "fedit":
+        train(config, tmp_path / "run")
+    else:
+        with pytest.raises(ModelError, match="shares its weight"):
+            train(config, tmp_path / "run")

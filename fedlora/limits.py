@@ -98,11 +98,14 @@ def read_text(path: Path, most: int) -> str:
 
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
+_LARGEST_POINTER = 1024
 
 
 def is_pointer(path: Path) -> bool:
     """Whether a file is what Git LFS leaves in a checkout in place of the real one."""
     try:
+        if check_regular(path).st_size > _LARGEST_POINTER:
+            return False
         with path.open("rb") as file:
             return file.read(len(_POINTER)) == _POINTER
     except OSError:
@@ -141,8 +144,9 @@ def read_json(path: Path, most: int = LARGEST_JSON) -> Any:
 
     Raises:
         OSError: not a file, or larger than `most` bytes.
-        ValueError: not JSON, nested too deeply, a key twice, or text that is not Unicode.
+        ValueError: not JSON, nested too deeply, a key twice, text that is not Unicode, or a pointer of Git LFS.
     """
+    refuse_pointer(path)
     try:
         content = json.loads(read_text(path, most), object_pairs_hook=once)
     except RecursionError:

@@ -20,6 +20,7 @@ from fedlora import seeds
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError, did_you_mean, first_line
 from fedlora.heads import PooledClassifier, head_modules, load_classifier
+from fedlora.limits import is_pointer
 from fedlora.lora_config import LoraConfig
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -81,6 +82,7 @@ def resolve(name: str) -> str:
             raise ModelError(
                 f"model.name={name}: the folder has no config.json, so it is not a Transformers model folder"
             )
+        _refuse_pointers(name, path)
         return str(path.absolute())
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
@@ -88,6 +90,17 @@ def resolve(name: str) -> str:
         f"model.name={name}: no such model.{did_you_mean(name, KNOWN)} Give a packaged name ({', '.join(KNOWN)}), "
         "a local folder, or a Hugging Face id like google-bert/bert-base-uncased."
     )
+
+
+def _refuse_pointers(name: str, folder: Path) -> None:
+    """Files that are read, in a checkout whose large ones have not been fetched."""
+    for pattern in ("*.json", "model*.safetensors", "*.txt", "*.model"):
+        for path in sorted(folder.glob(pattern)):
+            if is_pointer(path):
+                raise ModelError(
+                    f"model.name={name}: {path.name} is a pointer of Git LFS, not the file itself; fetch the file with "
+                    "`git lfs pull`"
+                )
 
 
 def pooling_of(config: ModelConfig) -> str:

@@ -149,7 +149,10 @@ class Files:
 
     train: tuple[Path, ...]
     test: tuple[Path, ...]
+    """Empty: the training files are numbered parts, which have no one path to give instead, and one is drawn."""
     notes: tuple[str, ...] = ()
+    validation: tuple[Path, ...] = ()
+    """Beside test files: what is used for testing where those have no labels."""
 
 
 def split_files(folder: Path) -> Files:
@@ -164,6 +167,8 @@ def split_files(folder: Path) -> Files:
     place = folder if _in_folder(folder) or not (folder / "data").is_dir() else folder / "data"
     found = _in_folder(place)
     test = next((split for split in ("test", *VALIDATION) if split in found), None)
+    if test is None and "train" in found and _part_of(found["train"][0]):
+        return Files(found["train"], ())
     missing = [split for split, there in {"train": "train" in found, "test": test}.items() if not there]
     if missing or test is None:
         have = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
@@ -173,7 +178,8 @@ def split_files(folder: Path) -> Files:
             "save_to_disk writes. To have a test split drawn, give the path of one file instead of the folder"
         )
     notes = () if test == "test" else (f"there is no test split: {test} is used for testing",)
-    return Files(found["train"], found[test], notes)
+    other = next((found[split] for split in VALIDATION if split in found and split != test), ())
+    return Files(found["train"], found[test], notes, other)
 
 
 def saved_by_datasets(folder: Path) -> bool:
@@ -221,7 +227,10 @@ def _local(name: str) -> Source | None:
             return Source(path.absolute().name, "folder", path.absolute())
         if name and path.is_file():
             if path.suffix.lower() not in SUFFIXES:
-                raise DataError(f"file {path} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
+                raise DataError(
+                    f"file {path} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}"
+                    f"{_CONVERSIONS.get(path.suffix.lower(), '')}"
+                )
             return Source(path.stem, "file", path.absolute())
     return None
 
@@ -297,6 +306,21 @@ _SPLIT_FILE = re.compile(
     rf"(?P<split>train|test|{'|'.join(VALIDATION)})(?:-(?P<part>\d{{5}})-of-(?P<parts>\d{{5}}))?"
     rf"(?P<suffix>{'|'.join(map(re.escape, SUFFIXES))})"
 )
+
+
+def _part_of(path: Path) -> bool:
+    """Whether a file is a numbered part of a split, as files of the hub are (also where it is the only one)."""
+    match = _SPLIT_FILE.fullmatch(path.name.lower())
+    return match is not None and match["part"] is not None
+
+
+_CONVERSIONS = {
+    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), "; unpack it"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "; save it as csv in the spreadsheet"),
+    ".feather": "; convert it: pandas.read_feather(file).to_parquet('data.parquet')",
+    ".arrow": "; give the folder that save_to_disk wrote, not a file of it",
+}
+"""What makes a file of another kind readable."""
 
 
 def _in_hub_cache(hub: str) -> bool:

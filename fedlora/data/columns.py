@@ -72,6 +72,17 @@ def choose(split: RawSplit, names: dict[str, str]) -> RawSplit:
     return RawSplit(pa.table(columns), split.where, split.label_names)
 
 
+def is_unlabelled(split: RawSplit, label: str) -> bool:
+    """Whether a split has no label at all: benchmarks publish theirs as -1."""
+    if split.table.column_names.count(label) != 1:
+        return False
+    column = _plain_type(split.table[label])
+    if pa.types.is_nested(column.type):
+        return False
+    hidden = pc.is_in(column.cast(pa.large_string()), pa.array(["-1"], pa.large_string()))
+    return bool(pc.all(pc.or_(hidden, pc.is_null(column))).as_py())
+
+
 def class_names(train: RawSplit) -> tuple[str, ...]:
     """The classes: as the source declares them, otherwise those of the training split in order (numbers by value).
 

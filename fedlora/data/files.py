@@ -18,6 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from fedlora import limits
+from fedlora.data import swallowed
 from fedlora.errors import DataError
 
 _DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
@@ -72,6 +73,12 @@ def _read_csv(path: Path, columns: Collection[str] | None) -> Read:
     table = pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
     if table.num_columns and table.num_rows != rows:
         raise ValueError(f"it has {rows} rows by one way of reading quotation marks and {table.num_rows} by another")
+    if quoting and (line := swallowed.find(table, header, delimiter)):
+        raise ValueError(
+            f"a quotation mark before {limits.short(line, 40)} makes one cell of lines that look like rows; double "
+            "quotation marks inside a text and enclose the text in such marks (if it is one text, give a jsonl or "
+            "parquet file)"
+        )
     return Read(table, tuple(header), (*notes, *why, *_passed_over(blank)))
 
 

@@ -13,6 +13,8 @@ from fedlora.errors import saving
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_NAMES: dict[str, Any] = {"parse_math": False}
+"""Labels and owners are shown as they are: two dollars would make a formula of what is between them."""
 _READABLE = 40
 """Rows or columns that can all carry a name; of more, only some do."""
 
@@ -55,13 +57,15 @@ def _name_axes(heat: Axes, partition: Partition) -> None:
     rows = _some(clients)
     if partition.owners:
         heat.set_ylabel("client: its owner, or their number")
-        heat.set_yticks(rows, [_who(int(client), partition.owners[client]) for client in rows], fontsize=9)
+        heat.set_yticks(rows, [_who(int(client), partition.owners[client]) for client in rows], **_NAMES, fontsize=9)
     else:
         heat.set_ylabel("client")
         heat.set_yticks(rows)
     columns = np.arange(labels) if labels <= 2 * _READABLE else _some(labels)
     names = [_cut(partition.labels[i]) for i in columns]
-    heat.set_xticks(columns, names, rotation=90 if labels > 3 else 0, fontsize=9 if labels <= _READABLE else 6)
+    heat.set_xticks(
+        columns, names, **_NAMES, rotation=90 if labels > 3 else 0, fontsize=9 if labels <= _READABLE else 6
+    )
 
 
 def _who(client: int, owners: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ from fedlora.config import DataConfig
 from fedlora.data.apportion import largest_remainder
 from fedlora.data.catalogue import VALIDATION, KnownSet, Source, check, known, resolve, saved_by_datasets, split_files
 from fedlora.errors import DataError
+from fedlora.limits import is_pointer
 
 if TYPE_CHECKING:  # `fedlora datasets` imports this module and needs none of these
     from pathlib import Path
@@ -91,7 +92,7 @@ def read(config: DataConfig, seed: int, light: bool = False) -> Draft:
     source = resolve(config)
     wanted = columns.column_names(config, source.columns)
     names = {ours: theirs for ours, theirs in wanted.items() if not light or ours in ("label", "client")}
-    raw_train, raw_test = _read(source, config, set(names.values()) if light else None)
+    raw_train, raw_test = _read(source, config, set(names.values()) if light else None, names)
     if light and any(raw_train.columns.count(theirs) != 1 for theirs in wanted.values()):
         return read(config, seed)  # which says what is wrong
     notes = [*raw_train.told(), *(raw_test.told() if raw_test else [])]
@@ -109,7 +110,9 @@ def read(config: DataConfig, seed: int, light: bool = False) -> Draft:
     return Draft(source, train, test, labels, tuple(notes))
 
 
-def _read(source: Source, config: DataConfig, only: set[str] | None) -> tuple[RawSplit, RawSplit | None]:
+def _read(
+    source: Source, config: DataConfig, only: set[str] | None, names: dict[str, str]
+) -> tuple[RawSplit, RawSplit | None]:
     """The splits as they are; no test split for a single file and for sets without a labelled one."""
     if source.path is None:
         return _of_splits(_download(source), source, config)
@@ -117,8 +120,21 @@ def _read(source: Source, config: DataConfig, only: set[str] | None) -> tuple[Ra
         return _of_files((source.path,), only), None
     if saved_by_datasets(source.path):
         return _of_splits(_saved(source.path), source, config)
-    files = split_files(source.path)
-    return _of_files(files.train, only, files.notes), _of_files(files.test, only)
+    return _of_folder(source.path, only, names["label"])
+
+
+def _of_folder(folder: Path, only: set[str] | None, label: str) -> tuple[RawSplit, RawSplit | None]:
+    from fedlora.data.columns import is_unlabelled
+
+    files = split_files(folder)
+    train = _of_files(files.train, only, files.notes)
+    if not files.test:
+        return train, None
+    test = _of_files(files.test, only)
+    if files.validation and is_unlabelled(test, label):
+        note = f"{files.test[0].name} has no labels: {files.validation[0].name} is used for testing"
+        test = _of_files(files.validation, only, (note,))
+    return train, test
 
 
 def _of_files(paths: tuple[Path, ...], only: set[str] | None, notes: tuple[str, ...] = ()) -> RawSplit:
@@ -146,6 +162,8 @@ def _saved(folder: Path) -> Any:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # damaged in any way
         reason = " ".join(str(error).split())[:200]
+        if pointer := next(filter(is_pointer, folder.rglob("*.arrow")), None):
+            reason = f"{pointer.name} is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`"
         raise DataError(f"cannot read {folder} as a folder of save_to_disk: {reason}. Write it again") from error
     return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
 

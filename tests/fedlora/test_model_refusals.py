@@ -122,3 +122,13 @@ def test_the_length_is_checked_before_anything_is_tokenised(configure, tmp_path,
         jobs.prepare_data(Workbench("cpu"), run.path)
     assert not (tmp_path / "home").exists()
     assert {path.name for path in run.path.iterdir()} == {"run.json", "config.yaml"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_that_git_lfs_has_not_fetched_is_named(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.onnx").write_text("version https://git-lfs.github.com/spec/v1\nsize 3\n")  # not read by us
+    assert model.resolve(str(tmp_path)) == str(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ModelError, match=f"{name} is a pointer of Git LFS.*git lfs pull"):
+        model.resolve(str(tmp_path))

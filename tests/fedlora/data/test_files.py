@@ -163,3 +163,24 @@ def test_a_column_is_suggested_by_its_content_or_not_at_all(names, ours, asked, 
         choose(RawSplit(pa.table({name: TABLE[name] for name in names}), "d"), {ours: asked})
     after_columns = str(caught.value).partition(f"{', '.join(names)}.")[2]
     assert after_columns == f"{f' {hint}' if hint else ''} Set data.{ours} to one of them"
+
+
+@pytest.mark.parametrize("order", [("text", "label"), ("label", "text")])
+@pytest.mark.parametrize("sign", [",", "\t"])
+def test_a_cell_of_rows_is_found_although_another_text_is_rightly_quoted(tmp_path, order, sign):
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(60)]
+    rows[5]["text"], rows[20]["text"], rows[40]["text"] = '"text 5', 'text 20"', f'"with{sign} in it"'
+    path = tmp_path / ("d.tsv" if sign == "\t" else "d.csv")
+    path.write_text(
+        "".join(sign.join(row[name] for name in order) + "\n" for row in [dict(zip(order, order, strict=True)), *rows])
+    )
+    with pytest.raises(DataError, match=r"before 'text 5.*' makes one cell of lines that look like rows"):
+        read_table(path)
+
+
+def test_a_text_of_several_lines_with_commas_is_no_such_cell(tmp_path):
+    path = tmp_path / "d.csv"
+    texts = ["Things:\napples,a\npears,b\nplums", "Dear,\nsir", "one, two", "x,a\ny,c\nz"] * 20
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], *([text, "ab"[i % 2]] for i, text in enumerate(texts))])
+    assert read_table(path).table["text"].to_pylist() == texts

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedlora.config import DataConfig
+from fedlora.config import DataConfig, PartitionConfig
+from fedlora.data.partition import partition
 from fedlora.data.sources import known, load
 from fedlora.data.survey import survey
 from fedlora.errors import DataError
@@ -132,4 +133,56 @@ def test_a_set_of_the_hub_is_not_surveyed():
 
 
 def test_the_packaged_set_is_the_one_that_finished_runs_were_made_on():
-    assert load(DataConfig(name="wordnet-nouns"), 0).digest == "aa3dfd4186c42fe7"
+    text, config = load(DataConfig(name="wordnet-nouns"), 0), PartitionConfig()
+    assert text.digest == "aa3dfd4186c42fe7"
+    labels = (text.train["label"], text.test["label"])
+    assert partition(config, 10, 0, *labels, text.labels, text.digest).hash == "10a211b561876ae5"  # the demo's
+
+
+def split(path, labels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"text": [f"text {i}" for i in range(len(labels))], "label": labels})
+    pq.write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize("hidden", [-1, None])
+def test_a_test_split_without_labels_makes_way_for_validation(tmp_path, hidden):
+    split(tmp_path / "train.parquet", [0, 1] * 10)
+    split(tmp_path / "validation.parquet", [0, 1] * 3)
+    split(tmp_path / "test.parquet", pa.array([hidden] * 9, pa.int64()))
+    text = load(DataConfig(name=str(tmp_path)), 0)
+    assert len(text.test) == 6
+    assert "test.parquet has no labels: validation.parquet is used for testing" in text.notes
+    split(tmp_path / "test.parquet", [0, 1, -1])
+    with pytest.raises(DataError, match="labels that no training example has"):
+        load(DataConfig(name=str(tmp_path)), 0)
+
+
+def test_parts_of_a_training_split_alone_have_a_test_split_drawn(tmp_path):
+    for part in range(2):
+        split(tmp_path / "data" / f"train-0000{part}-of-00002.parquet", [0, 1] * 10)
+    config = DataConfig(name=str(tmp_path))
+    text = load(config, 0)
+    assert (len(text.train), len(text.test)) == (32, 8)
+    assert survey(config, 0).train.tolist() == text.train["label"]
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def test_a_pointer_in_a_saved_folder_is_named(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}).save_to_disk(str(tmp_path / "set"))
+    next((tmp_path / "set").glob("*.arrow")).write_text(POINTER)
+    with pytest.raises(DataError, match=r"\.arrow is a pointer of Git LFS.*git lfs pull"):
+        load(DataConfig(name=str(tmp_path / "set")), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("d.csv.gz", "unpack it"), ("d.xlsx", "save it as csv"), ("d.arrow", "give the folder that save_to_disk wrote")],
+)
+def test_a_file_of_another_kind_is_refused_with_the_conversion(tmp_path, name, advice):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=advice):
+        load(DataConfig(name=str(tmp_path / name)), 0)

@@ -45,3 +45,11 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunFolderError, match="cannot write"):
         draw(make(3, 2), tmp_path / "file" / "partition.png")
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path):
+    owners = [r"$\frac$", r"c$\x", r"$\foo$"] * 4
+    config = PartitionConfig(name="natural-id", min_size=1)
+    parts = partition(config, 3, 0, [0, 1, 1] * 4, [0, 1], [r"$\bar", r"$\foo$"], "digest", owners, owners[:2])
+    draw(parts, tmp_path / "partition.png")
+    assert imread(tmp_path / "partition.png").shape[0] > 300

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, Factors
 from fedlora.base_update import BaseUpdate
-from fedlora.factors import Frame, ProductSum, inner
+from fedlora.factors import Frame, ProductSum
 from fedlora.updates import Updates
 
 
@@ -180,11 +180,10 @@ def measure_module(
         base: what every client's base got in this round, in units of the product.
     """
     w = weights.tolist()
-    ideal, sizes2, moves = ProductSum(broadcasts[0].shape), [], []
+    ideal, moves = ProductSum(broadcasts[0].shape), []
     for weight, upload, hat in zip(w, uploads, broadcasts, strict=True):
         own = upload.to_double()
         ideal.add(weight, own)
-        sizes2.append(inner(own, own))
         moves.append(_moved(own, hat))
     groups = _groups(broadcasts)
     hats = [_held(broadcasts[members[0]], base) for members in groups]
@@ -195,7 +194,7 @@ def measure_module(
         for position in members:
             errors2[position] = error2
     ideal2 = _square(frame.total)
-    dispersion = max(_weighted(w, sizes2) - ideal2, 0.0)
+    dispersion = frame.spread(uploads, w)
     spectrum = torch.linalg.svdvals(frame.total).square()
     tail_of = {rank: float(spectrum[rank:].sum()) for rank in {hat.rank for hat in broadcasts}}
     return ModuleDivergence(

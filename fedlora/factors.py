@@ -6,6 +6,7 @@ of squares: those gave 7e-4 for a true 3e-5 in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -120,7 +121,7 @@ class Frame:
             _Side([*total.right, *(pair.A.T for pair in self._others)]),
         )
         left, right = (side.coordinates[:, : total.width] for side in self._sides)
-        self._begin = total.width
+        self._begin, self._widths = total.width, [block.shape[1] for block in total.left]
         self.total = left @ right.T
 
     def other(self, index: int) -> Tensor:
@@ -133,11 +134,38 @@ class Frame:
         found: Tensor = left @ right.T
         return found
 
+    def spread(self, pairs: Sequence[Factors], weights: Sequence[float]) -> float:
+        """`Σ w_k ‖B_k A_k − Σ w_v B_v A_v‖²` of the pairs of which the total was made, in order, with these weights.
+
+        In coordinates while there are some. Beyond, the total is dense and pairs are measured against one of them, the
+        one with the most weight, each in coordinates of its own: `Σ w_k ‖D_k‖² − ‖Σ w_k D_k‖²` with D_k what pair k
+        differs by. Its terms are of the spread's own size (at most one over that weight larger), so nothing cancels
+        where clients are nearly equal.
+        """
+        if self._sides is not None:
+            left, right = (side.coordinates[:, : self._begin].split(self._widths, dim=1) for side in self._sides)
+            return math.fsum(  # the left columns carry the weight
+                weight * _square(own / weight @ other.T - self.total)
+                for weight, own, other in zip(weights, left, right, strict=True)
+                if weight
+            )
+        heaviest = pairs[max(range(len(weights)), key=weights.__getitem__)]
+        about = math.fsum(
+            weight * _square(Frame(ProductSum.of([pair, heaviest], [1.0, -1.0])).total)
+            for weight, pair in zip(weights, pairs, strict=True)
+            if weight
+        )
+        return max(about - _square(self.total - heaviest.to(torch.float64).product()), 0.0)
+
     def lift(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Columns in these coordinates as columns in the original ones, left (d_out × k) and right (d_in × k)."""
         if self._sides is None:
             return left, right
         return self._sides[0].lift(left), self._sides[1].lift(right)
+
+
+def _square(matrix: Tensor) -> float:
+    return float(matrix.square().sum())
 
 
 class _Side:
@@ -232,13 +260,6 @@ def mean_factors(factors: Iterable[Factors], weights: Tensor) -> Factors:
     if total is None:
         raise ValueError("a mean needs at least one pair")
     return total
-
-
-def inner(one: Factors, other: Factors) -> float:
-    """`⟨B_1A_1, B_2A_2⟩` in the Frobenius sense, through r × r blocks, in float64."""
-    left = one.B.to(torch.float64).T @ other.B.to(torch.float64)
-    right = one.A.to(torch.float64) @ other.A.to(torch.float64).T
-    return float((left * right).sum())
 
 
 def product_norm(pair: Factors) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import cast
 
 import torch
@@ -58,7 +59,8 @@ class HetLoRA(Strategy):
         return cast(HetLoRA.Options, self.options)
 
     def _kept(self, rank: int) -> int:
-        return max(1, int(self._options.keep * rank))
+        # In decimals, as the share was typed: in binary 0.58 · 50 is 28.999…, and would be cut to 28.
+        return max(1, int(Decimal(str(self._options.keep)) * rank))
 
     def _tail(self, factors: Mapping[str, Factors], rank: int) -> Tensor:
         """`Σ ‖B[:, k:r]‖·‖A[k:r]‖` over modules."""

@@ -177,6 +177,23 @@ class TestPersonalBroadcasts:
         assert found.P == found.Q == 0
         assert found.error2 == pytest.approx(found.dispersion)
 
+    @pytest.mark.parametrize("count", [4, 12])
+    @pytest.mark.parametrize("apart", [1.0, 1e-4, 1e-7])
+    @pytest.mark.parametrize("ranks", [[3], [3, 2]], ids=["equal ranks", "mixed ranks"])
+    def test_dispersion_of_clients_that_are_nearly_equal(self, dense, uploads, count, apart, ranks):
+        """Four clients in coordinates, twelve on the dense route; a difference of squares is off by 1 % at 1e-7."""
+        common, *own = make(uploads, (40, 23), [3] * (count + 1))
+        moved = [Factors(common.B + apart * pair.B, common.A + apart * pair.A) for pair in own]
+        factors = [pair.at_rank(ranks[u % len(ranks)]) for u, pair in enumerate(moved)] if apart == 1 else moved
+        w, pairs = weights(count), dense.pairs(factors)
+        w[1] = 0.0  # one that does not count
+        w /= w.sum()
+        ideal = dense.mean_product(pairs, w.numpy())
+        spread = sum(x * np.linalg.norm(B @ A - ideal) ** 2 for x, (B, A) in zip(w.numpy(), pairs, strict=True))
+        found = measure_module(factors, w, [common] * count)
+        assert found.dispersion == pytest.approx(spread, rel=1e-5)
+        assert found.R == pytest.approx(found.error2 + spread, rel=1e-5)
+
     def test_equal_ones_give_what_a_common_one_gives(self, uploads):
         factors, w = make(uploads, (7, 5), [2] * 3), weights(3)
         (pair,) = make(uploads, (7, 5), [2], 1)

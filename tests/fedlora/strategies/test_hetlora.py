@@ -111,6 +111,14 @@ class TestPruning:
         assert uploaded.rank == rank
         assert torch.equal(uploaded.factors["m"].A, trained.factors["m"].A[:rank])
 
+    @pytest.mark.parametrize(
+        ("keep", "of", "rank"),
+        [(0.58, 50, 29), (0.29, 100, 29), (0.57, 100, 57), (0.7, 10, 7), (0.55, 20, 11), (0.9999, 8, 7), (0.1, 4, 1)],
+    )
+    def test_the_share_is_the_decimal_that_was_typed(self, keep, of, rank):
+        """In binary 0.58 · 50 is 28.999…"""
+        assert make(keep=keep)._kept(of) == rank
+
     @pytest.mark.parametrize(("keep", "rank"), [(0.34, 1), (0.67, 2), (0.1, 1), (0.99, 2), (1, 3)])
     def test_to_a_share_rounded_down_and_at_least_one(self, keep, rank):
         assert make(keep=keep).after_training(self.start, self.trained(0.5)).rank == rank

@@ -208,10 +208,14 @@ def finish(
 
 
 def _kept(run: RunFolder, number: int, roll: Roll) -> dict[str, Any]:
-    """What is needed of a round when its uploads and state are gone: rows of the tables, who was asked, base bytes."""
+    """What is needed of a round when its uploads and state are gone: rows of the tables, who was asked (at which rank,
+    where it was not the highest), base bytes."""
     outcome = run.need_json(f"{run.state_stem(number)}.json")
+    asked = sorted({entry.client for entry in roll.entries})
+    lower = run.need_json(f"{run.state_stem(number - 1)}.json")["state"]["ranks"] if asked else {}
     return {
-        "asked": sorted({entry.client for entry in roll.entries}),
+        "asked": asked,
+        "ranks": {str(client): lower[str(client)] for client in asked if str(client) in lower},
         "base_bytes": outcome["base_bytes"],
         "rows": {
             "clients": rows.of_clients(run, number, roll),

@@ -17,7 +17,8 @@ from fedlora.updates import Updates
 class RoLoRA(Strategy):
     """The mean of the factor that was trained, beside the other, which all clients share: exact. arXiv 2502.01755.
 
-    B first, because it starts at zero and A would not move beside it. Our reading for clients of lower rank: their
+    B first, because it starts at zero and A would not move beside it. A client that was away for a round is sent both
+    factors. Our reading for clients of lower rank: their
     trained factor counts as zero beyond their rank.
     """
 

@@ -56,7 +56,9 @@ def phases(home: Path) -> dict[str, float]:
     found = [record.metrics for path in (home / "runs").iterdir() for record in rounds.records(RunFolder(path))]
     names = {
         "training": metrics.TIME_TRAIN,
-        "aggregation and ρ": metrics.TIME_AGGREGATE,
+        "reading updates": metrics.TIME_READ,
+        "aggregation": metrics.TIME_AGGREGATE,
+        "ρ": metrics.TIME_DIVERGENCE,
         "evaluation": metrics.TIME_EVALUATE,
     }
     return {phase: sum(values[name] for values in found) for phase, name in names.items()}

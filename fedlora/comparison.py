@@ -14,7 +14,7 @@ from fedlora.metrics import RoundRecord
 from fedlora.runfolder import RunFolder
 from fedlora.sweeps import label
 
-COLUMNS = ("accuracy", "macro-F1", "gap", "ρ first", "ρ last", "ρ floor", "MB", "seconds")
+COLUMNS = ("accuracy", "macro-F1", "gap", "ρ first", "ρ last", "ρ floor", "clients used", "MB", "seconds")
 
 
 DETAILS = {
@@ -52,20 +52,23 @@ class Result:
 
 
 def row(found: Sequence[RoundRecord]) -> dict[str, float | None]:
-    """A run's results: final scores, ρ in the first and last round and its last floor, megabytes (10⁶ bytes) sent both
-    ways, seconds of wall time in rounds; and the means over rounds of R, P, Q and the dispersion, the observable sides
-    of the conditions of arXiv 2508.01348. What was not measured is None."""
+    """A run's results: final scores, ρ in the first and last round and its last floor, mean number of clients whose
+    updates a round used, megabytes (10⁶ bytes) sent both ways, seconds of wall time in rounds; and the means over
+    rounds of R, P, Q and the dispersion, the observable sides of the conditions of arXiv 2508.01348. What was not
+    measured is None, as ρ is where a round used one client's update."""
     trained = [record.metrics for record in found[1:]]
+    used = [values[metrics.CLIENTS_COMPLETED] for values in trained if metrics.CLIENTS_COMPLETED in values]
     first, last = trained[0], trained[-1]
     return {
         "accuracy": last.get(metrics.GLOBAL_ACCURACY),
         "macro-F1": last.get(metrics.GLOBAL_MACRO_F1),
         "gap": last.get(metrics.GAP_ACCURACY),
-        "ρ first": first[metrics.RHO_MODEL],
-        "ρ last": last[metrics.RHO_MODEL],
-        "ρ floor": last[metrics.RHO_FLOOR],
+        "ρ first": first.get(metrics.RHO_MODEL),
+        "ρ last": last.get(metrics.RHO_MODEL),
+        "ρ floor": last.get(metrics.RHO_FLOOR),
+        "clients used": sum(used) / len(used) if used else None,
         "MB": last[metrics.BYTES_TOTAL] / 1e6,
-        "seconds": sum(record.metrics[metrics.TIME_ROUND] for record in found),
+        "seconds": metrics.seconds(found),
         **{name: sum(values[key] for values in trained) / len(trained) for name, key in DETAILS.items()},
     }
 
@@ -102,9 +105,7 @@ def _by_setting(table: pd.DataFrame, settings: Sequence[str]) -> Any:
 def same_partition(table: pd.DataFrame) -> bool:
     """Whether all runs of one seed had the same partition, so that only the other settings varied; where the dealing
     itself is varied, within each way of dealing."""
-    keys = [key for key in table if key in ("seed", "clients") or str(key).startswith(("partition.", "data."))]
-    groups = table.groupby(keys, dropna=False)["partition"] if keys else [(None, table["partition"])]
-    return all(hashes.nunique() == 1 for _, hashes in groups)
+    return all(hashes.nunique() == 1 for hashes in _by_dealing(table))
 
 
 def shared(table: pd.DataFrame) -> str:
@@ -112,9 +113,28 @@ def shared(table: pd.DataFrame) -> str:
     hashes = sorted(set(table["partition"]))
     if len(table) == 1:
         return f"partition hash {hashes[0]}"
-    if same_partition(table):
-        return f"All runs of a seed share one partition (hash {', '.join(hashes)}): only the settings above vary."
-    return "The partitions differ between runs of one seed, so the rows differ in more than their settings."
+    if len(hashes) == 1:
+        return f"All {len(table)} runs share one partition (hash {hashes[0]}): only the settings above vary."
+    within = " and ".join(_dealing(table))
+    if not same_partition(table):
+        whose = f"Runs of the same {within}" if within else "The runs"
+        return f"{whose} differ in their partition, so the rows differ in more than their settings."
+    named = f"{len(hashes)} partitions (hashes {', '.join(hashes)})"
+    if all(len(runs) == 1 for runs in _by_dealing(table)):
+        return f"{named}: each run has one of its own, by its {within}."
+    return f"{named}, one for each {within}: runs that share it differ in the other settings only."
+
+
+def _dealing(table: pd.DataFrame) -> list[str]:
+    """The settings of a table by which data is dealt."""
+    names = (str(key) for key in table)
+    return [key for key in names if key in ("seed", "clients") or key.startswith(("partition.", "data."))]
+
+
+def _by_dealing(table: pd.DataFrame) -> list[Any]:
+    """The partitions of the runs that were dealt alike, group by group."""
+    keys = _dealing(table)
+    return [hashes for _, hashes in table.groupby(keys, dropna=False)["partition"]] if keys else [table["partition"]]
 
 
 def figures(results: Sequence[Result], folder: Path, title: str) -> None:

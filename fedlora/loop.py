@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from fedlora import export, jobs, participation, preflight, recovery, rounds
@@ -48,13 +49,13 @@ def train(
         if head := pool.run(jobs.initialise, run.path).get("head"):
             say(head)
         for number in rounds.unfinished(run):
+            resumed = rounds.begun(run, number)
             begun = trained = time.perf_counter()
             if number:
                 _ask_clients(run, pool, threads, number, say)
                 trained = time.perf_counter()
                 rounds.aggregate(run, number)
-            spent = Timings(train=trained - begun, aggregate=time.perf_counter() - trained)
-            record = _close_round(run, pool, threads, number, begun, spent)
+            record = _close_round(run, pool, threads, number, begun, Timings(trained - begun, resumed=resumed))
             recovery.prune(run, number)
             if report:
                 report(record)
@@ -94,5 +95,5 @@ def _close_round(
     parts = rounds.evaluation_parts(run, number)
     scores = list(threads.map(lambda part: pool.run(jobs.evaluate, run.path, number, part), parts))
     now = time.perf_counter()
-    timings = Timings(spent.train, spent.aggregate, now - evaluating, now - begun)
+    timings = replace(spent, evaluate=now - evaluating, round=now - begun)
     return rounds.finish(run, number, parts, scores, timings)

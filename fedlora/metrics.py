@@ -33,10 +33,19 @@ BYTES_TOTAL = "bytes/total"
 CLIENTS_SELECTED = "clients/selected"
 CLIENTS_COMPLETED = "clients/completed"
 TIME_TRAIN = "time/train_s"
+TIME_READ = "time/read_s"
 TIME_AGGREGATE = "time/aggregate_s"
+TIME_DIVERGENCE = "time/divergence_s"
 TIME_EVALUATE = "time/evaluate_s"
 TIME_ROUND = "time/round_s"
 TIME_VIRTUAL = "time/virtual_s"
+TIME_RESUMED = "time/resumed"
+"""1 in a round that an earlier process had begun; absent in the others."""
+
+PARTIAL = (TIME_TRAIN, TIME_ROUND)
+"""What in a resumed round covers only what was done again; the server's seconds are kept with what they were spent on,
+and a round is scored in one go."""
+_COMPARED = (RHO_MODEL, RHO_FLOOR, RHO_EXCESS)
 
 Metrics = Mapping[str, float]
 
@@ -118,12 +127,20 @@ def of_participation(counts: Mapping[str, int]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """A finished round: its number (0 is before training), when it ended (ms since 1970), clients and metrics."""
+    """A finished round: its number (0 is before training), when it ended (ms since 1970), clients and metrics.
+
+    Where the update of one client was used there is no ρ: it is the mean, and its distance from itself says nothing.
+    """
 
     round: int
     timestamp_ms: int
     clients: tuple[int, ...]
     metrics: Metrics
+
+    def __post_init__(self) -> None:
+        if self.metrics.get(CLIENTS_COMPLETED) == 1:  # also in runs of a version that wrote 0 there, as if exact
+            known = {name: value for name, value in self.metrics.items() if name not in _COMPARED}
+            object.__setattr__(self, "metrics", known)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -136,3 +153,18 @@ class RoundRecord:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RoundRecord:
         return cls(content["round"], content["timestamp_ms"], tuple(content["clients"]), content["metrics"])
+
+
+def seconds(records: Sequence[RoundRecord]) -> float | None:
+    """Wall time of a run's rounds; a resumed one counts as the mean of those that were trained in one go.
+
+    None where every round of training was resumed, or the times are not known.
+    """
+    if any(TIME_ROUND not in record.metrics for record in records):
+        return None
+    whole = [record for record in records if not record.metrics.get(TIME_RESUMED)]
+    known = sum(record.metrics[TIME_ROUND] for record in whole)
+    if len(whole) == len(records):
+        return known
+    trained = [record.metrics[TIME_ROUND] for record in whole if record.round]
+    return known + (len(records) - len(whole)) * sum(trained) / len(trained) if trained else None

@@ -31,23 +31,36 @@ from fedlora.tensorfile import read_tensors
 from fedlora.updates import Update, Updates
 from fedlora.workers import use_threads
 
+_SERVER_SECONDS = {
+    metrics.TIME_READ: "read_seconds",
+    metrics.TIME_AGGREGATE: "seconds",
+    metrics.TIME_DIVERGENCE: "divergence_seconds",
+}
+"""Metrics of the server's own work, and their names in the record of a state."""
 _LARGEST_PART = 1000
 """Test examples per evaluation part; fixed, so that scores do not depend on the number of workers."""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Wall time of the phases of a round, in seconds."""
+    """Wall time of the phases of a round, in seconds; what the server does between them it times itself."""
 
     train: float = 0.0
-    aggregate: float = 0.0
     evaluate: float = 0.0
     round: float = 0.0
+    resumed: bool = False
+    """Whether another process had begun the round, so that these are the seconds of what was left of it."""
 
 
 def unfinished(run: RunFolder) -> list[int]:
     """The rounds still to do, from 0, the evaluation before training."""
     return list(range(len(run.finished_rounds()), run.config.rounds + 1))
+
+
+def begun(run: RunFolder, number: int) -> bool:
+    """Whether something of a round's training is there already. Round 0 only scores, and is scored anew."""
+    folder = run.round_folder(number)
+    return number > 0 and folder.is_dir() and any(folder.iterdir())
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,8 @@ def aggregate(run: RunFolder, number: int) -> dict[str, Any]:
     """Combine the updates that round `number` has accepted, save the new state, and measure the divergence of its
     broadcast. The clients' weights add up to one over those who completed.
 
-    Returns the record: `divergence` by module, `bytes`, `seconds` (aggregation alone) and `divergence_seconds`.
+    Returns the record: `divergence` by module, `bytes`, and what took how long: `read_seconds` (state and updates),
+    `seconds` (aggregation alone), `divergence_seconds`.
 
     Raises:
         RunAborted: an update is missing, or was damaged after it was accepted.
@@ -88,6 +102,7 @@ def aggregate(run: RunFolder, number: int) -> dict[str, Any]:
     config = run.config
     use_threads(config.runner.threads)
     strategy = registry.make(config.strategy, config.strategy_options)
+    opened = time.perf_counter()
     state = run.read_state(number - 1)
     roll = participation.read(run, number)
     accepted = [_accepted(run, number, entry) for entry in roll.having("completed")]
@@ -106,6 +121,7 @@ def aggregate(run: RunFolder, number: int) -> dict[str, Any]:
         {
             "divergence": divergence.to_json(),
             "bytes": asdict(_total_bytes([*(r["bytes"] for r in records), *(e.bytes for e in roll.entries)])),
+            "read_seconds": begun - opened,
             "seconds": aggregated - begun,
             "divergence_seconds": measured - aggregated,
         },
@@ -193,14 +209,15 @@ def finish(
         values |= metrics.of_global(_sum(by_split["global"]))
     if number == 0:
         values |= metrics.of_local(by_split["local"]) | metrics.of_bytes(Bytes(), 0)
+        values |= dict.fromkeys(_SERVER_SECONDS, 0.0)
     else:
         values |= _of_training(run, number, roll)
     values |= metrics.gap(values)
     values |= {
         metrics.TIME_TRAIN: timings.train,
-        metrics.TIME_AGGREGATE: timings.aggregate,
         metrics.TIME_EVALUATE: timings.evaluate,
         metrics.TIME_ROUND: timings.round,
+        **({metrics.TIME_RESUMED: 1.0} if timings.resumed else {}),
     }
     record = RoundRecord(number, int(time.time() * 1000), tuple(roll.completed), values)
     run.write_json(run.record_name(number), {**record.to_json(), **_kept(run, number, roll)})
@@ -235,6 +252,7 @@ def _of_training(run: RunFolder, number: int, roll: Roll) -> dict[str, float]:
         | metrics.of_divergence(Divergence.from_json(outcome["divergence"]))
         | metrics.of_bytes(Bytes(**outcome["bytes"]), before.metrics[metrics.BYTES_TOTAL])
         | metrics.of_participation(roll.counts())
+        | {name: outcome[key] for name, key in _SERVER_SECONDS.items() if key in outcome}
         | _virtual(run.config, roll)
     )
 

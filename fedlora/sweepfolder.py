@@ -100,6 +100,10 @@ class SweepFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def copy(self) -> SweepFolder:
+        """The same state, to try changes on."""
+        return replace(self, flow_runs=list(self.flow_runs), cells=list(self.cells))
+
     def begin(self, sweep: Sweep, flow_run: str, forget_failures: bool) -> None:
         """Take up the runs of `sweep`; what is known of those that were here before stays."""
         known = {

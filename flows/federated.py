@@ -115,12 +115,12 @@ def federated(
 
 def play_round(run: Run, number: int, tracked: Tracked, told: Progress) -> Tracked:
     """One round: the clients train, the server combines, the result is scored and logged. Round 0 only scores."""
-    watch = _Stopwatch()
+    watch = _Stopwatch(rounds.begun(run.state, number))
     if number:
         _ask_clients(run, number, told)
         watch.lap("train")
         aggregate.submit(run, number).result()
-        watch.lap("aggregate")
+        watch.next()
     parts = rounds.evaluation_parts(run.state, number)
     scoring = [evaluate.submit(run, number, index, part) for index, part in enumerate(parts)]
     scores = [future.result() for future in scoring]
@@ -206,13 +206,20 @@ def _prefect_tags() -> dict[str, str]:
 class _Stopwatch:
     """Wall time of the phases of a round."""
 
-    def __init__(self) -> None:
+    def __init__(self, resumed: bool) -> None:
+        self._resumed = resumed
         self._begun = self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps[name], self._last = now - self._last, now
+        """A phase is over."""
+        begun = self._last
+        self.next()
+        self._laps[name] = self._last - begun
+
+    def next(self) -> None:
+        """The next phase begins."""
+        self._last = time.perf_counter()
 
     def timings(self) -> Timings:
-        return Timings(**self._laps, round=time.perf_counter() - self._begun)
+        return Timings(**self._laps, round=time.perf_counter() - self._begun, resumed=self._resumed)

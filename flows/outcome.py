@@ -42,6 +42,14 @@ def results(folder: SweepFolder, varied: Sequence[str]) -> list[Result]:
     return parents.results(Parent(**folder.parent), settings)
 
 
+def is_whole(plan: Sweep, folder: SweepFolder) -> bool:
+    """Whether a sweep that ended has left in its folder all that `publish` writes."""
+    if not folder.having("finished"):
+        return True
+    written = all((folder.path / name).is_file() for name in (*FILES, *SHOWN.values()))
+    return written and (folder.champion is not None or not plan.champion)
+
+
 def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> None:
     """Compare the finished runs in files, on the sweep's page in MLflow, and on the flow run's page in Prefect."""
     told = progress.current()

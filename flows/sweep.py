@@ -5,6 +5,7 @@ prefect deployment run 'sweep/on-demand' -p sweep=demo -p 'overrides={"rounds": 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from flows import environment
@@ -56,12 +57,15 @@ def run_sweep(
     if folder.parent and not parents.there(Parent(**folder.parent)):  # deleted in MLflow: so is what was under it
         folder = SweepFolder.choose(home.sweeps(), plan, fresh=True)
     with lock.held(folder.path, f"sweep {plan.name} in {folder.path}", "wait for it, or begin another with --fresh"):
-        folder.begin(plan, flow_run, retry_failed)
-        folder.refuse(refused)
-        parent = open_parent(plan, folder)
-        with interruption.noted(), parents.closing(parent):
-            execute(plan, folder, parent, parallel, pool)
-            outcome.publish(plan, folder, parent)
+        if nothing_to_do(plan, folder, retry_failed, refused):
+            report_known(progress.current(), plan, folder)
+        else:
+            folder.begin(plan, flow_run, retry_failed)
+            folder.refuse(refused)
+            parent = open_parent(plan, folder)
+            with interruption.noted(), parents.closing(parent):
+                execute(plan, folder, parent, parallel, pool)
+                outcome.publish(plan, folder, parent)
     if not folder.having("finished"):
         failed = folder.having("failed")[0]
         raise FedloraError(f"sweep {plan.name}: no run finished; the first, {failed.label}: {failed.reason}")
@@ -74,6 +78,29 @@ def known_finished(plan: Sweep, fresh: bool) -> set[str]:
     return {str(state.digest) for state in latest.having("finished")} if latest else set()
 
 
+def nothing_to_do(plan: Sweep, folder: SweepFolder, retry_failed: bool, refused: Mapping[str, str]) -> bool:
+    """Whether this execution came to its end before, with the same runs, and all it left is there.
+
+    Then nothing is touched, neither here nor in MLflow: it stays the sweep that ended when it did, with its duration.
+    """
+    if folder.parent is None or not parents.is_closed(Parent(**folder.parent)) or not outcome.is_whole(plan, folder):
+        return False
+    again = folder.copy()
+    again.begin(plan, "", retry_failed)
+    again.refuse(refused)
+    take_over(again, parents.finished(Parent(**folder.parent)))
+    return again.cells == folder.cells and not again.having("waiting")
+
+
+def take_over(folder: SweepFolder, done: Mapping[str, str]) -> None:
+    """Note what has finished in MLflow (run by digest), and that the rest has not: somebody may have deleted it."""
+    for state in folder.cells:
+        if state.digest in done:
+            folder.mark(state.digest, "finished", run=done[state.digest])
+        elif state.digest and state.status == "finished":
+            folder.mark(state.digest, "waiting")
+
+
 def open_parent(plan: Sweep, folder: SweepFolder) -> Parent:
     """The sweep's run in MLflow: a new one, or that of the execution that is continued, and what finished under it."""
     if folder.parent:
@@ -83,12 +110,7 @@ def open_parent(plan: Sweep, folder: SweepFolder) -> Parent:
         tracking = plan.cells[0].config.tracking
         parent = parents.start(tracking, plan.name, folder.instance, outcome.description(plan, folder))
         folder.parent = vars(parent)
-    done = parents.finished(parent)
-    for state in folder.cells:
-        if state.digest in done:
-            folder.mark(state.digest, "finished", run=done[state.digest])
-        elif state.digest and state.status == "finished":  # deleted in MLflow meanwhile
-            folder.mark(state.digest, "waiting")
+    take_over(folder, parents.finished(parent))
     folder.save(plan)
     return parent
 

@@ -18,9 +18,10 @@ from fedlora.sweeps import Sweep
 
 _WIDTH_OF_A_FILE = 140
 _LEGEND = """gap: local minus global accuracy. ρ: relative error of the aggregate, in the
-first and the last round; its floor: the least that the rank allows in the last.
-MB: adapters, heads and base updates, up and down."""
-_DIGITS = {"MB": 1, "seconds": 0}
+first and the last round (blank where one client took part); its floor: the least
+that the rank allows in the last. Clients used: whose updates entered, mean of
+rounds. MB: adapters, heads and base updates, up and down."""
+_DIGITS = {"clients used": 1, "MB": 1, "seconds": 0}
 
 
 def console(stream: TextIO) -> Console:

@@ -16,6 +16,7 @@ import yaml
 
 from fedlora import configfile
 from fedlora.errors import ConfigError, TrackingError, did_you_mean
+from fedlora.report import frames
 from fedlora.report.frames import RUN_COLUMNS, Comparison, Excluded
 from mlflow_tracking import history, store
 
@@ -292,7 +293,7 @@ def _with_artifacts(client: MlflowClient, comparison: Comparison, runs: Sequence
     configs = {run: content for (run, path), content in contents.items() if path == _CONFIG}
     return replace(
         comparison,
-        modules=_stacked(contents, _DIVERGENCE),
+        modules=frames.only_compared(_stacked(contents, _DIVERGENCE), comparison.rounds),
         clients=_stacked(contents, _CLIENTS),
         partitions={
             digest: contents[run_id, _PARTITION]

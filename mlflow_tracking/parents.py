@@ -55,6 +55,17 @@ def there(parent: Parent) -> bool:
         return store.find_run(store.client(parent.uri), parent.run) is not None
 
 
+def is_closed(parent: Parent) -> bool:
+    """Whether the sweep of a parent run came to its end, so that all it leaves was logged.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    with store.errors(parent.uri):
+        run = store.find_run(store.client(parent.uri), parent.run)
+    return run is not None and run.info.status == "FINISHED"
+
+
 def resume(parent: Parent) -> None:
     """Open the parent run of an interrupted sweep again.
 

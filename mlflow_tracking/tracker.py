@@ -188,7 +188,8 @@ def _close(run: RunFolder, tracked: Tracked, note: str) -> None:
     with store.errors(tracked.uri):
         client = store.client(tracked.uri)
         finals = {name: last.metrics[source] for source, name in FINALS.items() if source in last.metrics}
-        finals["final/seconds"] = sum(record.metrics[metrics.TIME_ROUND] for record in rounds.records(run))
+        seconds = metrics.seconds(rounds.records(run))
+        finals |= {} if seconds is None else {"final/seconds": seconds}
         _log_metrics(client, tracked, last, finals)
         for folder in ("adapter", "tables", "figures"):
             client.log_artifacts(tracked.run, str(run.path / folder), folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from fedlora import metrics
 from fedlora.config import NEUTRAL
 
 ACCURACY = "final/accuracy"
@@ -67,6 +68,18 @@ class Setting:
     def rest(self) -> str:
         """What it is besides its strategy; empty where only strategies vary."""
         return words({key: value for key, value in self.values.items() if key != "strategy"})
+
+
+def only_compared(modules: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
+    """The rows of modules without ρ, floor and excess in rounds that used one client's update: as `RoundRecord`."""
+    if modules.empty or metrics.CLIENTS_COMPLETED not in rounds:
+        return modules
+    alone = rounds.loc[rounds[metrics.CLIENTS_COMPLETED] == 1, ["run_id", "round"]]
+    keys = pd.MultiIndex.from_frame(modules[["run_id", "round"]])
+    blank = [name for name in ("rho", "floor", "excess") if name in modules]
+    found = modules.copy()
+    found.loc[keys.isin(pd.MultiIndex.from_frame(alone)), blank] = math.nan
+    return found
 
 
 def is_missing(value: Any) -> bool:

@@ -14,9 +14,13 @@ from fedlora.report import frames, statistics
 from fedlora.report.frames import Comparison, Setting
 from fedlora.report.statistics import Correlation, Interval, Paired
 
-RESULTS = ("accuracy", "macro_f1", "gap", "rho_first", "rho_mean", "rho_last", "rho_floor", "megabytes", "seconds")
+RESULTS = (
+    *("accuracy", "macro_f1", "gap", "rho_first", "rho_mean", "rho_last", "rho_floor"),
+    *("clients_used", "megabytes", "seconds"),
+)
 """A run's results: accuracy and macro-F1 after the last round; local minus global accuracy; ρ in round one, its mean
-over rounds and in the last round, with that round's floor; 10⁶ bytes both ways; seconds of wall time in rounds."""
+over rounds and in the last round, with that round's floor (blank where one client took part); mean number of clients
+whose updates a round used; 10⁶ bytes both ways; seconds of wall time in rounds."""
 
 COSTS = {
     "up_adapter": "bytes/up_adapter",
@@ -25,7 +29,9 @@ COSTS = {
     "down_head": "bytes/down_head",
     "down_base": "bytes/down_base",
     "train": metrics.TIME_TRAIN,
+    "read": metrics.TIME_READ,
     "aggregate": metrics.TIME_AGGREGATE,
+    "divergence": metrics.TIME_DIVERGENCE,
     "evaluate": metrics.TIME_EVALUATE,
     "round": metrics.TIME_ROUND,
 }
@@ -40,15 +46,36 @@ def results(comparison: Comparison) -> pd.DataFrame:
         found[name] = runs.get(metric, math.nan)
     trained = comparison.rounds[comparison.rounds["round"] > 0].sort_values("round")
     by_run = trained.groupby("run_id")
-    rho = metrics.RHO_MODEL
-    found["rho_first"] = by_run[rho].first() if rho in trained else math.nan
+    # Not first() and last(): these skip what is blank, and would show another round's.
+    first, last = (rows.set_index("run_id") for rows in (by_run.head(1), by_run.tail(1)))
+    rho, used = metrics.RHO_MODEL, metrics.CLIENTS_COMPLETED
+    found["rho_first"] = first.get(rho, math.nan)
     found["rho_mean"] = by_run[rho].mean() if rho in trained else math.nan
-    found["rho_last"] = by_run[rho].last() if rho in trained else math.nan
-    found["rho_floor"] = by_run[metrics.RHO_FLOOR].last() if metrics.RHO_FLOOR in trained else math.nan
-    found["megabytes"] = by_run[metrics.BYTES_TOTAL].last() / 1e6 if metrics.BYTES_TOTAL in trained else math.nan
-    seconds = comparison.rounds.groupby("run_id")
-    found["seconds"] = seconds[metrics.TIME_ROUND].sum() if metrics.TIME_ROUND in comparison.rounds else math.nan
+    found["rho_last"] = last.get(rho, math.nan)
+    found["rho_floor"] = last.get(metrics.RHO_FLOOR, math.nan)
+    found["clients_used"] = by_run[used].mean() if used in trained else math.nan
+    found["megabytes"] = last.get(metrics.BYTES_TOTAL, math.nan) / 1e6
+    found["seconds"] = sums(comparison.rounds, [metrics.TIME_ROUND]).get(metrics.TIME_ROUND, math.nan)
     return found.astype(float)
+
+
+def sums(rounds: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Metrics summed over each run's rounds (index: run id); a column for each that was measured.
+
+    The seconds of a resumed round are those of what was left of it: it counts as the mean of the run's other rounds of
+    training, and where there is none the sum is not known.
+    """
+    known = [name for name in names if name in rounds]
+    total = rounds.groupby("run_id")[known].sum(min_count=1)
+    if metrics.TIME_RESUMED not in rounds:
+        return total
+    again = rounds[metrics.TIME_RESUMED] > 0
+    times = again.groupby(rounds["run_id"]).sum()
+    for name in (name for name in metrics.PARTIAL if name in known):
+        whole = rounds[~again].groupby("run_id")[name].sum()
+        usual = rounds[~again & (rounds["round"] > 0)].groupby("run_id")[name].mean().reindex(times.index)
+        total[name] = total[name].where(times == 0, whole.reindex(times.index) + times * usual)
+    return total
 
 
 @dataclass(frozen=True)
@@ -171,16 +198,13 @@ def _correlated(table: pd.DataFrame, name: str) -> Correlation:
 
 def costs(comparison: Comparison) -> list[tuple[Setting, dict[str, float]]]:
     """Per setting, the sums over a run's rounds of `COSTS` (bytes, seconds), means over seeds."""
-    columns = {name: metric for name, metric in COSTS.items() if metric in comparison.rounds}
-    sums = comparison.rounds.groupby("run_id")[list(columns.values())].sum(min_count=1)
+    total = sums(comparison.rounds, list(COSTS.values()))
     return [
         (
             setting,
             {
-                name: float(sums.loc[list(setting.seeds.values()), columns[name]].mean())
-                if name in columns
-                else math.nan
-                for name in COSTS
+                name: float(total.loc[list(setting.seeds.values()), metric].mean()) if metric in total else math.nan
+                for name, metric in COSTS.items()
             },
         )
         for setting in frames.settings(comparison.runs)

@@ -65,7 +65,7 @@ def name(setting: Setting) -> Cell:
 def leaderboard(rows: Sequence[Row]) -> Table:
     """A row per setting: accuracy with its interval, the difference from the best, and the other results."""
     titles = ["setting", "seeds", "accuracy", "difference from best", "p (Holm)", "macro-F1", "gap", "ρ round 1"]
-    titles += ["ρ last", "ρ floor", "MB", "seconds"]
+    titles += ["ρ last", "ρ floor", "clients used", "MB", "seconds"]
     body = []
     for row in rows:
         found = row.results
@@ -75,7 +75,8 @@ def leaderboard(rows: Sequence[Row]) -> Table:
         cells = [name(row.setting), Cell(str(len(row.setting.seeds)), len(row.setting.seeds))]
         cells += [spread(found["accuracy"]), difference, p]
         cells += [shown(found[key].mean) for key in ("macro_f1", "gap", "rho_first", "rho_last", "rho_floor")]
-        cells += [shown(found["megabytes"].mean, 2), shown(found["seconds"].mean, 1)]
+        cells += [shown(found["clients_used"].mean, 1), shown(found["megabytes"].mean, 2)]
+        cells.append(shown(found["seconds"].mean, 1))
         body.append(cells)
     return Table(titles, body)
 
@@ -151,12 +152,13 @@ def costs(comparison: Comparison) -> Table:
         "down: base (MB)",
         "all (MB)",
     ]
-    titles = ["setting", *kinds, "train (s)", "aggregate (s)", "evaluate (s)", "rounds, all (s)"]
+    phases = ["train", "read", "aggregate", "divergence", "evaluate", "round"]
+    titles = ["setting", *kinds, *(f"{phase} (s)" for phase in phases[:-1]), "rounds, all (s)"]
     body = []
     for setting, sums in tables.costs(comparison):
         sent = [sums[key] / 1e6 for key in ("up_adapter", "up_head", "down_adapter", "down_head", "down_base")]
-        spent = [sums[key] for key in ("train", "aggregate", "evaluate", "round")]
-        row = [*(shown(value, 2) for value in (*sent, sum(sent))), *(shown(value, 1) for value in spent)]
+        spent = [shown(sums[key], 2 if key in ("read", "aggregate", "divergence") else 1) for key in phases]
+        row = [*(shown(value, 2) for value in (*sent, sum(sent))), *spent]
         body.append([name(setting), *row])
     return Table(titles, body)
 

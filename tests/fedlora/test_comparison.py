@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from fedlora import comparison, rounds
+from fedlora import comparison, metrics, rounds
 from fedlora.comparison import COLUMNS, DETAILS, Result
+from fedlora.metrics import RoundRecord
 from fedlora.runfolder import RunFolder
 
 
@@ -91,7 +92,65 @@ def test_same_partition_is_asked_seed_by_seed(cells):
     other = pd.concat([table, table.iloc[:1].assign(partition="another")])
     assert not comparison.same_partition(other)
     assert "differ" in comparison.shared(other)
-    assert "share one partition" in comparison.shared(table)
+    hashes = sorted(set(table["partition"]))
+    assert comparison.shared(table) == (
+        f"2 partitions (hashes {', '.join(hashes)}), one for each seed: "
+        "runs that share it differ in the other settings only."
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "hashes", "words"),
+    [
+        ({"strategy": ["svd"]}, "a", "partition hash a"),
+        ({"strategy": ["svd", "fedit"]}, "aa", "All 2 runs share one partition (hash a): "),
+        ({"seed": [0, 1, 2]}, "aaa", "All 3 runs share one partition (hash a): "),
+        ({"seed": [0, 1]}, "ab", "2 partitions (hashes a, b): each run has one of its own, by its seed."),
+        ({"partition.alpha": [1, 5]}, "ab", "2 partitions (hashes a, b): each run has one of its own, "),
+        ({"seed": [0, 0, 1], "clients": [2, 2, 2]}, "aab", "2 partitions (hashes a, b), one for each seed and "),
+        ({"strategy": ["svd", "fedit"]}, "ab", "The runs differ in their partition, "),
+        ({"seed": [0, 0, 1]}, "abb", "Runs of the same seed differ in their partition, "),
+    ],
+)
+def test_what_is_said_of_the_partitions_is_true_of_them(columns, hashes, words):
+    assert comparison.shared(pd.DataFrame({**columns, "partition": list(hashes)})).startswith(words)
+
+
+def record(number, **values):
+    return RoundRecord(number, 0, (), {metrics.BYTES_TOTAL: 0.0, metrics.TIME_ROUND: 1.0, **values})
+
+
+def measured(used, rho, **more):
+    """The metrics of a round of training."""
+    abo = dict.fromkeys(DETAILS.values(), 0.0)
+    return {**abo, "rho/model": rho, "rho/floor": 0.1, "rho/excess": rho - 0.1, "clients/completed": used, **more}
+
+
+def test_where_one_client_took_part_there_is_no_rho():
+    found = comparison.row([record(0), record(1, **measured(1, 0.0)), record(2, **measured(4, 0.3))])
+    assert (found["ρ first"], found["ρ last"], found["ρ floor"], found["clients used"]) == (None, 0.3, 0.1, 2.5)
+    found = comparison.row([record(0), record(1, **measured(4, 0.3)), record(2, **measured(1, 0.0))])
+    assert (found["ρ first"], found["ρ last"], found["ρ floor"]) == (0.3, None, None)
+    table = comparison.frame([Result({"strategy": "svd"}, [record(0), record(1, **measured(1, 0.0))], "a", "run")])
+    mean, _ = comparison.over_seeds(table, ["strategy"])
+    assert math.isnan(mean.loc["svd", "ρ first"])
+    assert mean.loc["svd", "clients used"] == 1
+
+
+def test_a_run_of_an_older_version_is_compared_too():
+    """Without the seconds of reading and divergence, and the number of clients."""
+    known = {key: value for key, value in measured(3, 0.2).items() if key != "clients/completed"}
+    found = comparison.row([record(0), record(1, **known)])
+    assert (found["ρ first"], found["clients used"], found["seconds"]) == (0.2, None, 2.0)
+
+
+def test_a_resumed_round_counts_as_the_mean_of_those_that_were_not():
+    again = {"time/resumed": 1.0, "time/round_s": 0.5}
+    trained = [record(number, **measured(4, 0.3, **{"time/round_s": 10.0 * number})) for number in (1, 2)]
+    resumed = record(3, **measured(4, 0.3, **again))
+    assert comparison.row([record(0), *trained])["seconds"] == 31
+    assert comparison.row([record(0), *trained, resumed])["seconds"] == 31 + 15
+    assert comparison.row([record(0), resumed])["seconds"] is None
 
 
 def test_where_the_dealing_is_varied_each_way_of_dealing_is_asked(cells):

@@ -192,7 +192,7 @@ class TestPersonalBroadcasts:
         spread = sum(x * np.linalg.norm(B @ A - ideal) ** 2 for x, (B, A) in zip(w.numpy(), pairs, strict=True))
         found = measure_module(factors, w, [common] * count)
         assert found.dispersion == pytest.approx(spread, rel=1e-5)
-        assert found.R == pytest.approx(found.error2 + spread, rel=1e-5)
+        assert pytest.approx(found.error2 + spread, rel=1e-5) == found.R
 
     def test_equal_ones_give_what_a_common_one_gives(self, uploads):
         factors, w = make(uploads, (7, 5), [2] * 3), weights(3)

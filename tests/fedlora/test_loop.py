@@ -31,7 +31,8 @@ STRATEGIES = tuple(registry._BUILTIN)
 BOTH = ("fedit", "flora-na", "svd", "local", "flora", "fedex-lora", "oracle", "fedsa-lora", "replication", "lora-fair")
 """Those whose clients train both factors, on the data and nothing else."""
 ALWAYS = {"bytes/up_adapter", "bytes/up_head", "bytes/down_adapter", "bytes/down_head", "bytes/down_base"} | {
-    *("bytes/total", "time/train_s", "time/aggregate_s", "time/evaluate_s", "time/round_s")
+    *("bytes/total", "time/train_s", "time/read_s", "time/aggregate_s", "time/divergence_s"),
+    *("time/evaluate_s", "time/round_s"),
 }
 TRAINED = {"rho/model", "rho/floor", "rho/excess", "rho/effective_clients", "abo/R", "abo/P", "abo/Q"} | {
     *("abo/dispersion", "clients/selected", "clients/completed")
@@ -66,7 +67,32 @@ def test_the_metrics_are_those_of_the_design(finished):
         assert values["gap/accuracy"] == pytest.approx(values["local/accuracy"] - values["global/accuracy"])
         assert values["clients/selected"] == values["clients/completed"] == 3
         assert 0 <= values["rho/floor"] <= values["rho/model"] < 1
-        assert values["time/round_s"] >= values["time/train_s"] + values["time/aggregate_s"] > 0
+        phases = ("train", "read", "aggregate", "divergence", "evaluate")
+        assert all(values[f"time/{phase}_s"] > 0 for phase in phases)
+        assert values["time/round_s"] >= sum(values[f"time/{phase}_s"] for phase in phases)
+
+
+def test_seconds_of_aggregation_are_those_of_the_strategy_alone(configure, monkeypatch, tmp_path):
+    """Reading takes 100 virtual seconds a file, an aggregation 7, measuring 1000; the probe aggregates twice more."""
+    now = [0.0]
+
+    def costs(seconds, function):
+        def slow(*args, **more):
+            now[0] += seconds
+            return function(*args, **more)
+
+        return slow
+
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(rounds, "read_tensors", costs(100.0, rounds.read_tensors))
+    monkeypatch.setattr(rounds, "advance", costs(7.0, rounds.advance))
+    monkeypatch.setattr(rounds, "measure_round", costs(1000.0, rounds.measure_round))
+    monkeypatch.setattr(rounds.probe, "advance", costs(50.0, rounds.probe.advance))
+    train(configure({"strategy": "replication", "lora.ranks": [2, 4, 7], "rounds": 1}), tmp_path / "run")
+    values = measured(tmp_path / "run")[1]
+    seconds = tuple(values[f"time/{phase}_s"] for phase in ("read", "aggregate", "divergence"))
+    assert seconds == (300.0, 7.0, 1000.0)
+    assert values["time/round_s"] >= 1407.0
 
 
 def test_bytes_add_up_over_rounds_and_are_those_of_the_files(finished):

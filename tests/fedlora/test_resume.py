@@ -117,6 +117,43 @@ def test_what_a_strategy_remembers_outlives_an_interruption(configure, finished,
     assert files == {path.relative_to(whole) for path in whole.rglob("*")}
 
 
+@pytest.mark.parametrize(
+    ("moment", "marked"),
+    [
+        ("after the first round", []),
+        ("while a client trained", [2]),
+        ("before the last evaluation", [2]),
+        ("before the first evaluation", []),
+    ],
+)
+def test_a_round_that_another_process_had_begun_is_marked(configure, finished, copied, moment, marked):
+    """Its times cover what was left; the server's own are kept with what they were spent on."""
+    folder = copied()
+    for pattern in INTERRUPTIONS[moment]:
+        for path in list(folder.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train(configure(), folder)
+    records = rounds.records(RunFolder(folder))
+    assert [record.round for record in records if record.metrics.get("time/resumed")] == marked
+    assert not any("time/resumed" in record.metrics for record in rounds.records(RunFolder(finished())))
+    if moment == "before the last evaluation":
+        before = rounds.records(RunFolder(finished()))[2].metrics
+        for name in ("time/read_s", "time/aggregate_s", "time/divergence_s"):
+            assert records[2].metrics[name] == before[name] > 0
+
+
+def test_bytes_of_a_resumed_run_count_who_was_away(configure, finished, copied):
+    changes = {"strategy": "rolora", "clients": 5, "fraction": 0.4, "rounds": 4, "training.local_steps": 1}
+    folder = copied(changes)
+    shutil.rmtree(folder / "rounds/004")
+    for path in [*folder.glob("rounds/003/[rs]*"), *list(folder.glob("rounds/003/client-*"))[:2]]:
+        path.unlink()
+    train(configure(changes), folder)
+    assert without_times(folder) == without_times(finished(changes))
+    kept = [RunFolder(folder).need_json(f"rounds/{number:03d}/record.json")["rows"]["clients"] for number in (2, 3, 4)]
+    assert len({row["bytes_down"] for rows in kept for row in rows}) == 2  # one factor, and both
+
+
 def test_a_finished_run_is_not_run_again(configure, copied):
     folder = copied()
     before = {path: path.stat().st_mtime_ns for path in (folder / "rounds").rglob("*.safetensors")}

@@ -16,7 +16,9 @@ def test_sweep_compares_strategies_on_one_partition(pictures, fedlora, small, pr
     code, out, _ = fedlora("sweep", file, *small, "rounds=1")
     assert code == 0
     assert "mean ± standard deviation over 2 seeds" in out
-    assert "All runs of a seed share one partition" in out
+    assert "2 partitions (hashes " in out
+    assert "one for each seed" in out
+    assert "clients used" in out
     folder = next(home.sweeps().glob("mine-*"))
     table = pd.read_csv(folder / "comparison.csv")
     assert list(zip(table["strategy"], table["seed"], strict=True)) == [

@@ -40,7 +40,7 @@ EACH_ROUND = """
 global/accuracy global/loss global/macro_f1
 local/accuracy local/accuracy_p10 local/accuracy_worst gap/accuracy
 bytes/up_adapter bytes/up_head bytes/down_adapter bytes/down_head bytes/down_base bytes/total
-time/train_s time/aggregate_s time/evaluate_s time/round_s
+time/train_s time/read_s time/aggregate_s time/divergence_s time/evaluate_s time/round_s
 """
 FROM_ROUND_ONE = """
 rho/model rho/floor rho/excess rho/effective_clients abo/R abo/P abo/Q abo/dispersion

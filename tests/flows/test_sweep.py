@@ -112,6 +112,37 @@ def test_fresh_begins_anew_and_so_does_a_sweep_whose_parent_was_deleted(run, wri
     assert third.cells[0].status == "finished"
 
 
+def left_by(store_uri, folder):
+    """Everything that a repeat could change: the parent in MLflow with its artifacts' ages, and the sweep's folder."""
+    client = MlflowClient(store_uri)
+    parent = client.get_run(folder.parent["run"])
+    artifacts = Path(parent.info.artifact_uri.removeprefix("file://"))
+    files = [path for root in (artifacts, folder.path) for path in sorted(root.rglob("*")) if path.is_file()]
+    ages = {str(path): path.stat().st_mtime_ns for path in files if ".lock" not in path.name}
+    return parent.to_dictionary(), ages
+
+
+def test_a_repeat_that_finds_all_done_changes_nothing(run, write, store_uri, labelled, tmp_path):
+    """Nor is it the latest: that is the sweep that ended last, although the other was asked for after it."""
+    from mlflow_tracking import compare
+
+    bad = labelled(tmp_path / "own.csv", label="a")
+    cells = [{"strategy": "svd"}, {"strategy": "svd", "data.name": str(bad), "data.train_size": None, "clients": 2}]
+    file = write("still", {"cells": cells})
+    first = run(file)
+    last = run(write("moves", {"grid": {"strategy": ["fedit"]}}))
+    before = left_by(store_uri, first)
+    assert len(before[1]) > 10
+    again = run(file)
+    assert again == first
+    assert left_by(store_uri, again) == before
+    assert compare.find(compare.LATEST, store_uri).instance == last.instance
+    (first.path / "comparison.csv").unlink()  # what is not there any more is made again
+    run(file)
+    assert (first.path / "comparison.csv").is_file()
+    assert compare.find(compare.LATEST, store_uri).instance == first.instance
+
+
 def test_where_nothing_finishes_the_sweep_fails_and_says_why(run, write, labelled, tmp_path):
     bad = labelled(tmp_path / "own.csv", label="a")
     file = write("hopeless", {"grid": {"strategy": ["fedit"]}}, **{"data.name": str(bad), "data.train_size": None})

@@ -1,4 +1,4 @@
-"""What is counted as sent to a client must bring it to what the strategy says it restarts from, however long it was away.
+"""What is counted as sent to a client brings it to what the strategy says it restarts from, however long it was away.
 
 Rounds are played on tiny factors, in a real run folder. A stand-in for every client keeps what follows from the seed,
 what it trained itself, and what was counted as sent to it; nothing else.
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import traffic
 from fedlora import rounds as server
+from fedlora import traffic
 from fedlora.adapter import Adapter, wire_size
 from fedlora.base_update import BaseUpdate
 from fedlora.divergence import Divergence, ModuleDivergence

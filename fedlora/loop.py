@@ -15,7 +15,7 @@ from fedlora.metrics import RoundRecord
 from fedlora.participation import Ask
 from fedlora.rounds import Timings
 from fedlora.runfolder import RunFolder
-from fedlora.workers import Pool, open_pool
+from fedlora.workers import Pool, open_pool, slot_devices
 
 Say = Callable[[str], None]
 
@@ -40,7 +40,9 @@ def train(
     """
     preflight.before_run(config, Path(path))
     run = RunFolder.create(Path(path), config)
-    with run.held(), open_pool(config.runner) as pool, ThreadPoolExecutor(len(pool.slots)) as threads:
+    # The pool is closed before the threads: one that waits for a worker that hangs would be waited for.
+    slots = len(slot_devices(config.runner))
+    with run.held(), ThreadPoolExecutor(slots) as threads, open_pool(config.runner) as pool:
         for line in recovery.mend(run):
             say(line)
         pool.run(jobs.prepare_data, run.path)

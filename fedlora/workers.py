@@ -6,114 +6,35 @@ nothing large is copied between processes.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import queue
-import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from multiprocessing.connection import wait
+from contextlib import contextmanager, suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from fedlora.config import RunnerConfig
 from fedlora.errors import ConfigError, RunAborted, WorkerError
+from fedlora.workerprocess import Lost, Outcome, Workbench, WorkerProcess, use_threads
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _MOST_CPU_SLOTS = 8
-_LEAVE_WITHIN_S = 3
-
-
-@dataclass
-class Workbench:
-    """What stays in memory in one slot between jobs: `keep` holds the latest value of each kind, by key."""
-
-    device: str
-    kept: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-
-    def keep(self, kind: str, key: Any, make: Callable[[], T]) -> T:
-        """The value made for `key` before, or a new one that replaces the last of its kind."""
-        if kind in self.kept and self.kept[kind][0] == key:
-            value: T = self.kept[kind][1]
-            return value
-        return self.renew(kind, key, make)
-
-    def renew(self, kind: str, key: Any, make: Callable[[], T]) -> T:
-        """A new value for `key` in place of whatever was kept (which is let go first: two models may not fit)."""
-        self.kept.pop(kind, None)
-        value = make()
-        self.kept[kind] = (key, value)
-        return value
-
-
-def use_threads(number: int) -> None:
-    """Let torch compute with so many threads: the bits of a result depend on it.
-
-    To be called where the work is done: a thread of Python that has not said so itself has a number of its own.
-    """
-    torch.set_num_threads(number)
 
 
 Job = Callable[Concatenate[Workbench, P], T]
 
-_bench: Workbench | None = None
-
-
-def _enter_worker(device: str, threads: int) -> None:
-    """Set up a worker process: its device, its threads, and its end when the parent ends."""
-    global _bench
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _break_off)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    use_threads(threads)
-    _bench = Workbench(device)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-_at_work = False
-
-
-def _break_off(signum: int, frame: Any) -> None:
-    """Leave the job under way; an idle worker has nothing to leave, and ends when its executor shuts down."""
-    if _at_work:
-        raise RunAborted("stopped")
-
-
-def _in_worker(job: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-    global _at_work
-    assert _bench is not None, "a job reached a process that was not set up as a worker"
-    _at_work = True
-    try:
-        return job(_bench, *args, **kwargs)
-    finally:
-        _at_work = False
-
 
 class ProcessSlot:
-    """A worker process of its own; a new one takes its place if it dies."""
+    """A worker process of its own; a new one takes its place if it dies, at work or not."""
 
     def __init__(self, device: str, threads: int) -> None:
         self.device, self._threads, self._closed = device, threads, False
-        self._executor = self._start()
-
-    def _start(self) -> Executor:
-        return ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=_enter_worker, initargs=(self.device, self._threads)
-        )
+        self._worker: WorkerProcess | None = None
+        self._turn = threading.Lock()
 
     def run(self, job: Job[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `job(workbench, *args)` in the worker process and wait for its result.
@@ -124,51 +45,74 @@ class ProcessSlot:
         return self.run_within(None, job, *args, **kwargs)
 
     def run_within(self, seconds: float | None, job: Job[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The same; a process that takes longer than `seconds` is taken for hung and ended.
+        """The same; a process that works on it longer than `seconds` is taken for hung and ended.
 
         Raises:
             WorkerError: the process died, or was ended; the job may be tried again.
         """
-        future = self._submit(job, args, kwargs)
-        try:
-            return future.result(seconds)
-        except BrokenProcessPool:
-            why = "died (killed, or out of memory: try fewer runner.slots or a smaller training.batch_size)"
-        except FutureTimeout:
-            if future.done():
-                raise  # the job's own
-            for process in self._processes():
-                process.kill()
-            why = f"was ended after {seconds} s (runner.timeout_s)"
-        if self._closed:
-            raise RunAborted("stopped")
-        self._executor.shutdown()
-        self._executor = self._start()
-        raise WorkerError(f"the worker process on {self.device}, during {job.__name__}{args[1:]}, {why}")
+        with self._turn:
+            outcome = self._outcome(seconds, job, args, kwargs)
+        if isinstance(outcome, Lost):
+            if self._closed:
+                raise RunAborted("stopped")
+            raise WorkerError(f"the worker process on {self.device}, during {job.__name__}{args[1:]}, {outcome.why}")
+        if outcome.error is not None:
+            raise outcome.error
+        value: T = outcome.value
+        return value
 
-    def _processes(self) -> list[Any]:
-        return list((getattr(self._executor, "_processes", None) or {}).values())
+    def _outcome(
+        self, seconds: float | None, job: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Outcome | Lost:
+        """What came of a job. A process that was dead before the job began is replaced, once."""
+        lost = Lost("died", begun=False)
+        for _ in range(2):
+            worker = self._alive()
+            try:
+                outcome = worker.work(seconds, job, args, kwargs)
+            except BaseException:  # whoever waited was interrupted: the answer would be taken for that of the next job
+                worker.end(now=True)
+                raise
+            if isinstance(outcome, Outcome):
+                return outcome
+            worker.end(now=True)
+            lost = outcome
+            if lost.begun or self._closed:
+                break
+        return lost
 
-    def _submit(self, job: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[T]:
-        if self._closed:
+    def _alive(self) -> WorkerProcess:
+        """The worker, or a new one where there is none or it has died."""
+        if self._worker is None or not self._worker.alive():
+            if self._worker is not None:
+                self._worker.end(now=True)
+            self._worker = None if self._closed else WorkerProcess(self.device, self._threads)
+        if self._closed or self._worker is None:
+            if self._worker is not None:  # closed by another thread while this one started it
+                self._worker.end(now=True)
             raise RunAborted("stopped")
-        return self._executor.submit(_in_worker, job, args, kwargs)
+        return self._worker
 
     def start(self, job: Job[[], None]) -> None:
-        """Let the worker begin `job(workbench)` without waiting for it."""
-        self._submit(job, (), {})
+        """Let the worker begin `job(workbench)` without waiting for it; what comes of it is nobody's matter."""
+
+        def begin() -> None:
+            with suppress(Exception):
+                self.run(job)
+
+        threading.Thread(target=begin, daemon=True).start()
 
     def close(self, *, now: bool = False) -> None:
         """End the worker; `now` does not wait for the job under way: it is asked to leave it, then killed."""
-        self._closed = True
-        processes = self._processes() if now else []
-        for process in processes:
-            process.terminate()
-        self._executor.shutdown(wait=not now, cancel_futures=True)
-        for process in processes:
-            process.join(_LEAVE_WITHIN_S)
-            process.kill()
-        self._executor.shutdown()
+        if now:
+            self._closed = True
+            if worker := self._worker:
+                worker.end(now=True)
+            return
+        with self._turn:
+            self._closed = True
+            if self._worker:
+                self._worker.end(now=False)
 
 
 class ThreadSlot:

@@ -1,9 +1,11 @@
 """Whole federated runs, tiny but real: what they measure, and what comes out of them."""
 
 import contextlib
+import importlib
 import json
 import math
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import torch
 from transformers import AutoModel, GPT2Config, LlamaConfig
 
 import fedlora
-from fedlora import client, model, participation, rounds
+from fedlora import client, loop, model, participation, rounds
 from fedlora.adapter import Adapter, Factors
 from fedlora.config import ModelConfig
 from fedlora.data import tokens
@@ -429,3 +431,34 @@ def test_a_new_run_in_the_folder_of_a_deleted_one_has_nothing_of_it(configure, f
         train(configure(other), tmp_path / "run")
     left, right = (folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "run", finished(other)))
     assert left.read_bytes() == right.read_bytes()
+
+
+# -- interruption
+
+HANG = """
+import time
+
+def hang(bench, folder, number, client, attempt):
+    (folder / "hangs").touch()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.timeout(100)
+def test_an_interruption_does_not_wait_for_a_worker_that_hangs(configure, tmp_path, monkeypatch):
+    (tmp_path / "jobs_that_hang.py").write_text(HANG)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("fedlora.jobs.fine_tune", importlib.import_module("jobs_that_hang").hang)
+    real = loop._why_failed
+
+    def interrupted(run, pool, ask, client):
+        if client:
+            return real(run, pool, ask, client)
+        while not (run.path / "hangs").exists():
+            time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedlora.loop._why_failed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(configure({"runner.kind": "processes", "runner.slots": 2}), tmp_path / "run")
+    assert (tmp_path / "run/hangs").exists()

@@ -12,9 +12,10 @@ import psutil
 import pytest
 import torch
 
-from fedlora import workers
+from fedlora import forerunner, workers
 from fedlora.config import RunnerConfig
 from fedlora.errors import ConfigError, RunAborted, WorkerError
+from fedlora.workerprocess import WorkerProcess
 from fedlora.workers import Pool, ProcessSlot, ThreadSlot, Workbench, slot_devices
 
 JOBS = """
@@ -49,6 +50,18 @@ def time_out(bench):
 def sleep(bench, seconds, mark):
     open(mark, "w").write(str(os.getpid()))
     time.sleep(seconds)
+
+def answer_late(bench, seconds):
+    time.sleep(seconds)
+    return "in time"
+
+def unreadable(bench):
+    class Own(Exception):
+        pass
+    raise Own("nobody else knows this class")
+
+def environment(bench):
+    return os.environ.get("FEDLORA_TEST_MARK"), os.environ.get("HF_TEST_SETTING")
 
 def touch(bench, mark="begun"):
     open(os.environ["FEDLORA_TEST_MARK"], "w").write("begun")
@@ -160,6 +173,84 @@ def test_a_worker_that_hangs_is_ended_and_the_next_job_gets_a_new_one(slot, jobs
         slot.run_within(0.5, jobs.sleep, 600, str(tmp_path / "mark"))
     assert not psutil.pid_exists(before)
     assert slot.run_within(60, jobs.pid) != before
+
+
+def test_an_idle_worker_that_dies_is_replaced_and_the_next_job_knows_nothing_of_it(slot, jobs):
+    for _ in range(2):
+        before = slot.run(jobs.pid)
+        os.kill(before, signal.SIGKILL)
+        until(lambda pid=before: gone(pid), 10)
+        assert slot.run(jobs.pid) != before
+
+
+def test_a_worker_that_dies_before_it_takes_its_job_costs_no_attempt(slot, jobs, monkeypatch):
+    """It dies at the very moment when the job is handed over."""
+    before, real = slot.run(jobs.pid), WorkerProcess.alive
+
+    def alive_then_dead(worker):
+        found = real(worker)
+        if found and worker._process.pid == before:
+            os.kill(before, signal.SIGKILL)
+            until(lambda: gone(before), 10)
+        return found
+
+    monkeypatch.setattr(WorkerProcess, "alive", alive_then_dead)
+    assert slot.run(jobs.pid) != before
+
+
+def test_a_result_that_comes_at_the_instant_of_its_time_out_counts(slot, jobs, monkeypatch):
+    """The wait is over, and what ends the process finds that the answer is there."""
+    slot.run(jobs.pid)
+    real = WorkerProcess._speaks_within
+
+    def misses_the_answer(worker, seconds):
+        answered = real(worker, 60)
+        return answered and seconds != 0.25
+
+    monkeypatch.setattr(WorkerProcess, "_speaks_within", misses_the_answer)
+    assert slot.run_within(0.25, jobs.answer_late, 0) == "in time"
+    monkeypatch.undo()
+    assert slot.run_within(60, jobs.answer_late, 0) == "in time"
+
+
+def test_the_time_of_a_job_does_not_hold_the_start_of_its_process(jobs):
+    slot = ProcessSlot("cpu", 1)
+    assert slot.run_within(0.5, jobs.answer_late, 0) == "in time"
+    slot.close()
+
+
+def test_an_error_that_cannot_travel_arrives_as_its_text(slot, jobs):
+    with pytest.raises(RuntimeError, match="Own: nobody else knows this class"):
+        slot.run(jobs.unreadable)
+
+
+def test_whoever_is_interrupted_while_waiting_does_not_leave_an_answer_for_the_next(slot, jobs, monkeypatch):
+    def interrupted(worker, seconds):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as within:
+        within.setattr(WorkerProcess, "_speaks_within", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            slot.run(jobs.answer_late, 0)
+    assert slot.run(jobs.pid) != "in time"
+
+
+@pytest.mark.parametrize("setting", [None, "another"], ids=["forked", "started from nothing"])
+def test_a_worker_has_the_environment_of_now(slot, jobs, monkeypatch, setting):
+    """A forked one too; where a library may have read something else at its import, nothing is forked."""
+    slot.run(jobs.pid)
+    monkeypatch.setenv("FEDLORA_TEST_MARK", "of now")
+    if setting:
+        monkeypatch.setenv("HF_TEST_SETTING", setting)
+    other = ProcessSlot("cpu", 1)
+    assert other.run(jobs.environment) == ("of now", setting)
+    assert other._worker._process._start_method == ("spawn" if setting or sys.platform != "linux" else "forkserver")
+    other.close()
+
+
+def test_a_gpus_worker_starts_from_nothing():
+    """CUDA refuses to work in a process that was forked."""
+    assert forerunner.context("cuda:0").get_start_method() == "spawn"
 
 
 def test_a_jobs_own_timeout_is_an_error_of_the_job(slot, jobs):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedlora.errors import FedloraError
-from flows import checks, environment
+from flows import checks, environment, private_server
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
@@ -41,6 +41,7 @@ def run(
     For example: fedlora run demo strategy=flora-na lora.rank=4 seed=1
     """
     environment.prepare(_CONSOLE)
+    private_server.begin_imports()
     from fedlora import configfile, home
     from flows.presets import PRESETS
 
@@ -65,6 +66,7 @@ def resume(
     For example: fedlora resume fedit-seed0-20261121-101500-4711
     """
     environment.prepare(_CONSOLE)
+    private_server.begin_imports()
     from fedlora import preflight
     from fedlora.runfolder import RunFolder
     from flows import resuming
@@ -129,7 +131,7 @@ def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path
     from flows.progress import shown_on
 
     with shown_on(sys.stdout):
-        from flows import interruption, private_server
+        from flows import interruption
         from flows.federated import federated, run_name
 
         with private_server.available(), interruption.marked():

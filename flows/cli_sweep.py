@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedlora.errors import FedloraError
-from flows import environment
+from flows import environment, private_server
 
 if TYPE_CHECKING:
     from fedlora.sweepfolder import SweepFolder
@@ -39,6 +39,8 @@ def sweep(
     For example: fedlora sweep demo rounds=4
     """
     environment.prepare("CRITICAL")  # before anything that imports Prefect: its settings are read once
+    if not (dry_run or pool):
+        private_server.begin_imports()
     from fedlora import configfile, home, sweeps
     from flows import checks
     from flows.presets import PRESETS, SWEEPS
@@ -54,7 +56,7 @@ def sweep(
     if dry_run:
         _list(plan, known, refused, parallel)
         return
-    from flows import handover, interruption, private_server  # Prefect: what is wrong was told before
+    from flows import handover, interruption  # Prefect: what is wrong was told before
     from flows import sweep as flow
     from flows.progress import shown_on
 

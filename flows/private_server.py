@@ -1,5 +1,8 @@
 """A Prefect server for one command, for those who have none running.
 
+Its imports take seconds, so that they may begin (`begin_imports`) while the command still looks at what it was given: a process
+that has only imported has opened no file and no port, and ends as soon as the command does.
+
 Prefect would start one by itself, but in the terminal's process group: Ctrl-C would kill it before the run's last state
 could be recorded. This one is a session of its own, and ends when the process that started it ends, however that is.
 """
@@ -7,21 +10,57 @@ could be recorded. This one is a session of its own, and ends when the process t
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from fedlora import home
+from fedlora import forerunner, home
 from fedlora.errors import FedloraError
 from flows import authentication, environment
 
 _ANSWER_WITHIN_S = 120
 _ROOT = Path(__file__).resolve().parent.parent
+
+
+_ahead: Server | None = None
+"""The process whose imports have begun."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server's process: it imports, and serves when it is told where."""
+
+    process: subprocess.Popen[bytes]
+    early: IO[bytes]
+    """What it says before it has a log."""
+
+
+def begin_imports() -> None:
+    """Let the processes that a run here will need import in the background, while this one looks at the configuration.
+
+    They have opened nothing, and end when this process does. A server's only where it is likely that one will be
+    needed. Needs no heavy import itself.
+    """
+    forerunner.begin()
+    _begin_server()
+
+
+def _begin_server() -> None:
+    global _ahead
+    named = os.environ.get("PREFECT_API_URL") or os.environ.get("PREFECT_PROFILE")
+    profiles = Path(os.environ.get("PREFECT_PROFILES_PATH") or Path.home() / ".prefect" / "profiles.toml")
+    new = not (home.home() / "prefect").is_dir()  # which importing Prefect would make
+    if _ahead is None and not (named or profiles.is_file() or new):
+        _ahead = _spawn()
 
 
 @contextmanager
@@ -31,20 +70,36 @@ def available() -> Iterator[None]:
     Raises:
         FedloraError: it does not start; the end of its log is shown.
     """
+    global _ahead
+    server, _ahead = _ahead, None
     if _configured():
+        if server:
+            _end(server.process, wait=False)
         yield
         return
-    port = _free_port()
-    process, log = _spawn(port)
+    server = server or _spawn()
+    port, log = _free_port(), home.logs() / f"prefect-private-{os.getpid()}.log"
     stopped = False
     try:
-        yield from _with_server(process, port, log)
+        _let_serve(server, port, log)
+        yield from _with_server(server.process, port, log)
         log.unlink(missing_ok=True)  # of use only where something went wrong
     except KeyboardInterrupt:
         stopped = True
         raise
     finally:
-        _end(process, wait=not stopped)
+        _end(server.process, wait=not stopped)
+
+
+def _let_serve(server: Server, port: int, log: Path) -> None:
+    """Tell the process where to serve, and where its log is."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    server.early.seek(0)
+    log.write_bytes(server.early.read())
+    assert server.process.stdin is not None
+    with suppress(BrokenPipeError):  # it has died already: its log says why
+        server.process.stdin.write(f"{port} {log}\n".encode())
+        server.process.stdin.flush()
 
 
 def _end(process: subprocess.Popen[bytes], wait: bool) -> None:
@@ -87,23 +142,21 @@ def _send_what_waits() -> None:
     EventsWorker.drain_all(timeout=5, at_exit=False)
 
 
-def _spawn(port: int) -> tuple[subprocess.Popen[bytes], Path]:
-    log = home.logs() / f"prefect-private-{os.getpid()}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    code = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from flows.private_server import serve; serve({port})"
+def _spawn() -> Server:
+    code = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from flows.private_server import serve; serve()"
     # A password for the servers of `fedlora up` is not for this one, whose only client would not know it.
     environ = environment.of_server() | authentication.without(os.environ, authentication.OF_SERVERS)
     environ |= {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environ,
-            start_new_session=True,
-        )
-    return process, log
+    early = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=early,
+        stderr=subprocess.STDOUT,
+        env=environ,
+        start_new_session=True,
+    )
+    return Server(process, early)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -128,18 +181,33 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serve(port: int) -> None:
-    """Run the server in this process until standard input closes."""
+def serve() -> None:
+    """Import, then serve at the port and with the log that standard input names, until it closes."""
+    told: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(told,), daemon=True).start()
+    import prefect.server.api.server
     import uvicorn
 
-    config = uvicorn.Config(
-        "prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error"
-    )
-    server = uvicorn.Server(config)
+    port, _, log = told.get().decode().strip().partition(" ")
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    app = prefect.server.api.server.create_app()
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=int(port), log_level="error"))
 
     def end_with_parent() -> None:
-        sys.stdin.buffer.read()
+        told.get()
         server.should_exit = True
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     server.run()
+
+
+def _listen(told: queue.SimpleQueue[bytes]) -> None:
+    """Pass on the one line that the parent writes; its end too, before which there is no server that could end."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        os._exit(0)
+    told.put(line)
+    sys.stdin.buffer.read()
+    told.put(b"")

@@ -91,13 +91,13 @@ def side_by_side(folder: RunFolder) -> dict[str, list[float]]:
         initialise.submit(run).result()
         tracked = tracking.result()
         describe.submit(run, tracked).result()
-        tracked = federated.play_round(run, 0, tracked, Progress())
+        tracked = federated.play_round(run, 0, federated.known(tracked), Progress())
         slot = pool.slots[0]
         assert isinstance(slot, workers.ThreadSlot), "both loops share this process's model"
         bare = bare_loop(folder, jobs._loaded(folder, slot._bench))
         for number in range(1, config.rounds + 1):
             begun = time.perf_counter()
-            tracked = federated.play_round(run, number, tracked, Progress())
+            tracked = federated.play_round(run, number, federated.known(tracked), Progress())
             middle = time.perf_counter()
             accuracy = next(bare)
             results["bare_s"].append(time.perf_counter() - middle)

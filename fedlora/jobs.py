@@ -20,7 +20,6 @@ from fedlora import channel, client, evaluation, home, outline, provenance, rank
 from fedlora.adapter import Adapter
 from fedlora.data import sources, tokens
 from fedlora.data.partition import Partition, partition
-from fedlora.data.picture import draw
 from fedlora.errors import DataError
 from fedlora.model import check_length, load_tokenizer
 from fedlora.resident import ResidentModel
@@ -59,8 +58,7 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
     run = RunFolder(folder)
     config = run.config
     summary = run.read_json("partition.json")
-    made = (run.path / name for name in ("partition.npz", "figures/partition.png"))
-    if isinstance(summary, dict) and all(file.is_file() for file in made) and _data_is_there(run):
+    if isinstance(summary, dict) and (run.path / "partition.npz").is_file() and _data_is_there(run):
         provenance.check(config.model, run.need_json("setup.json").get("model"))
         return summary
     check_length(config.model, config.data.max_length)
@@ -84,7 +82,6 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
         tokens.client_array(data.test),
     )
     parts.save(run.path / "partition.npz")
-    draw(parts, run.path / "figures" / "partition.png")
     run.write_json(
         "setup.json",
         {

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedlora import export, jobs, participation, preflight, recovery, rounds
 from fedlora.config import RunConfig
+from fedlora.data import picture
 from fedlora.errors import ClientFailed, WorkerError
 from fedlora.metrics import RoundRecord
 from fedlora.participation import Ask
@@ -61,6 +62,8 @@ def train(
             recovery.prune(run, number)
             if report:
                 report(record)
+            picture.draw_once(run.path)  # not before the first score, for which somebody waits
+        picture.draw_once(run.path)
         export.final(run)
     return rounds.records(run)
 

@@ -6,8 +6,9 @@ prefect deployment run 'federated/custom' -p strategy=flora-na -p rounds=3
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -52,6 +53,10 @@ if TYPE_CHECKING:
 else:
     StrategyName = Literal[(form.AS_IN_PRESET, *registry.names())]
 
+_PREPARING = {
+    "processes": "preparing the data, and the model in the worker processes",
+    "threads": "preparing the data and the model",
+}
 _TASKS: Any = ThreadPoolTaskRunner(max_workers=16)
 
 
@@ -93,28 +98,54 @@ def federated(
     names.replace_generated(run_name(config))
     with execution(folder, config) as (run, told):
         tracking = open_tracking.submit(run, run_name(config), mlflow_parent, _prefect_tags())
+
+        @cache
+        def described() -> Tracked:
+            """The MLflow run; whoever waits for the first score need not wait for what is logged before it."""
+            tracked, waits = describe.submit(run, tracking.result()).result()
+            told.delivery(waits)
+            return tracked
+
         try:
+            told.say(_PREPARING[config.runner.kind])
             partition.submit(run).result()
             for line in jobs.told_of_data(folder):
                 told.say(line)
             if head := initialise.submit(run).result().get("head"):
                 told.say(head)
-        finally:  # also when these fail: the MLflow run must be there before it can be closed as failed
-            tracked = tracking.result()
-        tracked, waits = describe.submit(run, tracked).result()
-        told.delivery(waits)
-        page = pages.RunPage(config, tracked, folder)
-        for number in rounds_to_do(folder):
-            tracked = play_round(run, number, tracked, told)
-            page.update(number)
+            latest: Callable[[], Tracked] = described
+            page: pages.RunPage | None = None
+            for number in rounds_to_do(folder):
+                tracked = play_round(run, number, latest, told)
+                latest = known(tracked)
+                page = page or pages.RunPage(config, tracked, folder)
+                page.update(number)
+        except BaseException:  # the MLflow run must be there before it can be closed as failed
+            tracking.wait()
+            raise
+        tracked = latest()
+        page = page or pages.RunPage(config, tracked, folder)
+        told.say("writing the adapter, tables and figures")
         publish.submit(run, tracked, page.note()).result()
         page.summarise()
         told.results(page.address, folder.path)
     return str(folder.path)
 
 
-def play_round(run: Run, number: int, tracked: Tracked, told: Progress) -> Tracked:
-    """One round: the clients train, the server combines, the result is scored and logged. Round 0 only scores."""
+def known(tracked: Tracked) -> Callable[[], Tracked]:
+    """For `play_round`, where the run in MLflow is there already."""
+    return lambda: tracked
+
+
+def play_round(run: Run, number: int, tracked: Callable[[], Tracked], told: Progress) -> Tracked:
+    """One round: the clients train, the server combines, the result is scored, told and logged. Round 0 only scores.
+
+    Args:
+        run: which run.
+        number: of the round.
+        tracked: gives the run in MLflow; asked for when there is a score to log.
+        told: where the score is told.
+    """
     watch = _Stopwatch(rounds.begun(run.state, number))
     if number:
         _ask_clients(run, number, told)
@@ -125,10 +156,11 @@ def play_round(run: Run, number: int, tracked: Tracked, told: Progress) -> Track
     scoring = [evaluate.submit(run, number, index, part) for index, part in enumerate(parts)]
     scores = [future.result() for future in scoring]
     watch.lap("evaluate")
-    record, tracked, waits = track.submit(run, number, parts, scores, watch.timings(), tracked).result()
-    told.delivery(waits)
+    record = rounds.read_record(run.state, number) or rounds.finish(run.state, number, parts, scores, watch.timings())
     told.round(record, run.config.rounds)
-    return tracked
+    logged, waits = track.submit(run, number, tracked()).result()
+    told.delivery(waits)
+    return logged
 
 
 def _ask_clients(run: Run, number: int, told: Progress) -> None:

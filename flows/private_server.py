@@ -1,7 +1,7 @@
 """A Prefect server for one command, for those who have none running.
 
-Its imports take seconds, so that they may begin (`begin_imports`) while the command still looks at what it was given: a process
-that has only imported has opened no file and no port, and ends as soon as the command does.
+Its imports take seconds, so that they may begin (`begin_imports`) while the command still looks at what it was given: a
+process that has only imported has opened no file and no port, and ends as soon as the command does.
 
 Prefect would start one by itself, but in the terminal's process group: Ctrl-C would kill it before the run's last state
 could be recorded. This one is a session of its own, and ends when the process that started it ends, however that is.

@@ -18,11 +18,10 @@ from prefect.tasks import exponential_backoff
 
 from fedlora import export, jobs, participation, recovery, rounds, workers
 from fedlora.config import RunConfig
+from fedlora.data import picture
 from fedlora.errors import ClientFailed, FedloraError, WorkerError
 from fedlora.evaluation import Scores
-from fedlora.metrics import RoundRecord
 from fedlora.participation import Ask, Roll
-from fedlora.rounds import Timings
 from fedlora.runfolder import RunFolder
 from mlflow_tracking import tracker
 from mlflow_tracking.tracker import Tracked
@@ -126,25 +125,17 @@ def open_tracking(run: Run, name: str, parent: str | None, tags: dict[str, str])
 
 @_step("describe")
 def describe(run: Run, tracked: Tracked) -> tuple[Tracked, str]:
-    """Log configuration, data set and partition; how far that got, and why it got no further."""
+    """Draw the partition; log configuration, data set and partition. How far that got, and why it got no further."""
+    picture.draw_once(run.folder)
     return tracker.offer(run.state, tracked)
 
 
 @_round_step("track")
-def track(
-    run: Run,
-    number: int,
-    parts: list[dict[str, Any]],
-    scores: list[dict[str, Any]],
-    timings: Timings,
-    tracked: Tracked,
-) -> tuple[RoundRecord, Tracked, str]:
-    """Close the round and log it, with every earlier round that MLflow has not got yet; why it waits, if it does."""
-    state = run.state
-    record = rounds.read_record(state, number) or rounds.finish(state, number, parts, scores, timings)
-    tracked, waits = tracker.offer(state, tracked)
-    recovery.prune(state, tracked.logged)  # what MLflow has not got may be needed for it
-    return record, tracked, waits
+def track(run: Run, number: int, tracked: Tracked) -> tuple[Tracked, str]:
+    """Log a round that is complete, with every earlier one that MLflow has not got yet; why it waits, if it does."""
+    tracked, waits = tracker.offer(run.state, tracked)
+    recovery.prune(run.state, tracked.logged)  # what MLflow has not got may be needed for it
+    return tracked, waits
 
 
 @_step("publish")

@@ -19,6 +19,17 @@ _READABLE = 40
 """Rows or columns that can all carry a name; of more, only some do."""
 
 
+def draw_once(run: Path) -> None:
+    """Draw the partition of the run in this folder, unless its picture is there.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
+    path = run / "figures" / "partition.png"
+    if not path.is_file():
+        draw(Partition.load(run / "partition.npz"), path)
+
+
 def draw(partition: Partition, path: Path) -> None:
     """Write a PNG: training examples of each client (row) and label (column) as colour (white: none), sizes as bars.
 

@@ -4,6 +4,7 @@ While the imports go on, they are given up when the process for which they are m
 configuration leaves nothing behind.
 """
 
+import gc
 import os
 import threading
 
@@ -19,6 +20,7 @@ def _end_with_parent() -> None:
 
 _watch = threading.Thread(target=_end_with_parent, daemon=True)
 _watch.start()
+gc.disable()  # imports make nothing but what stays
 
 import datasets  # noqa: E402, F401
 import peft  # noqa: E402, F401
@@ -26,5 +28,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 import fedlora.jobs  # noqa: E402, F401
 
+gc.freeze()  # a collection in a worker would write to, and so copy, what it shares with the others
+gc.enable()
 _ready.set()
 _watch.join()  # a process that forks should have one thread

@@ -82,7 +82,7 @@ def available() -> Iterator[None]:
     stopped = False
     try:
         _let_serve(server, port, log)
-        yield from _with_server(server.process, port, log)
+        yield from _with_server(server, port, log)
         log.unlink(missing_ok=True)  # of use only where something went wrong
     except KeyboardInterrupt:
         stopped = True
@@ -94,8 +94,6 @@ def available() -> Iterator[None]:
 def _let_serve(server: Server, port: int, log: Path) -> None:
     """Tell the process where to serve, and where its log is."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    server.early.seek(0)
-    log.write_bytes(server.early.read())
     assert server.process.stdin is not None
     with suppress(BrokenPipeError):  # it has died already: its log says why
         server.process.stdin.write(f"{port} {log}\n".encode())
@@ -121,11 +119,11 @@ def _configured() -> bool:
     return bool(get_current_settings().api.url)
 
 
-def _with_server(process: subprocess.Popen[bytes], port: int, log: Path) -> Iterator[None]:
+def _with_server(server: Server, port: int, log: Path) -> Iterator[None]:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     url = f"http://127.0.0.1:{port}/api"
-    _wait(process, url, log)
+    _wait(server, url, log)
     with temporary_settings({PREFECT_API_URL: url}):
         try:
             yield
@@ -159,18 +157,21 @@ def _spawn() -> Server:
     return Server(process, early)
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def _wait(server: Server, url: str, log: Path) -> None:
     import httpx
 
     deadline = time.monotonic() + _ANSWER_WITHIN_S
     while time.monotonic() < deadline:
-        if process.poll() is not None:
+        if server.process.poll() is not None:
             break
         try:
             if httpx.get(f"{url}/health", timeout=2, trust_env=False).is_success:
                 return
         except httpx.HTTPError:
             time.sleep(0.1)
+    with log.open("ab") as file:
+        server.early.seek(0)
+        file.write(server.early.read())
     lines = log.read_text(errors="replace").splitlines()[-5:]
     raise FedloraError(f"Prefect's server does not start (log: {log}): {' | '.join(lines) or 'no output'}")
 

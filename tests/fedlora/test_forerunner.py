@@ -1,0 +1,31 @@
+"""What is imported ahead leaves nothing behind."""
+
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forked on Linux only")
+
+AHEAD = """
+import psutil
+from fedlora import forerunner
+forerunner.begin()
+forerunner.begin()
+assert "torch" not in __import__("sys").modules
+print(*(child.pid for child in psutil.Process().children()), flush=True)
+"""
+
+
+def test_imports_under_way_end_with_the_process_they_are_for():
+    """It ends at once, as a command does that refuses its configuration: seconds before the imports are done."""
+    done = subprocess.run([sys.executable, "-c", AHEAD], capture_output=True, text=True, check=True, timeout=60)
+    started = [int(word) for word in done.stdout.split()]
+    assert started
+    assert done.stderr == ""
+    end = time.monotonic() + 60
+    while any(psutil.pid_exists(pid) for pid in started) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not [pid for pid in started if psutil.pid_exists(pid)]

@@ -205,10 +205,17 @@ def serve() -> None:
 
 
 def _listen(told: queue.SimpleQueue[bytes]) -> None:
-    """Pass on the one line that the parent writes; its end too, before which there is no server that could end."""
-    line = sys.stdin.buffer.readline()
-    if not line:
-        os._exit(0)
+    """Pass on the one line that the parent writes; its end too, before which there is no server that could end.
+
+    Without a buffer of Python's, whose lock this thread would hold when the process ends for another reason.
+    """
+    line = b""
+    while not line.endswith(b"\n"):
+        more = os.read(0, 4096)
+        if not more:
+            os._exit(0)
+        line += more
     told.put(line)
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):
+        pass
     told.put(b"")

@@ -1,4 +1,8 @@
-"""A worker process and the pipe to it: it does one job at a time, can be ended at any moment, ends with its parent."""
+"""A worker process and the pipe to it: it does one job at a time, can be ended at any moment, ends with its parent.
+
+Pools of processes that end a job by its time (pebble 5, the executors of the standard library and of loky) are broken
+for good by a worker that dies while idle, and throw away an answer that comes as its time runs out.
+"""
 
 from __future__ import annotations
 

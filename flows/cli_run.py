@@ -41,7 +41,8 @@ def run(
     For example: fedlora run demo strategy=flora-na lora.rank=4 seed=1
     """
     environment.prepare(_CONSOLE)
-    private_server.begin_imports()
+    if not check:
+        private_server.begin_imports()
     from fedlora import configfile, home
     from flows.presets import PRESETS
 

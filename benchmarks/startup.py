@@ -48,7 +48,8 @@ class Clock:
     """Processor seconds of a process and all its descendants, ended ones as they were last seen."""
 
     def __init__(self, root: psutil.Process) -> None:
-        self._root, self._seen = root, {}
+        self._root = root
+        self._seen: dict[int, float] = {}
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -65,7 +66,7 @@ class Clock:
                 self._seen[process.pid] = used.user + used.system
         except psutil.Error:
             pass
-        return sum(self._seen.values())
+        return float(sum(self._seen.values()))
 
 
 def once(command: Path, home: Path, overrides: list[str]) -> dict[str, float]:
@@ -94,7 +95,7 @@ def _ready(home: Path) -> float:
     """When the last run had its model, in seconds since 1970."""
     with sqlite3.connect(home / "prefect.db") as database:
         query = "select max(end_time) from task_run where name like '%initialise'"
-        text = database.execute(query).fetchone()[0]
+        text = str(database.execute(query).fetchone()[0])
     return datetime.fromisoformat(text if "+" in text else text + "+00:00").timestamp()
 
 

@@ -19,6 +19,8 @@ from fedlora.config import RunnerConfig
 from fedlora.errors import ConfigError, RunAborted, WorkerError
 from fedlora.workerprocess import Lost, Outcome, Workbench, WorkerProcess, use_threads
 
+__all__ = ["Pool", "ProcessSlot", "ThreadSlot", "Workbench", "open_pool", "slot_devices", "use_threads"]
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -102,6 +102,7 @@ def federated(
         @cache
         def described() -> Tracked:
             """The MLflow run; whoever waits for the first score need not wait for what is logged before it."""
+            tracked: Tracked
             tracked, waits = describe.submit(run, tracking.result()).result()
             told.delivery(waits)
             return tracked
@@ -158,6 +159,7 @@ def play_round(run: Run, number: int, tracked: Callable[[], Tracked], told: Prog
     watch.lap("evaluate")
     record = rounds.read_record(run.state, number) or rounds.finish(run.state, number, parts, scores, watch.timings())
     told.round(record, run.config.rounds)
+    logged: Tracked
     logged, waits = track.submit(run, number, tracked()).result()
     told.delivery(waits)
     return logged

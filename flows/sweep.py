@@ -95,7 +95,7 @@ def nothing_to_do(plan: Sweep, folder: SweepFolder, retry_failed: bool, refused:
 def take_over(folder: SweepFolder, done: Mapping[str, str]) -> None:
     """Note what has finished in MLflow (run by digest), and that the rest has not: somebody may have deleted it."""
     for state in folder.cells:
-        if state.digest in done:
+        if state.digest and state.digest in done:
             folder.mark(state.digest, "finished", run=done[state.digest])
         elif state.digest and state.status == "finished":
             folder.mark(state.digest, "waiting")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Factors
+from fedlora.adapter import Factors, Kind
 
 _NULL = 1e-12
 """A singular value below this share of the largest is a direction in which nothing was learned."""
@@ -280,3 +280,19 @@ def keep_trainable(pair: Factors, before: Factors) -> Factors:
         return padded
     rows = before.at_rank(padded.rank).A.to(padded.A)
     return Factors(padded.B, torch.where(idle[:, None], rows, padded.A))
+
+
+def fresh_a(rank: int, d_in: int, kind: Kind = "linear", generator: torch.Generator | None = None) -> Tensor:
+    """A (rank × d_in) as every adapter starts, in fp32: uniform within ±1/√d_in for a linear layer, standard normal for
+    an embedding, whose rows are looked up and not summed.
+
+    The one home of this draw, from torch's global generator where none is given. Two others stay on purpose, because
+    what finished runs promise by their digest depends on their bits: PEFT draws the A of linear layers before round one
+    (the same distribution, `kaiming_uniform_` with a = √5, of another stream), and strategies with a core draw
+    orthonormal factors (`fedlora.strategies.core.orthonormal`), which are no start of training but never change.
+    """
+    if kind in ("embedding", "hira_embedding"):
+        return torch.randn(rank, d_in, generator=generator)
+    bound: float = d_in**0.5
+    uniform: Tensor = (2 * torch.rand(rank, d_in, generator=generator) - 1) / bound
+    return uniform

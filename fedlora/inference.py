@@ -45,8 +45,7 @@ def load_adapter(folder: str | Path, trust_remote_code: bool = False) -> tuple[A
     config = config.model_copy(update={"trust_remote_code": trust_remote_code})
     tokenizer = models.load_tokenizer(config)
     base: Any = models.load_base(config, content["labels"], tokenizer.pad_token_id)
-    apply_base_update(base, path)
-    return attach(base, path).eval(), tokenizer, content["labels"]
+    return apply_base_update(attach(base, path), path).eval(), tokenizer, content["labels"]
 
 
 def description(path: Path) -> tuple[ModelConfig, dict[str, Any]]:

@@ -141,8 +141,8 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
     check_free(target)
     transformers_logging.disable_progress_bar()
     model, tokenizer, description = _base_of(source, base)
-    apply_base_update(model, source)
     attached = attach(model, source)
+    apply_base_update(attached, source)  # after the embeddings that the adapter may hold, which replace the base's
     _check_merge(dict(_plain(attached).named_modules()))
     merged: Any = attached.merge_and_unload()
     pooled = isinstance(merged, PooledClassifier)

@@ -19,6 +19,7 @@ from fedlora.adapter import EVERY_PART, PEFT_PREFIX, Adapter, Factors, Part, ful
 from fedlora.base_update import BaseUpdate
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
+from fedlora.factors import fresh_a
 from fedlora.heads import NOTE, PooledClassifier, head_modules
 from fedlora.lora_config import LoraConfig
 from fedlora.model import (
@@ -81,7 +82,8 @@ class ResidentModel:
             for name, parameter in self._handles.items():
                 parsed = parse_name(name)
                 if parsed.kind in ("embedding", "hira_embedding"):
-                    parameter.copy_(torch.randn(parameter.shape) if parsed.part == "A" else torch.zeros(()))
+                    rank, d_in = parameter.shape
+                    parameter.copy_(fresh_a(rank, d_in, parsed.kind) if parsed.part == "A" else torch.zeros(()))
 
     def _check_rank(self, lora: LoraConfig) -> None:
         for module, pair in self.factors().items():

@@ -248,7 +248,13 @@ def _log_data(client: Any, tracked: Tracked, run: RunFolder) -> None:
     )
     client.log_inputs(tracked.run, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
     client.set_tag(tracked.run, "partition.hash", partition["hash"])
-    for name, value in {"data.digest": data["digest"], **provenance.tags(setup.get("model"))}.items():
+    head = (run.read_record(run.state_stem(0)) or {}).get("head")
+    tags = {
+        "data.digest": data["digest"],
+        **provenance.tags(setup.get("model")),
+        **({"model.head": head} if head else {}),
+    }
+    for name, value in tags.items():
         client.set_tag(tracked.run, name, value)
 
 

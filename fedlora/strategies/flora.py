@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedlora.adapter import Factors
+from fedlora.factors import fresh_a
 from fedlora.seeds import torch_generator
 from fedlora.strategies.base import Family, Plan, ServerState, Strategy
 from fedlora.updates import Updates
@@ -36,14 +37,10 @@ class FLoRA(Strategy):
 
 
 def fresh_factors(state: ServerState, module: str) -> Factors:
-    """B = 0 and A drawn by (seed, round, module) as at the start: uniform within ±1/√d_in for a linear layer, which is
-    what PEFT does, and standard normal for an embedding, whose rows are looked up and not summed."""
+    """B = 0 and A drawn by (seed, round, module) as at the start (see `fresh_a`)."""
     d_out, d_in = state.adapter.factors[module].shape
     rank = state.rank(module)
     position = sorted(state.adapter.factors).index(module)
     generator = torch_generator(state.seed, "fresh", state.round + 1, position)
-    if state.adapter.kinds.get(module) == "embedding":
-        A = torch.randn(rank, d_in, generator=generator)
-    else:
-        A = (2 * torch.rand(rank, d_in, generator=generator) - 1) / d_in**0.5
+    A = fresh_a(rank, d_in, state.adapter.kinds.get(module, "linear"), generator)
     return Factors(torch.zeros(d_out, rank), A)

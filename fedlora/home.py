@@ -7,11 +7,51 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import quote
+
+from fedlora.errors import ConfigError
 
 
 def home() -> Path:
-    """The absolute root folder (not created here)."""
-    return Path(os.environ.get("FEDLORA_HOME") or Path.home() / ".fedlora").expanduser().absolute()
+    """The absolute root folder (not created here).
+
+    Raises:
+        ConfigError: its path holds what no address of a database or data set can carry.
+    """
+    found = Path(os.environ.get("FEDLORA_HOME") or Path.home() / ".fedlora").expanduser().absolute()
+    _check(str(found))
+    return found
+
+
+def _check(path: str) -> None:
+    """What none of SQLAlchemy, MLflow and datasets can be given, however it is quoted, is refused before it is used."""
+    if "::" in path:
+        what = "'::', at which data sets split a path into two files"
+    elif bad := next((letter for letter in path if not letter.isprintable()), None):
+        undecodable = "\udc80" <= bad <= "\udcff"
+        what = f"the byte {ord(bad) - 0xDC00:#04x}, which is not UTF-8" if undecodable else f"the character {bad!a}"
+    else:
+        return
+    shown = path.encode("utf-8", "backslashreplace").decode()
+    shown = "".join(letter if letter.isprintable() else "?" for letter in shown)
+    raise ConfigError(f"FEDLORA_HOME={shown} holds {what}; choose a folder without it")
+
+
+def sqlite_url(file: Path, driver: str = "") -> str:
+    """The address of a SQLite database, for SQLAlchemy: of exactly this file, whatever characters its path has.
+
+    A `?` begins the options of an address, so such a path is written as SQLite's own `file:` address, percent-encoded.
+    The driver is named there because MLflow takes what follows a bare `sqlite:///` for a path, and makes its folder.
+    """
+    path, scheme = str(file), f"sqlite+{driver}" if driver else "sqlite"
+    if not {"?", "%"} & set(path):
+        return f"{scheme}:///{path}"
+    from sqlalchemy import URL  # which releases quote a `%` in an address and which do not, it knows itself
+
+    if "?" not in path:
+        return URL.create(scheme, database=path).render_as_string()
+    named = f"sqlite+{driver or 'pysqlite'}"
+    return URL.create(named, database=f"file:{quote(path)}", query={"uri": "true"}).render_as_string()
 
 
 def runs() -> Path:

@@ -115,7 +115,7 @@ def pooling_of(config: ModelConfig) -> str:
     declared = model_file(resolve(config.name), "1_Pooling/config.json", config.revision)
     if declared is None:
         return "head"
-    content = json.loads(Path(declared).read_text())
+    content = json.loads(Path(declared).read_text("utf-8"))
     if content.get("pooling_mode_mean_tokens"):
         return "mean"
     if content.get("pooling_mode_cls_token"):

@@ -100,7 +100,7 @@ def _file_digest(path: Path) -> str:
     known_as = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
     kept = home.cache() / "digests" / hashlib.sha256(known_as.encode()).hexdigest()
     try:
-        found = kept.read_text()
+        found = kept.read_text("utf-8")
         if len(found) == 64:
             return found
     except (OSError, ValueError):

@@ -94,7 +94,7 @@ class SweepFolder:
     def read(cls, path: Path) -> SweepFolder | None:
         """The state in a folder, or None where there is none that can be read."""
         try:
-            content = json.loads((path / STATE).read_text())
+            content = json.loads((path / STATE).read_text("utf-8"))
             cells = [CellState(**cell) for cell in content["cells"]]
             return cls(path, list(content["flow_runs"]), content["parent"], cells, content["champion"])
         except (OSError, ValueError, KeyError, TypeError):

@@ -181,8 +181,8 @@ def prepare_files() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         path.chmod(0o600)
-    lines = ["[mlflow]", "default_permission = READ", f"database_uri = sqlite:///{home.mlflow_auth_database()}"]
-    home.mlflow_auth_file().write_text("\n".join([*lines, ""]).replace("%", "%%"))
+    lines = ["[mlflow]", "default_permission = READ", f"database_uri = {home.sqlite_url(home.mlflow_auth_database())}"]
+    home.mlflow_auth_file().write_text("\n".join([*lines, ""]).replace("%", "%%"), encoding="utf-8")
 
 
 def without(environ: Mapping[str, str], names: tuple[str, ...]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from fedlora import addresses
 from fedlora.errors import ConfigError, FedloraError
-from flows import cli_run, cli_status, cli_sweep, environment
+from flows import cli_run, cli_status, cli_sweep, environment, output
 
 if TYPE_CHECKING:
     pass
@@ -238,7 +240,9 @@ def _interrupt(signum: int, frame: Any) -> None:
 def main() -> None:
     """Entry point: errors the user can mend are one line on stderr, with a non-zero exit."""
     signal.signal(signal.SIGTERM, _interrupt)
+    output.settle()
     try:
+        os.environ.update(addresses.direct(os.environ))  # models and data of a hub, too
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except FedloraError as error:

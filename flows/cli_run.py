@@ -104,12 +104,12 @@ def _run_and_show(source: str, overrides: dict[str, Any], config: RunConfig, fol
     from flows import where
 
     try:
-        tracked = _run(source, overrides, config, folder)
+        tracked, flow_run = _run(source, overrides, config, folder)
     except KeyboardInterrupt:
         again = shlex.join(["resume", str(folder)])
         print(f"stopped; what is finished is kept. Continue: {where.command('fedlora')} {again}")
         raise
-    _print_results(folder, config, tracked)
+    _print_results(folder, config, tracked, flow_run)
 
 
 def _split(words: list[str] | None, default: str) -> tuple[str, dict[str, Any]]:
@@ -127,11 +127,11 @@ def _new_name(config: RunConfig) -> str:
     return f"{config.strategy}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path) -> Tracked:
-    """Run the flow in this process; returns its run in MLflow."""
+def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path) -> tuple[Tracked, str]:
+    """Run the flow in this process; returns its run in MLflow, and the flow run."""
     from flows.progress import shown_on
 
-    with shown_on(sys.stdout):
+    with shown_on(sys.stdout) as shown:
         from flows import interruption
         from flows.federated import federated, run_name
 
@@ -145,10 +145,10 @@ def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path
     tracked = tracker.load(RunFolder(folder))
     if tracked is None:
         raise FedloraError(f"{folder} holds no tracked run")
-    return tracked
+    return tracked, shown.flow_run
 
 
-def _print_results(folder: Path, config: RunConfig, tracked: Tracked) -> None:
+def _print_results(folder: Path, config: RunConfig, tracked: Tracked, flow_run: str) -> None:
     from fedlora import recovery
     from fedlora.comparison import Result
     from fedlora.runfolder import RunFolder
@@ -160,7 +160,7 @@ def _print_results(folder: Path, config: RunConfig, tracked: Tracked) -> None:
     size = recovery.size(RunFolder(folder)) / 1e6
     print(f"\nrun folder        {folder} ({size:.1f} MB{_kept(config)})")
     print(f"adapter           {folder / 'adapter'}\npicture           {folder / 'figures' / 'rounds.png'}")
-    print("\n".join(where.lines(tracked.uri, store.run_page(tracked.experiment, tracked.run))))
+    print("\n".join(where.lines(tracked.uri, store.run_page(tracked.experiment, tracked.run), flow_run)))
 
 
 def _kept(config: RunConfig) -> str:

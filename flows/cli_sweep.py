@@ -64,13 +64,13 @@ def sweep(
         _need_server(pool)
         handover.check(pool)
     try:
-        with shown_on(sys.stdout), private_server.available(), interruption.marked():
+        with shown_on(sys.stdout) as shown, private_server.available(), interruption.marked():
             named = flow.run_sweep.with_options(flow_run_name=f"sweep {plan.name}")
             folder = Path(named(source, changes, parallel, pool, fresh, retry_failed))
     except KeyboardInterrupt:
         print(f"stopped; what is finished is kept in {home.runs()} and MLflow. The same command goes on from there")
         raise
-    _show(plan, folder)
+    _show(plan, folder, shown.flow_run)
 
 
 def _need_server(pool: str) -> None:
@@ -82,7 +82,7 @@ def _need_server(pool: str) -> None:
         )
 
 
-def _show(plan: Sweep, path: Path) -> None:
+def _show(plan: Sweep, path: Path, flow_run: str) -> None:
     """The table, what is missing from it, and where to look."""
     from fedlora.sweepfolder import SweepFolder
     from flows import outcome, tables, where
@@ -102,7 +102,7 @@ def _show(plan: Sweep, path: Path) -> None:
         if (path / file).is_file():
             print(f"{name:<17} {path / file}")
     page = store.sweep_page(folder.parent["experiment"], folder.parent["run"])
-    print("\n".join(where.lines(folder.parent["uri"], page)))
+    print("\n".join(where.lines(folder.parent["uri"], page, flow_run)))
     if folder.having("failed"):
         raise typer.Exit(1)
 

@@ -25,7 +25,10 @@ SECRETS = (PREFECT_URL, MLFLOW_URL, "PREFECT_API_DATABASE_CONNECTION_URL", "PGPA
 
 _DRIVERS = {PREFECT_URL: "asyncpg", MLFLOW_URL: "psycopg2"}
 _NAMES = {PREFECT_URL: "fedlora_prefect", MLFLOW_URL: "fedlora_mlflow"}
-_OTHERS = {PREFECT_URL: ("sqlite+aiosqlite",), MLFLOW_URL: ("sqlite", "mysql", "mysql+pymysql", "mssql+pyodbc")}
+_OTHERS = {
+    PREFECT_URL: ("sqlite+aiosqlite",),
+    MLFLOW_URL: ("sqlite", "sqlite+pysqlite", "mysql", "mysql+pymysql", "mssql+pyodbc"),
+}
 """Schemes besides PostgreSQL's that the servers understand by themselves."""
 
 
@@ -92,8 +95,8 @@ def choose(option: str | None) -> Databases:
             {variable: at.url(_DRIVERS[variable]), **at.environ()} for variable, at in zip(_NAMES, each, strict=True)
         )
         return Databases(prefect, mlflow, server.shown, tuple(each))
-    prefect, first = _from_environment(PREFECT_URL, f"sqlite+aiosqlite:///{home.prefect_database()}")
-    mlflow, second = _from_environment(MLFLOW_URL, f"sqlite:///{home.mlflow_database()}")
+    prefect, first = _from_environment(PREFECT_URL, home.sqlite_url(home.prefect_database(), "aiosqlite"))
+    mlflow, second = _from_environment(MLFLOW_URL, home.sqlite_url(home.mlflow_database()))
     if first and second and (first.host, first.port, first.name) == (second.host, second.port, second.name):
         raise ConfigError(
             f"{PREFECT_URL} and {MLFLOW_URL} name the same database {first.shown}; each server needs one of its own, "

@@ -17,10 +17,10 @@ from typing import Any
 
 import httpx
 
-from fedlora import configfile, yamltext
+from fedlora import addresses, configfile, yamltext
 from fedlora.errors import FedloraError
 from flows import authentication
-from flows.environment import defaults, prepare
+from flows.environment import UTF8, defaults, prepare
 from flows.form import AS_IN_PRESET
 from flows.prefect_api import POOLS
 from flows.presets import PRESETS, SWEEPS
@@ -101,7 +101,7 @@ def declared(source: Path = SOURCE) -> list[dict[str, Any]]:
     """
     file = source / PREFECT_FILE
     try:
-        content = yamltext.parse(file.read_text())
+        content = yamltext.parse(file.read_text("utf-8"))
         found = [each for each in content["deployments"] if each["name"] and each["entrypoint"]]
     except FileNotFoundError:
         raise ServiceError(f"{file} does not exist: is the installation complete?") from None
@@ -121,7 +121,8 @@ def begin(prefect_url: str, source: Path) -> subprocess.Popen[str]:
         **authentication.without(os.environ, authentication.OF_SERVERS + authentication.OF_MLFLOW),
         **authentication.prefect_client(),
         "PREFECT_API_URL": prefect_url,
-        "NO_PROXY": f"127.0.0.1,localhost,{httpx.URL(prefect_url).host}",
+        **addresses.direct(os.environ, str(httpx.URL(prefect_url).host)),
+        **UTF8,
     }
     return subprocess.Popen(
         [sys.executable, "-m", "flows.deploying", str(source)],
@@ -131,6 +132,7 @@ def begin(prefect_url: str, source: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        encoding="utf-8",
         errors="replace",
     )
 

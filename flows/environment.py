@@ -10,8 +10,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from fedlora import home
+from fedlora import addresses, home
 from fedlora.errors import FedloraError
 from flows import authentication
 
@@ -43,7 +44,7 @@ class Services:
         record = home.services_file()
         record.parent.mkdir(parents=True, exist_ok=True)
         unfinished = record.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(asdict(self), indent=2))
+        unfinished.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
         unfinished.replace(record)
 
     def alive(self) -> dict[str, Process]:
@@ -66,7 +67,7 @@ def is_alive(process: Process) -> bool:
 def recorded_services() -> Services | None:
     """What the last `fedlora up` wrote down, whether or not it still runs."""
     try:
-        content = json.loads(home.services_file().read_text())
+        content = json.loads(home.services_file().read_text("utf-8"))
         return Services(
             str(content["prefect_url"]),
             str(content["mlflow_url"]),
@@ -85,11 +86,15 @@ def running_services() -> Services | None:
     return services if services and {"prefect", "mlflow"} <= services.alive().keys() else None
 
 
+UTF8 = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+"""For a process whose output goes to a log file of ours: a sign that the terminal's encoding lacks must not end it."""
+
+
 def defaults(console_level: str = "ERROR") -> dict[str, str]:
     """Environment variables that a process of ours gets unless the user has set them."""
     root = home.home()
     found = {
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home.prefect_database()}",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": home.sqlite_url(home.prefect_database(), "aiosqlite"),
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(root / "prefect-results"),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -124,9 +129,14 @@ def of_server() -> dict[str, str]:
 
 
 def prepare(console_level: str = "ERROR") -> None:
-    """Fill in environment variables that are not set; call before importing prefect, mlflow, transformers or torch."""
+    """Fill in environment variables that are not set; call before importing prefect, mlflow, transformers or torch.
+
+    Raises:
+        ConfigError: a home that cannot be used, or a proxy of an unknown kind.
+    """
     for name, value in defaults(console_level).items():
         os.environ.setdefault(name, value)
+    os.environ.update(addresses.direct(os.environ))
     services = recorded_services()
     alive = services.alive() if services else {}
     # Each on its own: next to a live server, an ephemeral one on the same database would compete for its lock.
@@ -141,6 +151,7 @@ def _use(variable: str, url: str, login: Mapping[str, str]) -> None:
     if os.environ.setdefault(variable, url).rstrip("/") == url:
         for name, value in login.items():
             os.environ.setdefault(name, value)
+        os.environ.update(addresses.direct(os.environ, urlsplit(url).hostname or ""))
 
 
 def check_prefect() -> None:
@@ -172,7 +183,7 @@ def check_prefect() -> None:
 
 
 def client_of(url: str) -> httpx.Client:
-    """For a few requests past any proxy, with Prefect's own variables for certificates and the login."""
+    """For a few requests, past proxies on this machine, with Prefect's own variables for certificates and the login."""
     import ssl
 
     import certifi
@@ -183,4 +194,5 @@ def client_of(url: str) -> httpx.Client:
         authority = os.environ.get("PREFECT_API_SSL_CERT_FILE") or os.environ.get("SSL_CERT_FILE") or certifi.where()
         context = ssl.create_default_context(cafile=authority)
     headers = authentication.header(os.environ.get(authentication.PREFECT_CLIENT, ""))
-    return httpx.Client(headers=headers, verify=context, timeout=5, trust_env=False)
+    elsewhere = urlsplit(url).hostname not in addresses.LOOPBACK
+    return httpx.Client(headers=headers, verify=context, timeout=5, trust_env=elsewhere)

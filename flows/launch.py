@@ -7,13 +7,14 @@ import os
 import socket
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 
-from fedlora import home
+from fedlora import addresses, home
 from flows import authentication, database
 from flows.database import Databases
-from flows.environment import Services, defaults, of_server
+from flows.environment import UTF8, Services, defaults, of_server
 from flows.prefect_api import CPU_POOL, GPU_POOL
 from flows.server_log import DATE_FORMAT
 
@@ -56,8 +57,8 @@ def environments(services: Services, databases: Databases) -> dict[str, dict[str
         **databases.prefect,
     }
     mlflow = {
-        "MLFLOW_DEFAULT_ARTIFACT_ROOT": str(home.mlflow_artifacts()),
-        "MLFLOW_ARTIFACTS_DESTINATION": str(home.mlflow_artifacts()),
+        "MLFLOW_DEFAULT_ARTIFACT_ROOT": _artifacts(),
+        "MLFLOW_ARTIFACTS_DESTINATION": _artifacts(),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # jobs of LLM evaluation: more processes, unused here
         **authentication.without(common, authentication.OF_PREFECT + _OF_FLOW_RUNS),
         **databases.mlflow,
@@ -82,18 +83,23 @@ def environments(services: Services, databases: Databases) -> dict[str, dict[str
     return {"prefect": prefect, "mlflow": mlflow, "worker": _without_gpus(worker), "gpu-worker": worker}
 
 
+def _artifacts() -> str:
+    """The folder of artifacts, as an address where its path holds what MLflow would read as part of one."""
+    folder = home.mlflow_artifacts()
+    return str(folder) if quote(str(folder)) == str(folder) else folder.as_uri()
+
+
 def _common(services: Services) -> dict[str, str]:
     """What all processes get."""
-    near = f"127.0.0.1,localhost,{httpx.URL(services.prefect_url).host}"
     common = {
         **defaults(),
         **os.environ,
+        **addresses.direct(os.environ, str(httpx.URL(services.prefect_url).host)),
+        **UTF8,
         "FEDLORA_HOME": str(home.home()),
         "PREFECT_API_URL": services.prefect_url,
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",  # their console is a log file
-        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), near])),
     }
-    common["no_proxy"] = common["NO_PROXY"]
     common.pop("FEDLORA_NOTIFY_URL", None)  # is kept in a block of the Prefect server
     return common
 

@@ -144,6 +144,7 @@ def _spawn() -> Server:
     code = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from flows.private_server import serve; serve()"
     # A password for the servers of `fedlora up` is not for this one, whose only client would not know it.
     environ = environment.of_server() | authentication.without(os.environ, authentication.OF_SERVERS)
+    environ |= environment.UTF8
     environ |= {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
     early = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
     process = subprocess.Popen(
@@ -172,7 +173,7 @@ def _wait(server: Server, url: str, log: Path) -> None:
     with log.open("ab") as file:
         server.early.seek(0)
         file.write(server.early.read())
-    lines = log.read_text(errors="replace").splitlines()[-5:]
+    lines = log.read_text("utf-8", errors="replace").splitlines()[-5:]
     raise FedloraError(f"Prefect's server does not start (log: {log}): {' | '.join(lines) or 'no output'}")
 
 

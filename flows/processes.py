@@ -67,7 +67,7 @@ def spawn(name: str, command: Sequence[str], environ: Mapping[str, str]) -> Proc
 def ending(log: Path | str, count: int = 12) -> str:
     """The last lines of a log file or a text, indented, without the carets under a traceback's code."""
     try:
-        text = log.read_text(errors="replace") if isinstance(log, Path) else log
+        text = log.read_text("utf-8", errors="replace") if isinstance(log, Path) else log
     except OSError:
         text = ""
     lines = [line for line in text.splitlines() if line.strip(" ^~")][-count:]

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TextIO
 
+from prefect import runtime
 from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -40,6 +41,8 @@ class Progress:
     """Silent on the terminal; the base of the ones that are not."""
 
     _away = False
+    flow_run = ""
+    """The Prefect flow run that is shown; of a sweep, its own."""
 
     def for_run(self) -> Progress:
         """The same display, for one of several runs that may go on side by side."""
@@ -168,7 +171,9 @@ class Tee(Progress):
 
 def current() -> Progress:
     """The progress of the flow run that is under way."""
-    return Tee(_current.get() or Progress())
+    shown = _current.get() or Progress()
+    shown.flow_run = shown.flow_run or str(runtime.flow_run.id or "")
+    return Tee(shown)
 
 
 @contextmanager

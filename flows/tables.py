@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TextIO
 
 from rich.box import SIMPLE_HEAD
@@ -15,6 +16,7 @@ from fedlora import comparison
 from fedlora.estimate import Cost
 from fedlora.strategies.base import Strategy
 from fedlora.sweeps import Sweep
+from flows import output
 
 _WIDTH_OF_A_FILE = 140
 _LEGEND = """gap: local minus global accuracy. ρ: relative error of the aggregate, in the
@@ -37,14 +39,18 @@ def compared(results: Sequence[comparison.Result], settings: Sequence[str], stre
     counts = comparison.runs_of_each(runs, settings)
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     title = f"mean ± standard deviation over {seeds} seeds" if counts[-1] > 1 else None
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    said = partial(output.shown, stream=stream)
+    table = Table(
+        title=title and said(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     for name in means.index.names:
-        table.add_column(str(name), no_wrap=True)
+        table.add_column(said(str(name)), no_wrap=True)
     for name in comparison.COLUMNS:
-        table.add_column(name, justify="right")
+        table.add_column(said(name), justify="right")
     for (index, row), (_, spread) in zip(means.iterrows(), spreads.iterrows(), strict=True):
         names = index if isinstance(index, tuple) else (index,)
-        table.add_row(*map(str, names), *(_cell(name, row[name], spread[name]) for name in comparison.COLUMNS))
+        cells = (_cell(name, row[name], spread[name]) for name in comparison.COLUMNS)
+        table.add_row(*map(said, map(str, names)), *map(said, cells))
     console(stream).print(table)
     print(_LEGEND, file=stream)
     print(comparison.shared(runs), file=stream)
@@ -64,7 +70,7 @@ def planned(plan: Sweep, stands: Mapping[str, str], costs: Mapping[str, Cost], p
     todo = 0.0
     for cell in plan.cells:
         state, cost = stands.get(cell.digest, "waiting"), costs.get(cell.digest)
-        names = [str(cell.settings[key]) for key in plan.varied]
+        names = [output.shown(str(cell.settings[key]), stream) for key in plan.varied]
         if cost is None:
             table.add_row(*names, state, "", "")
             continue
@@ -96,7 +102,7 @@ def listing(columns: Sequence[str], rows: Iterable[Sequence[str]], stream: TextI
     """Print a plain table of words."""
     table = Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(output.shown(cell, stream) for cell in row))
     console(stream).print(table)
 
 

@@ -15,12 +15,12 @@ PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 """Ports of `fedlora up`."""
 
 
-def lines(mlflow_uri: str, page: str) -> list[str]:
-    """What to type, and what to open, to see a page of MLflow and the flow runs in Prefect."""
+def lines(mlflow_uri: str, page: str, flow_run: str) -> list[str]:
+    """What to type, and what to open, to see a page of MLflow and a flow run (its id) in Prefect."""
     return [
         *_to_start(mlflow_uri),
         f"MLflow            {mlflow_page(mlflow_uri, page)}",
-        f"Prefect           {_prefect()}/runs",
+        f"Prefect           {prefect_page(flow_run)}",
     ]
 
 
@@ -33,16 +33,20 @@ def mlflow_page(uri: str, page: str) -> str:
 
 def _to_start(mlflow_uri: str) -> list[str]:
     started = [] if environment.running_services() else [f"start the pages   {command('fedlora')} up"]
-    if store.is_server(mlflow_uri) or mlflow_uri == f"sqlite:///{home.mlflow_database()}":
+    if store.is_server(mlflow_uri) or mlflow_uri == home.sqlite_url(home.mlflow_database()):
         return started
     own = f"{command('mlflow')} server --port {MLFLOW_PORT} --backend-store-uri {shlex.quote(mlflow_uri)}"
     return [f"start MLflow      {own}", *started]
 
 
-def _prefect() -> str:
+def prefect_page(flow_run: str) -> str:
+    """The address of a flow run's page: on the server that is configured, or on the one that `fedlora up` starts."""
+    from prefect.utilities.urls import url_for  # which knows Prefect Cloud and PREFECT_UI_URL, too
+
     services = environment.running_services()
     configured = os.environ.get("PREFECT_API_URL") or (services.prefect_url if services else "")
-    return configured.rstrip("/").removesuffix("/api") or f"http://127.0.0.1:{PREFECT_PORT}"
+    ours = configured.rstrip("/").removesuffix("/api") or f"http://127.0.0.1:{PREFECT_PORT}"
+    return url_for("flow-run", obj_id=flow_run, default_base_url=ours) or ours if flow_run else f"{ours}/runs"
 
 
 def command(name: str) -> str:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _ANSWER_WITHIN_S = 5
-_SQLITE = "sqlite:///"
 _CHEAP = "/api/2.0/mlflow/experiments/search?max_results=1"
 """A request that needs a login where there is one."""
+_SQLITE = ("sqlite:///", "sqlite+pysqlite:///")
 _PAGE = 1000
 """Runs per request."""
 
@@ -35,7 +35,7 @@ def resolve_uri(configured: str | None) -> str:
     Raises:
         TrackingError: it holds a password, which would be written to the run folder. The message does not hold it.
     """
-    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.mlflow_database()}"
+    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or home.sqlite_url(home.mlflow_database())
     if addresses.holds_secret(uri):
         what = "tracking.uri" if configured else "MLFLOW_TRACKING_URI"
         raise TrackingError(f"{what} holds a password, which would be written down; {addresses.advice(uri)}")
@@ -56,7 +56,7 @@ def check(uri: str) -> None:
     if is_server(uri):
         _check_server(uri)
     elif uri.startswith(_SQLITE):
-        folder = os.path.dirname(uri.removeprefix(_SQLITE)) or "."
+        folder = os.path.dirname(_database_file(uri)) or "."
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
@@ -91,7 +91,7 @@ def _was_deleted(name: str, experiment: str) -> TrackingError:
 
 def _experiment_in_file(uri: str, name: str) -> tuple[str, str] | None:
     """Id and stage of an experiment, read from MLflow's database; None where there is none, or another schema."""
-    file = Path(uri.removeprefix(_SQLITE).partition("?")[0]).absolute()
+    file = Path(_database_file(uri)).absolute()
     query = "SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?"
     try:
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=_ANSWER_WITHIN_S)) as database:
@@ -116,6 +116,21 @@ def _experiment(uri: str, name: str) -> tuple[str, str] | None:
     with errors(uri):
         known = client(uri).get_experiment_by_name(name)
         return (known.experiment_id, known.lifecycle_stage) if known else None
+
+
+def _database_file(uri: str) -> str:
+    """The file of a SQLite address.
+
+    Raises:
+        TrackingError: its path holds a `?`, so that the database would be in another file.
+    """
+    path, mark, options = uri.partition(":///")[2].partition("?")
+    if mark and "=" not in options:
+        raise TrackingError(
+            f"tracking store {uri}: in an address, options begin at '?', so the database would be {path}; choose a "
+            "path without it"
+        )
+    return urllib.parse.unquote(path.removeprefix("file:")) if path.startswith("file:") else path
 
 
 def _check_server(uri: str) -> None:
@@ -147,6 +162,7 @@ def _check_server(uri: str) -> None:
 def _get(url: str) -> requests.Response:
     import requests
 
+    os.environ.update(addresses.direct(os.environ))
     insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
     trusted = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure
     return requests.get(url, auth=_login(), verify=trusted, timeout=_ANSWER_WITHIN_S)
@@ -172,6 +188,9 @@ def _logs_in_otherwise() -> bool:
 def client(uri: str) -> MlflowClient:
     """A client of the store; the first one on a new database creates its schema (seconds)."""
     from mlflow import MlflowClient
+
+    if is_server(uri):
+        os.environ.update(addresses.direct(os.environ))
 
     return MlflowClient(uri, registry_uri=uri)
 

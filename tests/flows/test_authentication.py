@@ -250,8 +250,10 @@ def test_a_client_without_password_is_told_what_to_set(door: str, monkeypatch: p
 
 def test_registering_gets_the_password_but_not_the_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given(monkeypatch)
+    monkeypatch.setenv("http_proxy", "http://192.0.2.1:3128")
+    monkeypatch.setenv("NO_PROXY", "intranet.example.org")
     seen: dict[str, str] = {}
     monkeypatch.setattr("subprocess.Popen", lambda command, env, **other: seen.update(env))
     deploying.begin("http://192.0.2.7:4200/api", tmp_path)
     assert {name for name, value in seen.items() if "S3CRET" in value} == {"PREFECT_API_AUTH_STRING"}
-    assert "192.0.2.7" in seen["NO_PROXY"]
+    assert {"192.0.2.7", "127.0.0.1", "intranet.example.org"} <= set(seen["NO_PROXY"].split(","))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fedlora.alignment import ratios_of
-from fedlora.errors import AdapterError, ConfigError
+from fedlora.errors import AdapterError, ConfigError, counted
 from fedlora.limits import short
 from fedlora.peftconfig import KEYS, Treatment
 from fedlora.peftfolder import PeftFolder
@@ -28,7 +28,9 @@ def checked_weights(weights: Sequence[float] | None, clients: Sequence[PeftFolde
     if weights is None:
         return [1.0] * len(clients)
     if len(weights) != len(clients):
-        raise AdapterError(f"{len(weights)} weights for {len(clients)} clients; give one each, in the same order")
+        raise AdapterError(
+            f"{counted(len(weights), 'weight')} for {counted(len(clients), 'client')}; give one each, in the same order"
+        )
     for client, weight in zip(clients, weights, strict=True):
         if not 0 <= weight < float("inf"):
             raise AdapterError(f"{client.path}: its weight {weight:g} is not allowed; expected a finite number from 0")
@@ -128,7 +130,7 @@ def check_possible(strategy: Strategy, clients: Sequence[PeftFolder], ranks: Seq
         ConfigError: says why the strategy cannot, and what can.
     """
     if ranks is not None and (len(ranks) != len(clients) or min(ranks) < 1):
-        raise AdapterError(f"ranks {list(ranks)} for {len(clients)} clients; give one each, from 1")
+        raise AdapterError(f"ranks {list(ranks)} for {counted(len(clients), 'client')}; give one each, from 1")
     if ranks is not None and strategy.personal:
         raise ConfigError(f"strategy {strategy.name} gives every client its own adapter back; leave the ranks out")
     kinds = {tuple(rank for _, rank, _ in client.shapes.values()) for client in clients}

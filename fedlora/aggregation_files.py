@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedlora.adapter import Adapter
 from fedlora.atomic import new_folder, write_atomic
-from fedlora.errors import AdapterError
+from fedlora.errors import AdapterError, counted
 from fedlora.limits import clean, file_within, read_json
 from fedlora.peftfolder import DESCRIPTION, TOKENS, PeftFolder, check_written, config_at_ranks, write_peft_folder
 
@@ -153,7 +153,7 @@ library_name: peft
 base_model: {json.dumps(str(like.config.get("base_model_name_or_path") or "unknown"))}
 tags: [lora, federated, {result.strategy.name}]
 ---
-# {len(result.clients)} adapters combined by `{result.strategy.name}`
+# {counted(len(result.clients), "adapter")} combined by `{result.strategy.name}`
 
 Divergence ρ {found.rho:.4g} (floor {found.floor:.4g}): the relative error of what clients receive, each at its own
 rank, against the weighted mean of their updates.{whole}

@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from fedlora import addresses
 from fedlora.channel_config import ChannelConfig
+from fedlora.errors import counted
 from fedlora.lora_config import LoraConfig
 from fedlora.sections import Section
 from fedlora.strategies import registry
@@ -273,7 +274,7 @@ class RunConfig(Section):
             )
         if isinstance(self.lora.ranks, list) and len(self.lora.ranks) != self.clients:
             raise ValueError(
-                f"lora.ranks lists {len(self.lora.ranks)} ranks for clients={self.clients}; one per client"
+                f"lora.ranks lists {counted(len(self.lora.ranks), 'rank')} for clients={self.clients}; one per client"
             )
         self._check_channel()
         registry.check_options(self.strategy, self.strategy_options)
@@ -285,7 +286,7 @@ class RunConfig(Section):
     def _check_channel(self) -> None:
         channel, most = self.channel, self.clients_per_round
         if channel.min_clients > most:
-            raise ValueError(f"channel.min_clients={channel.min_clients}, but a round has {most} clients")
+            raise ValueError(f"channel.min_clients={channel.min_clients}, but a round has {counted(most, 'client')}")
         if channel.over_selection and most == self.clients:
             raise ValueError(
                 f"channel.over_selection={channel.over_selection:g} asks for more clients than a round needs, but a "

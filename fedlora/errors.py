@@ -107,6 +107,11 @@ def remembered(most: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
     return remember
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 round`, `8 rounds`; `many` where an s is not enough. For everything that people read, errors or not."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def first_line(error: Exception) -> str:
     """The first line of what another library says is wrong, or the error's kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ from fedlora import model, plots, rounds
 from fedlora.adapter import Adapter
 from fedlora.atomic import write_atomic
 from fedlora.config import RunConfig
-from fedlora.errors import saving
+from fedlora.errors import counted, saving
 from fedlora.peftfolder import DESCRIPTION, config_at_ranks, write_peft_folder
 from fedlora.runfolder import RunFolder
 from fedlora.strategies import registry
@@ -83,8 +83,8 @@ tags: [lora, federated, {config.strategy}]
 ---
 # {config.strategy} on {config.data.name}, round {number} of {config.rounds}
 
-An adapter ({_kind(config, peft_config)}) trained by {config.clients} clients (`{config.partition.name}` partition,
-seed {config.seed}) and combined by `{config.strategy}`.
+An adapter ({_kind(config, peft_config)}) trained by {counted(config.clients, "client")} (`{config.partition.name}`
+partition, seed {config.seed}) and combined by `{config.strategy}`.
 
 ```python
 import fedlora

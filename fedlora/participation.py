@@ -15,7 +15,7 @@ from fedlora import channel, seeds
 from fedlora.adapter import Adapter
 from fedlora.config import RunConfig
 from fedlora.data.partition import Partition
-from fedlora.errors import RunAborted, UpdateRejected
+from fedlora.errors import RunAborted, UpdateRejected, counted
 from fedlora.inspection import inspect
 from fedlora.runfolder import RunFolder
 from fedlora.seeds import Turn
@@ -79,7 +79,9 @@ class Roll:
         parts = [_summary(status, entries) for status, entries in by_status.items()]
         again = f" (attempt {ask.attempt + 1})" if ask.attempt else ""
         done = len(ask.clients) - len(missing)
-        return f"round {ask.round}{again}: {done} of {len(ask.clients)} clients completed; {'; '.join(parts)}"
+        return (
+            f"round {ask.round}{again}: {done} of {counted(len(ask.clients), 'client')} completed; {'; '.join(parts)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,12 @@ def _others(config: RunConfig, number: int, roll: Roll) -> list[int]:
 
 
 def _too_few(config: RunConfig, number: int, roll: Roll) -> str:
+    asked = {entry.client for entry in roll.entries}
     reasons = "; ".join(entry.reason or f"client {entry.client} {entry.status}" for entry in roll.entries)
     shown = reasons if len(reasons) <= 600 else f"{reasons[:600]} …"
     times = f" in {roll.attempts} attempts" if roll.attempts > 1 else ""
     return (
-        f"round {number}: {len(roll.completed)} of {len({entry.client for entry in roll.entries})} clients "
+        f"round {number}: {len(roll.completed)} of {counted(len(asked), 'client')} "
         f"completed{times}, fewer than channel.min_clients={config.channel.min_clients}: {shown}"
     )
 

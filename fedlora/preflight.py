@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fedlora import limits
 from fedlora.config import DataConfig, PartitionConfig, RunConfig
 from fedlora.data import catalogue
-from fedlora.errors import StrategyRefusal, remembered
+from fedlora.errors import StrategyRefusal, counted, remembered
 from fedlora.limits import FileStates
 from fedlora.strategies import registry
 
@@ -49,12 +49,12 @@ class Found:
         return f"{self.config.strategy} on {self.config.data.name}, {self._of_data()}; {self._of_model()}"
 
     def _of_data(self) -> str:
-        clients = f"{self.config.clients} client{'s' * (self.config.clients > 1)}"
+        clients = f"{counted(self.config.clients, 'client')}"
         if self.dealt is None:
             return f"{clients} (the data was not looked at: it is on the hub, or large)"
         found = self.dealt
         each = str(found.smallest) if found.smallest == found.largest else f"{found.smallest} to {found.largest}"
-        return f"{found.labels} labels, {found.train} + {found.test} examples, {clients} with {each}"
+        return f"{counted(found.labels, 'label')}, {found.train} + {found.test} examples, {clients} with {each}"
 
     def _of_model(self) -> str:
         name, rank = self.config.model.name, self.config.lora.highest_rank

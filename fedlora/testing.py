@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedlora import statefile
 from fedlora.adapter import EVERY_PART, Adapter, Factors, parse_name
+from fedlora.errors import counted
 from fedlora.rounds import measure_round
 from fedlora.strategies import registry
 from fedlora.strategies.base import Family, ServerState, Strategy, advance
@@ -55,7 +56,7 @@ def check_strategy(strategy: str | Strategy, seed: int = 0) -> None:
         AssertionError: one line per problem.
     """
     found = problems(strategy, seed)
-    assert not found, f"{len(found)} problem(s):\n" + "\n".join(f"- {problem}" for problem in found)
+    assert not found, f"{counted(len(found), 'problem')}:\n" + "\n".join(f"- {problem}" for problem in found)
 
 
 def problems(strategy: str | Strategy, seed: int = 0) -> list[str]:
@@ -194,7 +195,7 @@ def _broadcasts(strategy: Strategy, state: ServerState, setting: Setting) -> Ite
                 yield f"client {client} of rank {rank} receives {pair.shape} of rank {pair.rank} for '{module}'"
             idle = (pair.B == 0).all(dim=0) & (pair.A == 0).all(dim=1)
             if idle.any():
-                yield f"'{module}': B and A are both zero in {int(idle.sum())} direction(s), which can never be trained"
+                yield f"'{module}': B and A are both zero in {counted(int(idle.sum()), 'direction')}"
         dtypes = {tensor.dtype for tensor in sent.tensors(EVERY_PART).values()}
         if dtypes != {torch.float32}:
             yield f"client {client} receives {sorted(map(str, dtypes))}; adapters are sent in float32"

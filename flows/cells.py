@@ -14,7 +14,7 @@ from uuid import UUID
 from prefect.logging import get_run_logger
 
 from fedlora import configfile, workers
-from fedlora.errors import FedloraError, first_line
+from fedlora.errors import FedloraError, counted, first_line
 from fedlora.sweepfolder import SweepFolder
 from fedlora.sweeps import Cell
 from flows import handover, interruption
@@ -111,7 +111,7 @@ def handed_over(
         told: hears when nobody works.
     """
     post = handover.Post.at(pool, owner, told)
-    told.say(f"{len(todo)} runs for {post.deployment} in work pool '{pool}'")
+    told.say(f"{counted(len(todo), 'run')} for {post.deployment} in work pool '{pool}'")
     waiting = list(todo)
     under_way: dict[UUID, Cell] = {}
     try:

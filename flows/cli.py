@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from fedlora import addresses
-from fedlora.errors import ConfigError, FedloraError
+from fedlora.errors import ConfigError, FedloraError, counted
 from flows import cli_run, cli_status, cli_sweep, environment, output
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def aggregate(
     found = result.divergence
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
-    counted = f"{len(result.clients)} client{'s' if len(result.clients) > 1 else ''}"
-    print(f"{strategy}: {counted}, rho {found.rho:.4g} (floor {found.floor:.4g})")
+    print(f"{strategy}: {counted(len(result.clients), 'client')}, rho {found.rho:.4g} (floor {found.floor:.4g})")
     if result.adapter is not None and result.global_rho != found.rho:
         print(f"that is of what each receives at its own rank; of the global adapter: rho {result.global_rho:.4g}")
     print(f"written           {out}" + (f"\nreport            {report}" if report else ""))

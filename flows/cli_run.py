@@ -166,4 +166,8 @@ def _print_results(folder: Path, config: RunConfig, tracked: Tracked, flow_run: 
 def _kept(config: RunConfig) -> str:
     """Which rounds can still be gone back to."""
     keep = config.keep_rounds
-    return "" if keep is None or keep >= config.rounds else f"; uploads and states of the last {keep} rounds"
+    return (
+        ""
+        if keep is None or keep >= config.rounds
+        else f"; uploads and states of the last {'round' if keep == 1 else f'{keep} rounds'}"
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedlora.errors import FedloraError
+from fedlora.errors import FedloraError, counted
 from flows import environment, private_server
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def report(
     from flows.report import write_report
 
     written = write_report(source, out)
-    print(f"{written.comparison.title}: {len(written.comparison.runs)} runs")
+    print(f"{written.comparison.title}: {counted(len(written.comparison.runs), 'run')}")
     print(f"report            {written.page}\ntables            {written.page.parent}/*.csv")
     if written.source.parent is not None:
         print(f"MLflow            {written.link}")

@@ -23,7 +23,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelling
 
-from fedlora.errors import ConfigError, did_you_mean
+from fedlora.errors import ConfigError, counted, did_you_mean
 from flows.progress import Progress
 
 FLOW = "federated"
@@ -136,7 +136,9 @@ class Post:
         nobody = any(run.state and run.state.is_scheduled() for run in runs) and not anybody(client, self.pool)
         if nobody and time.monotonic() - self._reminded > _REMIND_S:
             self._reminded = time.monotonic()
-            self.told.say(f"no worker is online in work pool '{self.pool}'; {len(runs)} runs wait for one")
+            self.told.say(
+                f"no worker is online in work pool '{self.pool}'; waiting for one: {counted(len(runs), 'run')}"
+            )
 
 
 def _check_room(pool: str) -> None:

@@ -13,7 +13,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from fedlora import comparison
 from fedlora.comparison import Result
-from fedlora.errors import FedloraError
+from fedlora.errors import FedloraError, counted
 from fedlora.sweepfolder import STATE, SweepFolder
 from fedlora.sweeps import Sweep
 from flows import progress, report, where
@@ -55,7 +55,7 @@ def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> None:
     told = progress.current()
     found = results(folder, plan.varied)
     if found:
-        told.say(f"comparing {len(found)} runs")
+        told.say(f"comparing {counted(len(found), 'run')}")
         comparison.frame(found).to_csv(folder.path / "comparison.csv", index=False)
         comparison.figures(found, folder.path, plan.name)
         if plan.champion:

@@ -9,6 +9,7 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 
 from fedlora import metrics, rounds
 from fedlora.config import RunConfig
+from fedlora.errors import counted
 from fedlora.runfolder import RunFolder
 from flows import outages, where
 from mlflow_tracking import store
@@ -47,8 +48,9 @@ class RunPage:
         return "\n".join(
             [
                 f"## {config.strategy} on {config.data.name}",
-                f"{config.model.name}, {config.clients} clients ({config.clients_per_round} a round), partition "
-                f"`{config.partition.name}` (hash `{partition['hash']}`), rank {config.lora.rank}, seed {config.seed}",
+                f"{config.model.name}, {counted(config.clients, 'client')} ({config.clients_per_round} a round), "
+                f"partition `{config.partition.name}` (hash `{partition['hash']}`), "
+                f"rank {config.lora.rank}, seed {config.seed}",
                 "",
                 *rounds_table(self._folder),
             ]

@@ -21,6 +21,7 @@ from rich.table import Column
 
 from fedlora import metrics
 from fedlora.config import RunConfig
+from fedlora.errors import counted
 from fedlora.metrics import RoundRecord
 
 
@@ -35,6 +36,10 @@ def scores(record: RoundRecord, more: Mapping[str, str] = MappingProxyType({})) 
     """Global accuracy and ρ of a round, and `more` metrics by the word they are shown as."""
     shown = {"accuracy": metrics.GLOBAL_ACCURACY, **more, "ρ": metrics.RHO_MODEL}
     return "  ".join(f"{word} {record.metrics[name]:.3f}" for word, name in shown.items() if name in record.metrics)
+
+
+def _size(config: RunConfig) -> str:
+    return f"{counted(config.clients, 'client')}, {counted(config.rounds, 'round')}"
 
 
 class Progress:
@@ -86,7 +91,7 @@ class LogProgress(Progress):
 
     def begin(self, config: RunConfig, label: str) -> None:
         self._label = label
-        self.say(f"{config.clients} clients, {config.rounds} rounds, {config.model.name} on {config.data.name}")
+        self.say(f"{_size(config)}, {config.model.name} on {config.data.name}")
 
     def say(self, text: str) -> None:
         prefix = f"{self._label}: " if self._label else ""
@@ -147,7 +152,7 @@ class Tee(Progress):
         self._shown, self._log = shown.for_run(), get_run_logger()
 
     def begin(self, config: RunConfig, label: str) -> None:
-        self._log.info("%s: %d clients, %d rounds", label, config.clients, config.rounds)
+        self._log.info("%s: %s", label, _size(config))
         self._shown.begin(config, label)
 
     def say(self, text: str) -> None:

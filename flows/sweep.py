@@ -16,7 +16,7 @@ from prefect import flow, runtime  # noqa: E402 (the environment must be ready f
 from pydantic import Field  # noqa: E402
 
 from fedlora import configfile, home, lock, sweeps  # noqa: E402
-from fedlora.errors import FedloraError  # noqa: E402
+from fedlora.errors import FedloraError, counted  # noqa: E402
 from fedlora.sweepfolder import SweepFolder  # noqa: E402
 from fedlora.sweeps import Cell, Sweep  # noqa: E402
 from flows import cells, checks, form, interruption, names, outcome, progress, refusals  # noqa: E402
@@ -137,7 +137,9 @@ def report_known(told: Progress, plan: Sweep, folder: SweepFolder) -> None:
     """Say what will not be run, and why."""
     done, failed = folder.having("finished"), folder.having("failed")
     if done:
-        told.say(f"{len(done)} of {len(plan.cells)} runs had finished before, not repeated (--fresh begins anew)")
+        told.say(
+            f"{len(done)} of {counted(len(plan.cells), 'run')} had finished before, not repeated (--fresh begins anew)"
+        )
     for state in failed:
         how = "cannot begin" if state.refused else "failed before and is not tried again (--retry-failed)"
         told.say(f"{state.label} {how}: {state.reason}")

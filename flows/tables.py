@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora import comparison
+from fedlora.errors import counted
 from fedlora.estimate import Cost
 from fedlora.strategies.base import Strategy
 from fedlora.sweeps import Sweep
@@ -79,7 +80,10 @@ def planned(plan: Sweep, stands: Mapping[str, str], costs: Mapping[str, Cost], p
     console(stream).print(table)
     for left in plan.skipped:
         print(f"skipped: {left.label}: {left.reason}", file=stream)
-    print(f"{len(plan.cells)} runs; what is left takes about {_duration(todo)} one after the other", file=stream)
+    print(
+        f"{counted(len(plan.cells), 'run')}; what is left takes about {_duration(todo)} one after the other",
+        file=stream,
+    )
     if parallel > 1:
         print(
             f"{parallel} side by side share the same worker slots: they fill each other's gaps, little more",

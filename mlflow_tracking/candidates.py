@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.errors import FedloraError
+from fedlora.errors import FedloraError, counted
 from fedlora.strategies import registry
 from mlflow_tracking import store
 
@@ -153,7 +153,7 @@ def compare(ours: Sequence[float], theirs: Sequence[float], examples: tuple[int,
         return Comparison(difference, p < LEVEL, f"Welch's t-test over seeds: p = {p:.2g}, below {LEVEL:g} needed")
     squares = (mean * (1 - mean) / n for mean, n in zip((_mean(ours), _mean(theirs)), examples, strict=True))
     margin = statistics.NormalDist().inv_cdf(1 - LEVEL) * math.sqrt(sum(squares))
-    how = f"up to {margin:.4f} may be chance on {examples[0]} test examples"
+    how = f"up to {margin:.4f} may be chance on {counted(examples[0], 'test example')}"
     return Comparison(difference, difference > margin, how)
 
 

@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora.errors import FedloraError, TrackingError
+from fedlora.errors import FedloraError, TrackingError, counted
 from fedlora.strategies import registry
 from mlflow_tracking import candidates, store
 from mlflow_tracking.candidates import Candidate, Entrant, Score, judge
@@ -263,7 +263,7 @@ def _description(candidate: Candidate) -> str:
     lines = [
         f"{candidate.label}: the best of sweep `{candidate.sweep}`. The adapter is that of [this run]({page}).",
         "",
-        f"| seed | accuracy on {candidate.examples} test examples |",
+        f"| seed | accuracy on {counted(candidate.examples, 'test example')} |",
         "|---|---|",
         *(f"| {score.seed} | {score.accuracy:.4f} |" for score in candidate.scores),
     ]

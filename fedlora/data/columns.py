@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from datasets.table import InMemoryTable
 
 from fedlora.config import DataConfig
-from fedlora.errors import DataError
+from fedlora.errors import DataError, counted
 
 _OPTIONS = {"text": "data.text", "text_pair": "data.text_pair", "label": "data.label", "client": "data.client"}
 
@@ -36,7 +36,7 @@ class RawSplit:
 
     def told(self) -> list[str]:
         """How many rows there are, and the notes, for a person."""
-        return [f"{self.where}: {self.table.num_rows} rows", *self.notes]
+        return [f"{self.where}: {counted(self.table.num_rows, 'row')}", *self.notes]
 
 
 def column_names(config: DataConfig, mapped: dict[str, str]) -> dict[str, str]:
@@ -92,7 +92,7 @@ def class_names(train: RawSplit) -> tuple[str, ...]:
     distinct = pc.unique(train.table["label"]).to_pylist()
     if len(distinct) < 2:
         raise DataError(
-            f"{train.where} has one class only ({distinct[0]!r} in all {train.table.num_rows} rows); expected at least "
+            f"{train.where} has one class only ({distinct[0]!r} in {counted(train.table.num_rows, 'row')}); expected at least "
             "two. Set data.label to the column that holds the label"
         )
     if train.label_names:
@@ -117,7 +117,7 @@ def encode(split: RawSplit, names: tuple[str, ...]) -> datasets.Dataset:
         if index.null_count:
             unseen = sorted(set(labels.cast(pa.string()).filter(pc.is_null(index)).to_pylist()))
             raise DataError(
-                f"{split.where} has {index.null_count} examples of labels that no training example has "
+                f"{split.where} has {counted(index.null_count, 'example')} of labels that no training example has "
                 f"({', '.join(unseen[:3])}{', …' if len(unseen) > 3 else ''}); add training examples of them or "
                 "remove these rows"
             )
@@ -187,7 +187,7 @@ def _refuse_empty(column: pa.ChunkedArray, ours: str, where: str) -> None:
     if len(rows):
         what = {"label": "no label", "client": "no owner"}.get(ours, "no text")
         raise DataError(
-            f"{where}: {len(rows)} of {len(column)} examples have {what} (first: row {rows[0] + 1}); "
+            f"{where}: {len(rows)} of {counted(len(column), 'example')} with {what} (first: row {rows[0] + 1}); "
             "fill them in or remove these rows"
         )
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from fedlora.config import PartitionConfig
 from fedlora.data.partitioners import PARTITIONERS, REDRAWN, Deal, Rows
-from fedlora.errors import DataError, saving
+from fedlora.errors import DataError, counted, saving
 from fedlora.seeds import numpy_generator
 
 _DRAWS = 100
@@ -83,11 +83,14 @@ class Partition:
             least, most = min(map(len, self.owners)), max(map(len, self.owners))
             each = f"{least}" if least == most else f"{least} to {most}"
             told.append(
-                f"{owners} owners are merged into {self.clients} clients, {each} in each (partition.json names them); "
+                f"{owners} owners are merged into {counted(self.clients, 'client')}, {each} in each (partition.json "
+                f"names them); "
                 f"clients={owners} would keep them apart"
             )
         if self.unheld:
-            told.append(f"{self.unheld} test rows are of owners without a training row; no client is tested on them")
+            told.append(
+                f"{counted(self.unheld, 'test row')} of owners without a training row: no client is tested on them"
+            )
         return told
 
     def save(self, path: Path) -> None:
@@ -191,7 +194,8 @@ def partition(
 def _require_enough(examples: int, clients: int, config: PartitionConfig) -> None:
     if examples < clients * config.min_size:
         raise DataError(
-            f"{examples} training examples cannot give {clients} clients partition.min_size={config.min_size} each "
+            f"{counted(examples, 'training example')} cannot give {counted(clients, 'client')} "
+            f"partition.min_size={config.min_size} each "
             f"({clients * config.min_size} needed); lower clients or partition.min_size, or raise data.train_size"
         )
 
@@ -217,7 +221,7 @@ def _too_small(deal: Deal, reached: int, draws: int) -> str:
     often = f" in the best of {draws} draws" if draws > 1 else ""
     alpha = f" with partition.alpha={deal.config.alpha:g}" if name in REDRAWN else ""
     return (
-        f"partition.name={name}{alpha} leaves a client with {reached} training examples{often}, below "
+        f"partition.name={name}{alpha} leaves a client with {counted(reached, 'training example')}{often}, below "
         f"partition.min_size={deal.config.min_size}; {cure}"
     )
 

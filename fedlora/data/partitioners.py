@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fedlora.config import PartitionConfig
 from fedlora.data.apportion import largest_remainder
-from fedlora.errors import DataError
+from fedlora.errors import DataError, counted
 
 Rows = npt.NDArray[np.int64]
 
@@ -84,15 +84,15 @@ def pathological(deal: Deal) -> list[Rows]:
     if not len(rows) / deal.clients <= each <= len(rows):
         cure = "lower it" if each > len(rows) else "raise it or clients, or examples would be left over"
         raise DataError(
-            f"partition.labels_per_client={each} for {deal.clients} clients and {len(rows)} labels: expected from "
-            f"{math.ceil(len(rows) / deal.clients)} to {len(rows)}; {cure}"
+            f"partition.labels_per_client={each} for {counted(deal.clients, 'client')} and "
+            f"{counted(len(rows), 'label')}: expected from {math.ceil(len(rows) / deal.clients)} to {len(rows)}; {cure}"
         )
     holders = _spread(sorted(rows), each, deal)
     for label, clients in holders.items():
         if len(rows[label]) < len(clients):
             raise DataError(
-                f"label {deal.names[label]!r} has {len(rows[label])} examples for {len(clients)} clients; "
-                "lower clients or partition.labels_per_client"
+                f"label {deal.names[label]!r} has {counted(len(rows[label]), 'example')} for "
+                f"{counted(len(clients), 'client')}; lower clients or partition.labels_per_client"
             )
     return _share(rows, holders, deal.clients)
 
@@ -103,8 +103,8 @@ def one_label(deal: Deal) -> list[Rows]:
     rows = deal.by_label()
     if deal.clients < len(rows):
         raise DataError(
-            f"partition.name=one-label with {deal.clients} clients and {len(rows)} labels would leave examples over; "
-            f"set clients to at least {len(rows)}"
+            f"partition.name=one-label with {counted(deal.clients, 'client')} and "
+            f"{counted(len(rows), 'label')} would leave examples over; set clients to at least {len(rows)}"
         )
     counts = dict.fromkeys(rows, 1)
     for _ in range(deal.clients - len(rows)):
@@ -131,7 +131,8 @@ def natural_id(deal: Deal) -> list[Rows]:
         elsewhere = len(deal.test_owners.difference(owners.tolist()))
         more = f" ({elsewhere} more have test rows only)" if elsewhere else ""
         raise DataError(
-            f"partition.name=natural-id: the training data has {len(owners)} owners{more} for {deal.clients} clients; "
+            f"partition.name=natural-id: the training data has {counted(len(owners), 'owner')}{more} for "
+            f"{counted(deal.clients, 'client')}; "
             f"set clients to at most {len(owners)}"
         )
     client_of, filled = np.arange(len(owners)), np.zeros(deal.clients, dtype=np.int64)

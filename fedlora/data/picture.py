@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlora.data.partition import Partition
-from fedlora.errors import saving
+from fedlora.errors import counted, saving
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,10 @@ def draw(partition: Partition, path: Path) -> None:
     figure.colorbar(image, ax=bars, label="training examples", pad=0.1)
     _name_axes(heat, partition)
     _draw_sizes(bars, partition)
-    figure.suptitle(f"{partition.name}, {clients} clients, {labels} labels (partition {partition.hash})", fontsize=11)
+    figure.suptitle(
+        f"{partition.name}, {counted(clients, 'client')}, {counted(labels, 'label')} (partition {partition.hash})",
+        fontsize=11,
+    )
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png", metadata={"Software": None})

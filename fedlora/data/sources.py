@@ -12,7 +12,7 @@ import numpy as np
 from fedlora.config import DataConfig
 from fedlora.data.apportion import largest_remainder
 from fedlora.data.catalogue import VALIDATION, KnownSet, Source, check, known, resolve, saved_by_datasets, split_files
-from fedlora.errors import DataError
+from fedlora.errors import DataError, counted
 from fedlora.limits import is_pointer
 
 if TYPE_CHECKING:  # `fedlora datasets` imports this module and needs none of these
@@ -101,7 +101,7 @@ def read(config: DataConfig, seed: int, light: bool = False) -> Draft:
     train = columns.encode(raw_train, labels)
     if raw_test is None:
         train, test = _split(train, len(labels), config.test_fraction, seed, raw_train.where)
-        notes.append(f"{len(test)} of {len(train) + len(test)} rows are kept for testing (data.test_fraction)")
+        notes.append(f"{len(test)} of {counted(len(train) + len(test), 'row')} kept for testing (data.test_fraction)")
     else:
         test = columns.encode(columns.choose(raw_test, names), labels)
     train = _subsample(train, config.train_size, seed, "data/train")
@@ -221,7 +221,7 @@ def _raw(split: datasets.Dataset, source: Source, name: str, label: str, notes: 
     if names and label in table.column_names:
         unlabelled = int(np.sum(np.asarray(table[label].fill_null(-1)) < 0))
         if unlabelled:
-            raise DataError(f"{where}: {unlabelled} of {len(split)} examples have no label")
+            raise DataError(f"{where}: {unlabelled} of {counted(len(split), 'example')} without label")
     return RawSplit(table, where, tuple(names) if names else None, notes)
 
 
@@ -238,8 +238,9 @@ def _split(
     counts = np.minimum(largest_remainder(wanted, sizes), np.maximum(sizes - 1, 0))
     if counts.sum() == 0:
         raise DataError(
-            f"{where} has {len(labels)} examples, too few to keep data.test_fraction={fraction} of them for testing; "
-            "add examples, or give a folder with train and test files"
+            f"{where} has {counted(len(labels), 'example')}, too few to keep "
+            f"data.test_fraction={fraction} of them for testing; add examples, or give a folder with train and test "
+            "files"
         )
     shuffled = [generator.permutation(np.flatnonzero(labels == label)) for label in range(classes)]
     test = np.sort(np.concatenate([rows[:count] for rows, count in zip(shuffled, counts, strict=True)]))
@@ -258,8 +259,8 @@ def _subsample(data: datasets.Dataset, size: int | None, seed: int, purpose: str
 def _require_two_classes(train: datasets.Dataset, config: DataConfig) -> None:
     if len(set(train["label"])) < 2:
         raise DataError(
-            f"data.train_size={config.train_size} leaves {len(train)} training example(s) of one class, expected at "
-            "least two classes; raise data.train_size"
+            f"data.train_size={config.train_size} leaves {counted(len(train), 'training example')} of one class, "
+            "expected at least two classes; raise data.train_size"
         )
 
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 import fedlora
 from fedlora import plots
 from fedlora.atomic import write_atomic
-from fedlora.errors import FedloraError, saving
+from fedlora.errors import FedloraError, counted, saving
 from fedlora.report import curves, frames, maps, tables, views
 from fedlora.report.frames import Comparison
 from fedlora.report.marks import Figure
@@ -68,6 +68,7 @@ def render(comparison: Comparison, rows: Sequence[tables.Row]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["counted"] = counted
     sections = _figures(comparison, rows)
     every = [figure for figures in sections.values() for figure in figures]
     found = frames.settings(comparison.runs)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fedlora import metrics
+from fedlora.errors import counted
 from fedlora.report import frames, statistics
 from fedlora.report.frames import Comparison, Setting
 from fedlora.report.statistics import Correlation, Interval, Paired
@@ -231,7 +232,8 @@ def _partition_sharing(runs: pd.DataFrame) -> tuple[bool, str]:
     if not known.all():
         return (
             False,
-            f"{int((~known).sum())} of {len(runs)} runs have no partition hash, so that this cannot be checked.",
+            f"Without partition hash, so that this cannot be checked: {int((~known).sum())} of "
+            f"{counted(len(runs), 'run')}.",
         )
     if len(runs) == 1:
         return True, "One run: there is nothing to share."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora import plots
+from fedlora.errors import counted
 from fedlora.report import frames, tables
 from fedlora.report.frames import Comparison, Setting
 from fedlora.report.statistics import Interval
@@ -114,13 +115,15 @@ def verdict(rows: Sequence[Row]) -> str:
     worse = [row for row in tested if row.holm < ALPHA]
     said = f"{best} has the highest mean accuracy. "
     if not worse:
-        return (
-            f"{said}None of the {len(tested)} tested settings differs from it beyond chance (p < {ALPHA} after Holm)."
-        )
+        alone = len(tested) == 1
+        none = "The other tested one does not differ" if alone else f"None of the {len(tested)} tested settings differs"
+        return f"{said}{none} from it beyond chance (p < {ALPHA} after Holm)."
     close = [row.setting.label for row in rows if row.paired and row not in worse]
     rest = f" Not separated from it: {_listed(close)}." if close else ""
     verb = "differs" if len(worse) == 1 else "differ"
-    return f"{said}{len(worse)} of {len(tested)} tested settings {verb} from it (p < {ALPHA} after Holm).{rest}"
+    return (
+        f"{said}{len(worse)} of {counted(len(tested), 'tested setting')} {verb} from it (p < {ALPHA} after Holm).{rest}"
+    )
 
 
 def _listed(labels: Sequence[str], most: int = 12) -> str:
@@ -225,7 +228,7 @@ def _text(value: Any) -> str:
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
     """What was compared, at a glance: what varies, and the settings that matter most."""
     runs = comparison.runs
-    found = [("runs", f"{len(runs)} finished, {len(frames.settings(runs))} settings")]
+    found = [("runs", f"{len(runs)} finished, {counted(len(frames.settings(runs)), 'setting')}")]
     for key in frames.varied(runs):
         values = list(dict.fromkeys(_value(value).text for value in runs[key]))
         found.append((key, f"{_listed(values, 30)}" + (" (varied)" if len(values) > 1 else "")))

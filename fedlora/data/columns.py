@@ -92,8 +92,8 @@ def class_names(train: RawSplit) -> tuple[str, ...]:
     distinct = pc.unique(train.table["label"]).to_pylist()
     if len(distinct) < 2:
         raise DataError(
-            f"{train.where} has one class only ({distinct[0]!r} in {counted(train.table.num_rows, 'row')}); expected at least "
-            "two. Set data.label to the column that holds the label"
+            f"{train.where} has one class only ({distinct[0]!r} in {counted(train.table.num_rows, 'row')}); expected at "
+            "least two. Set data.label to the column that holds the label"
         )
     if train.label_names:
         return train.label_names

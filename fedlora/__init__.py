@@ -43,3 +43,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """What a prompt offers on a tab: the public names too, though none has been imported yet."""
+    return sorted({*globals(), *__all__})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedlora.errors import FedloraError
+from fedlora.errors import FedloraError, counted
 from flows import checks, environment, private_server
 
 if TYPE_CHECKING:
@@ -166,8 +166,6 @@ def _print_results(folder: Path, config: RunConfig, tracked: Tracked, flow_run: 
 def _kept(config: RunConfig) -> str:
     """Which rounds can still be gone back to."""
     keep = config.keep_rounds
-    return (
-        ""
-        if keep is None or keep >= config.rounds
-        else f"; uploads and states of the last {'round' if keep == 1 else f'{keep} rounds'}"
-    )
+    if keep is None or keep >= config.rounds:
+        return ""
+    return f"; uploads and states of the last {'round' if keep == 1 else counted(keep, 'round')}"

@@ -8,7 +8,8 @@ import unicodedata
 from io import TextIOWrapper
 from typing import TextIO
 
-_HANDLER = "fedlora-readable"
+HANDLER = "fedlora-readable"
+"""What a stream of ours does with a sign that its encoding lacks."""
 _SIGNS = {
     "ρ": "rho", "α": "alpha", "γ": "gamma", "λ": "lambda", "τ": "tau", "μ": "mu", "σ": "sigma", "Σ": "sum",
     "Δ": "delta", "ß": "ss", "⊙": "(*)", "‖": "||", "⟨": "<", "⟩": ">",
@@ -33,17 +34,17 @@ def _spelled(sign: str) -> str:
     return unicodedata.normalize("NFKD", sign).encode("ascii", "ignore").decode() or "?"
 
 
-codecs.register_error(_HANDLER, _readable)
+codecs.register_error(HANDLER, _readable)
 
 
 def settle() -> None:
     """Let standard output and error take every text."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # not where a test or a notebook put something else in its place
-            stream.reconfigure(errors=_HANDLER)
+            stream.reconfigure(errors=HANDLER)
 
 
 def shown(text: str, stream: TextIO) -> str:
     """The text as the stream will show it: known before a table is laid out, so that its columns stay straight."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, _HANDLER).decode(encoding)
+    return text.encode(encoding, HANDLER).decode(encoding)

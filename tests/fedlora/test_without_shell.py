@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import fedlora
 import fedlora.config
 
 ROOT = Path(fedlora.config.__file__).parents[1]
@@ -91,3 +92,10 @@ def test_the_library_trains_where_prefect_and_mlflow_cannot_be_imported(tiny, fi
     assert len(accuracies) == 3
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (finished() / name).read_bytes()
+
+
+def test_the_public_functions_are_listed_though_nothing_is_imported():
+    code = "import fedlora, sys; print(*dir(fedlora)); assert not {'torch', 'pydantic'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert set(fedlora.__all__) | {"__version__"} <= set(done.stdout.split())
+    assert all(callable(getattr(fedlora, name)) for name in fedlora.__all__)

@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 
-from fedlora import jobs
+from fedlora import home, jobs
 
 FEDLORA = str(Path(sys.executable).with_name("fedlora"))
 
@@ -190,20 +190,23 @@ def test_help_imports_nothing_heavy():
 
 @pytest.fixture(scope="module")
 def bare_home(with_databases, tmp_path_factory):
-    """A home without servers."""
-    return with_databases(tmp_path_factory.mktemp("bare home"))
+    """A home without servers, alone in its folder, whose name has all that an address could mistake."""
+    folder = tmp_path_factory.mktemp("bare") / "home? #1 100% feature%2Fx ρ"
+    folder.mkdir()
+    return with_databases(folder)
 
 
 @pytest.mark.parametrize("stop", [pytest.param("ctrl-c", marks=pytest.mark.system), "sigterm"])
 def test_without_a_server_and_stopped(small, bare_home, tmp_path, stop):
     """A process with a home of its own and no server, interrupted as a terminal does it (the whole process group), or
-    as a service manager does."""
+    as a service manager does; where proxies lead nowhere, and output is not UTF-8."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
-    environ |= {"FEDLORA_HOME": str(bare_home)}
+    environ |= {"FEDLORA_HOME": str(bare_home), "PYTHONIOENCODING": "latin-1", "NO_PROXY": "example.org"}
+    environ |= {"http_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "127.0.0.1:9", "ALL_PROXY": "socks://127.0.0.1:9"}
     words = [FEDLORA, "run", "demo", *small, "rounds=200", "--run-dir", str(tmp_path / "run")]
     words = [word for word in words if not word.startswith(("tracking.", "runner."))] + ["runner.slots=1"]
-    process = subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, encoding="latin-1", start_new_session=True)  # fmt: skip
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -213,9 +216,11 @@ def test_without_a_server_and_stopped(small, bare_home, tmp_path, stop):
     assert "Traceback" not in "".join(lines)
     assert "resource_tracker" not in "".join(lines)
     assert f"fedlora resume {tmp_path / 'run'}" in lines[-1]
-    runs = MlflowClient(f"sqlite:///{bare_home / 'mlflow.db'}").search_runs(["1"])
+    runs = MlflowClient(home.sqlite_url(bare_home / "mlflow.db")).search_runs(["1"])
     assert {run.info.status for run in runs} == {"KILLED"}
     assert flow_run_states(bare_home) == {"Cancelled"}
+    assert any("rho 0." in line for line in lines)
+    assert [path.name for path in bare_home.parent.iterdir()] == [bare_home.name]
 
 
 def flow_run_states(folder: Path) -> set[str]:

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from fedlora import configfile, preflight
 from fedlora.config import NEUTRAL, RunConfig
-from fedlora.errors import ConfigError, StrategyRefusal, counted, did_you_mean
+from fedlora.errors import ConfigError, StrategyRefusal, did_you_mean
 from fedlora.limits import clean, short
 from fedlora.sections import Section
 
@@ -205,10 +205,8 @@ def _resolve(source: str, file: SweepFile, folder: Path, overrides: Settings, pr
             raise ConfigError(f"{source}: {error}{where}") from None
         skipped.append(Skipped(settings, reason))
     if not cells:
-        raise ConfigError(
-            f"{source}: nothing is left to run; of {counted(len(skipped), 'run')} the first is left out "
-            f"because: {skipped[0].reason}"
-        )
+        every = "its only run is" if len(skipped) == 1 else f"all {len(skipped)} runs are"
+        raise ConfigError(f"{source}: {every} left out; the first, because: {skipped[0].reason}")
     _check_twice(source, cells)
     varied = _telling(keys, cells)
     cells = [replace(cell, settings={key: cell.settings[key] for key in varied}) for cell in cells]

@@ -92,8 +92,8 @@ def class_names(train: RawSplit) -> tuple[str, ...]:
     distinct = pc.unique(train.table["label"]).to_pylist()
     if len(distinct) < 2:
         raise DataError(
-            f"{train.where} has one class only ({distinct[0]!r} in {counted(train.table.num_rows, 'row')}); expected at "
-            "least two. Set data.label to the column that holds the label"
+            f"{train.where} has one class only ({distinct[0]!r} in all {counted(train.table.num_rows, 'row')}); "
+            "expected at least two. Set data.label to the column that holds the label"
         )
     if train.label_names:
         return train.label_names
@@ -187,7 +187,7 @@ def _refuse_empty(column: pa.ChunkedArray, ours: str, where: str) -> None:
     if len(rows):
         what = {"label": "no label", "client": "no owner"}.get(ours, "no text")
         raise DataError(
-            f"{where}: {len(rows)} of {counted(len(column), 'example')} with {what} (first: row {rows[0] + 1}); "
+            f"{where}: {len(rows)} of {counted(len(column), 'example')} have {what} (first: row {rows[0] + 1}); "
             "fill them in or remove these rows"
         )
 

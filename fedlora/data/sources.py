@@ -101,7 +101,7 @@ def read(config: DataConfig, seed: int, light: bool = False) -> Draft:
     train = columns.encode(raw_train, labels)
     if raw_test is None:
         train, test = _split(train, len(labels), config.test_fraction, seed, raw_train.where)
-        notes.append(f"{len(test)} of {counted(len(train) + len(test), 'row')} kept for testing (data.test_fraction)")
+        notes.append(f"{len(test)} of {len(train) + len(test)} rows are kept for testing (data.test_fraction)")
     else:
         test = columns.encode(columns.choose(raw_test, names), labels)
     train = _subsample(train, config.train_size, seed, "data/train")
@@ -221,7 +221,7 @@ def _raw(split: datasets.Dataset, source: Source, name: str, label: str, notes: 
     if names and label in table.column_names:
         unlabelled = int(np.sum(np.asarray(table[label].fill_null(-1)) < 0))
         if unlabelled:
-            raise DataError(f"{where}: {unlabelled} of {counted(len(split), 'example')} without label")
+            raise DataError(f"{where}: {unlabelled} of {counted(len(split), 'example')} have no label")
     return RawSplit(table, where, tuple(names) if names else None, notes)
 
 

@@ -232,8 +232,8 @@ def _partition_sharing(runs: pd.DataFrame) -> tuple[bool, str]:
     if not known.all():
         return (
             False,
-            f"Without partition hash, so that this cannot be checked: {int((~known).sum())} of "
-            f"{counted(len(runs), 'run')}.",
+            f"{int((~known).sum())} of {counted(len(runs), 'run')} have no partition hash, so that this cannot be "
+            "checked.",
         )
     if len(runs) == 1:
         return True, "One run: there is nothing to share."

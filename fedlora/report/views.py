@@ -116,7 +116,11 @@ def verdict(rows: Sequence[Row]) -> str:
     said = f"{best} has the highest mean accuracy. "
     if not worse:
         alone = len(tested) == 1
-        none = "The other tested one does not differ" if alone else f"None of the {len(tested)} tested settings differs"
+        none = (
+            "The only other tested setting does not differ"
+            if alone
+            else f"None of the {len(tested)} tested settings differs"
+        )
         return f"{said}{none} from it beyond chance (p < {ALPHA} after Holm)."
     close = [row.setting.label for row in rows if row.paired and row not in worse]
     rest = f" Not separated from it: {_listed(close)}." if close else ""

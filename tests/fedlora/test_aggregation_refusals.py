@@ -319,7 +319,7 @@ OTHERS = {
     "weight nan": (GOOD, ["--weights", "nan,1"], "alice: its weight nan is not allowed"),
     "weight infinity": (GOOD, ["--weights", "1,inf"], "bob: its weight inf is not allowed"),
     "weights without a sum": (GOOD, ["--weights", "1e308,1e308"], "the weights are too large"),
-    "a weight too few": (GOOD, ["--weights", "1"], "1 weights for 2 clients"),
+    "a weight too few": (GOOD, ["--weights", "1"], "1 weight for 2 clients"),
     "weights in words": (GOOD, ["--weights", "one,two"], "--weights one,two cannot be read"),
     "rank 0 wanted": (GOOD, ["--strategy", "svd", "--ranks", "2,0"], r"ranks \[2, 0\] for 2 clients"),
     "rank too high": (GOOD, ["--strategy", "svd", "--ranks", "2,9"], r"9 is above the smaller side of module 'enc\.q'"),

@@ -153,7 +153,7 @@ def test_declared_class_names_keep_their_order(monkeypatch, rows):
         ({}, {"client": "ownr"}, "Did you mean 'owner'? Set data.client"),
         ({}, {"text_pair": "second"}, "no column 'second' for the text pair"),
         ({}, {"subset": "rte"}, "data.subset='rte' selects a part of a hub set"),
-        ({}, {"train_size": 1}, "data.train_size=1 leaves 1 training example(s) of one class"),
+        ({}, {"train_size": 1}, "data.train_size=1 leaves 1 training example of one class"),
         ({"label": None}, {}, "2 of 90 examples have no label (first: row 3)"),
         ({"label": " "}, {}, "2 of 90 examples have no label (first: row 3)"),
         ({"text": None}, {}, "column 'text' of {path}: 2 of 90 examples have no text (first: row 3)"),

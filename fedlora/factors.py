@@ -149,13 +149,13 @@ class Frame:
                 for weight, own, other in zip(weights, left, right, strict=True)
                 if weight
             )
-        heaviest = pairs[max(range(len(weights)), key=weights.__getitem__)]
+        heaviest = pairs[max(range(len(weights)), key=weights.__getitem__)].to(torch.float64)
         about = math.fsum(
             weight * _square(Frame(ProductSum.of([pair, heaviest], [1.0, -1.0])).total)
             for weight, pair in zip(weights, pairs, strict=True)
             if weight
         )
-        return max(about - _square(self.total - heaviest.to(torch.float64).product()), 0.0)
+        return max(about - _square(self.total - heaviest.product()), 0.0)
 
     def lift(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Columns in these coordinates as columns in the original ones, left (d_out × k) and right (d_in × k)."""

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from fedlora import forerunner
 from fedlora.errors import RunAborted
@@ -103,7 +104,7 @@ class WorkerProcess:
 
         What is ready at that moment counts, however close it was.
         """
-        content = pickle.dumps((job, args, dict(kwargs)))
+        content = bytes(ForkingPickler.dumps((job, args, dict(kwargs))))
         try:
             self._pipe.send_bytes(content)
         except OSError:
@@ -155,6 +156,8 @@ def _serve(pipe: Connection, device: str, threads: int, environ: Mapping[str, st
     os.environ.clear()
     os.environ.update(environ)
     use_threads(threads)
+    # Progress bars (of `datasets`) would take a semaphore of the system, which a process that is ended leaves behind.
+    tqdm.set_lock(threading.RLock())
     bench = Workbench(device)
     while not _leaving:
         try:
@@ -169,7 +172,7 @@ def _outcome(bench: Workbench, content: bytes) -> Outcome:
     global _at_work
     try:
         _at_work = True
-        job, args, kwargs = pickle.loads(content)  # noqa: S301 (what our own parent wrote into our pipe)
+        job, args, kwargs = ForkingPickler.loads(content)  # what our own parent wrote into our pipe
         return Outcome(job(bench, *args, **kwargs))
     except BaseException as error:
         return Outcome(error=_portable(error))
@@ -181,7 +184,7 @@ def _portable(error: BaseException) -> BaseException:
     """The error with its traceback here as a note; where it cannot travel between processes, its text."""
     told = traceback.format_exc().rstrip()
     try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301
+        ForkingPickler.loads(ForkingPickler.dumps(error))
     except Exception:
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.add_note(f"In the worker process:\n{told}")

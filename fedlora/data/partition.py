@@ -89,7 +89,8 @@ class Partition:
             )
         if self.unheld:
             told.append(
-                f"{counted(self.unheld, 'test row is', 'test rows are')} of owners without a training row; no client is tested on them"
+                f"{counted(self.unheld, 'test row is', 'test rows are')} of owners without a training row; "
+                "no client is tested on them"
             )
         return told
 

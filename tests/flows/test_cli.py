@@ -23,7 +23,7 @@ def test_run_prints_progress_table_and_where_to_look(fedlora, small, prefect_ser
     assert "before training" in out
     assert "round 2/2" in out
     row = next(line for line in out.splitlines() if line.strip().startswith("flora-na "))
-    assert len(row.split()) == 9
+    assert len(row.split()) == 10
     assert f"adapter           {tmp_path / 'run' / 'adapter'}" in out
     assert "MLflow            http://127.0.0.1" in out
     assert "\x1b[" not in out  # no colours or cursor movements in a file

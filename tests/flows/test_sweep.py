@@ -118,7 +118,7 @@ def left_by(store_uri, folder):
     parent = client.get_run(folder.parent["run"])
     artifacts = Path(parent.info.artifact_uri.removeprefix("file://"))
     files = [path for root in (artifacts, folder.path) for path in sorted(root.rglob("*")) if path.is_file()]
-    ages = {str(path): path.stat().st_mtime_ns for path in files if ".lock" not in path.name}
+    ages = {str(path): path.stat().st_mtime_ns for path in files if path.name != "lock"}
     return parent.to_dictionary(), ages
 
 

@@ -84,8 +84,7 @@ class Partition:
             each = f"{least}" if least == most else f"{least} to {most}"
             told.append(
                 f"{owners} owners are merged into {counted(self.clients, 'client')}, {each} in each (partition.json "
-                f"names them); "
-                f"clients={owners} would keep them apart"
+                f"names them); clients={owners} would keep them apart"
             )
         if self.unheld:
             told.append(

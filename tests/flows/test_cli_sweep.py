@@ -61,7 +61,7 @@ def test_what_has_finished_is_not_repeated_and_the_dry_run_knows(fedlora, small,
     assert fedlora("sweep", file, *small, "rounds=1")[0] == 0
     code, out, _ = fedlora("sweep", file, *small, "rounds=1")
     assert code == 0
-    assert "1 of 1 runs had finished before, not repeated" in out
+    assert "1 of 1 run had finished before, not repeated" in out
     assert "before training" not in out
     _, out, _ = fedlora("sweep", file, *small, "rounds=1", "--dry-run")
     assert out.split("fedit", 1)[1].split()[0] == "finished"

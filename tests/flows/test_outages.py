@@ -29,8 +29,9 @@ ROUNDS = 12
 class Server:
     """A server on loopback that can be killed and started again on the same port and database."""
 
-    def __init__(self, command: list[str], health: str, folder: Path) -> None:
-        self._command, self._health, self._folder = command, health, folder
+    def __init__(self, command: list[str], health: str, folder: Path, told: bytes = b"") -> None:
+        """`told` is what the process is to read from its standard input."""
+        self._command, self._health, self._folder, self._told = command, health, folder, told
 
     def start(self) -> None:
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
@@ -51,6 +52,8 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
+        self._process.stdin.write(self._told)
+        self._process.stdin.flush()
 
     def answers(self) -> bool:
         try:
@@ -85,10 +88,15 @@ def servers(free_ports, with_databases, tmp_path_factory):
     prefect, mlflow = free_ports()
     folder = with_databases(tmp_path_factory.mktemp("servers"))
     database = f"sqlite:///{folder / 'mlflow.db'}"
-    serve = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flows.private_server import serve; serve({prefect})"
+    serve = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flows.private_server import serve; serve()"
     command = ["mlflow", "server", "--port", str(mlflow), "--workers", "1", "--backend-store-uri", database]
     both = [
-        Server([sys.executable, "-c", serve], f"http://127.0.0.1:{prefect}/api/health", folder),
+        Server(
+            [sys.executable, "-c", serve],
+            f"http://127.0.0.1:{prefect}/api/health",
+            folder,
+            f"{prefect} {folder / 'prefect.log'}\n".encode(),
+        ),
         Server([sys.executable, "-m", *command], f"http://127.0.0.1:{mlflow}/health", folder),
     ]
     begin(both)

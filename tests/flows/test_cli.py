@@ -1,12 +1,14 @@
 """The command line as a user meets it: what it prints, what it returns, and one clear line for each mistake."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from mlflow import MlflowClient
@@ -28,6 +30,10 @@ def test_run_prints_progress_table_and_where_to_look(fedlora, small, prefect_ser
     assert "MLflow            http://127.0.0.1" in out
     assert "\x1b[" not in out  # no colours or cursor movements in a file
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    flow_run = re.search(r"^Prefect           http\S+/runs/flow-run/(\S+)$", out, flags=re.M)[1]
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_run(UUID(flow_run))
+    assert (found.name, found.parameters["run_dir"]) == ("flora-na seed 0", str(tmp_path / "run"))
 
 
 MISTAKES = {

@@ -3,11 +3,12 @@
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from fedlora import metrics, rounds
+from fedlora import addresses, metrics, rounds
 from fedlora.errors import TrackingError
 from mlflow_tracking import history, parents, store, tracker
 
@@ -117,6 +118,33 @@ def test_an_experiment_is_checked_without_opening_the_store(uri, tmp_path, monke
     (tmp_path / "other.db").write_bytes(b"no database" * 100)
     store.check_experiment(f"sqlite:///{tmp_path / 'other.db'}", "fedlora")
     assert [path.name for path in tmp_path.iterdir()] == ["other.db"]
+
+
+@pytest.mark.parametrize("name", ["a b", "feature%2Fx 100%", "what?x=1#2"])
+def test_a_home_of_any_name_has_its_database_and_its_artifacts(monkeypatch, tmp_path, name):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("FEDLORA_HOME", str(tmp_path / name))
+    monkeypatch.chdir(tmp_path)
+    uri = store.resolve_uri(None)
+    assert not addresses.holds_secret(uri)
+    store.check(uri)
+    client = store.client(uri)
+    experiment = store.experiment_id(client, uri, "x")
+    store.check_experiment(uri, "x")
+    run = client.create_run(experiment).info.run_id
+    client.log_text(run, "hello", "tables/a.txt")
+    assert Path(client.download_artifacts(run, "tables/a.txt")).read_text() == "hello"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {"mlflow.db", "mlartifacts"} <= {path.name for path in (tmp_path / name).iterdir()}
+    client.delete_experiment(experiment)
+    with pytest.raises(TrackingError, match="'x' was deleted"):
+        store.check_experiment(uri, "x")
+
+
+def test_a_question_mark_in_an_address_of_ones_own_is_refused_before_a_database_is_made(tmp_path):
+    with pytest.raises(TrackingError, match=r"options begin at '\?', so the database would be .*/what; choose"):
+        store.check(f"sqlite:///{tmp_path}/what?x/mlflow.db")
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_things_are_logged(monkeypatch, tmp_path):

@@ -104,9 +104,10 @@ def _duration(seconds: float) -> str:
 
 def listing(columns: Sequence[str], rows: Iterable[Sequence[str]], stream: TextIO) -> None:
     """Print a plain table of words."""
-    table = Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    said = partial(output.shown, stream=stream)
+    table = Table(*map(said, columns), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for row in rows:
-        table.add_row(*(output.shown(cell, stream) for cell in row))
+        table.add_row(*map(said, row))
     console(stream).print(table)
 
 

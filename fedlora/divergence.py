@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, Factors
 from fedlora.base_update import BaseUpdate
-from fedlora.factors import Frame, ProductSum
+from fedlora.factors import Frame, ProductSum, square
 from fedlora.updates import Updates
 
 
@@ -190,10 +190,10 @@ def measure_module(
     frame = Frame(ideal, hats)
     errors2 = [0.0] * len(w)
     for index, members in enumerate(groups):
-        error2 = _square(frame.other(index) - frame.total)
+        error2 = square(frame.other(index) - frame.total)
         for position in members:
             errors2[position] = error2
-    ideal2 = _square(frame.total)
+    ideal2 = square(frame.total)
     dispersion = frame.spread(uploads, w)
     spectrum = torch.linalg.svdvals(frame.total).square()
     tail_of = {rank: float(spectrum[rank:].sum()) for rank in {hat.rank for hat in broadcasts}}
@@ -231,7 +231,7 @@ def _held(hat: Factors, base: Factors | None) -> Factors:
 def _jumps(uploads: Sequence[Factors], w: Sequence[float], hats: Sequence[Factors], groups: list[list[int]]) -> float:
     """`Σ w_u ‖Ŵ_u/s − B_uA_u‖²`, each difference taken in coordinates of its own two pairs."""
     hat_of = {u: hat for hat, members in zip(hats, groups, strict=True) for u in members}
-    jumps = (_square(Frame(ProductSum.of([own, hat_of[u]], [-1.0, 1.0])).total) for u, own in enumerate(uploads))
+    jumps = (square(Frame(ProductSum.of([own, hat_of[u]], [-1.0, 1.0])).total) for u, own in enumerate(uploads))
     return _weighted(w, jumps)
 
 
@@ -239,7 +239,7 @@ def _moved(own: Factors, hat: Factors) -> tuple[float, float]:
     """`‖B̂ − B‖²` and `‖Â − A‖²`, the shorter of each padded with zeros."""
     rank = max(own.rank, hat.rank)
     before, after = own.at_rank(rank), hat.at_rank(rank)
-    return _square(after.B.double() - before.B.double()), _square(after.A.double() - before.A.double())
+    return square(after.B.double() - before.B.double()), square(after.A.double() - before.A.double())
 
 
 def effective_clients(weights: Tensor) -> float:
@@ -249,10 +249,6 @@ def effective_clients(weights: Tensor) -> float:
         return 0.0
     share = magnitude / magnitude.sum()
     return float(1 / share.square().sum())
-
-
-def _square(tensor: Tensor) -> float:
-    return float(tensor.square().sum())
 
 
 def _weighted(weights: Iterable[float], values: Iterable[float]) -> float:

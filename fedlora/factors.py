@@ -145,17 +145,17 @@ class Frame:
         if self._sides is not None:
             left, right = (side.coordinates[:, : self._begin].split(self._widths, dim=1) for side in self._sides)
             return math.fsum(  # the left columns carry the weight
-                weight * _square(own / weight @ other.T - self.total)
+                weight * square(own / weight @ other.T - self.total)
                 for weight, own, other in zip(weights, left, right, strict=True)
                 if weight
             )
         heaviest = pairs[max(range(len(weights)), key=weights.__getitem__)].to(torch.float64)
         about = math.fsum(
-            weight * _square(Frame(ProductSum.of([pair, heaviest], [1.0, -1.0])).total)
+            weight * square(Frame(ProductSum.of([pair, heaviest], [1.0, -1.0])).total)
             for weight, pair in zip(weights, pairs, strict=True)
             if weight
         )
-        return max(about - _square(self.total - heaviest.product()), 0.0)
+        return max(about - square(self.total - heaviest.product()), 0.0)
 
     def lift(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Columns in these coordinates as columns in the original ones, left (d_out × k) and right (d_in × k)."""
@@ -164,7 +164,8 @@ class Frame:
         return self._sides[0].lift(left), self._sides[1].lift(right)
 
 
-def _square(matrix: Tensor) -> float:
+def square(matrix: Tensor) -> float:
+    """`‖M‖²` in the Frobenius sense."""
     return float(matrix.square().sum())
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedlora import seeds
+from fedlora import peftpattern, seeds
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError, did_you_mean, first_line
 from fedlora.heads import PooledClassifier, head_modules, load_classifier
@@ -296,7 +296,7 @@ def targets_among(
             f"no default lora.target_modules for architecture '{architecture}'; choose among: {', '.join(endings)}"
         )
     for target in wanted:
-        if not any(name == target or name.endswith(f".{target}") for name in adaptable):
+        if not any(peftpattern.chooses(target, name) for name in adaptable):
             raise ModelError(
                 f"lora.target_modules: '{target}' matches no linear layer or embedding of the model."
                 f"{did_you_mean(target, endings)} There are: {', '.join(endings)}."
@@ -332,7 +332,7 @@ def only_conv1d(model: Any, targets: Sequence[str]) -> bool:
     named = (
         module
         for name, module in model.named_modules()
-        if _adaptable(module) and any(name == target or name.endswith(f".{target}") for target in targets)
+        if _adaptable(module) and any(peftpattern.chooses(target, name) for target in targets)
     )
     return all(type(module).__name__ == "Conv1D" for module in named)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from fedlora import home, limits
+from fedlora import home, limits, peftpattern
 from fedlora.atomic import write_atomic
 from fedlora.config import ModelConfig
 from fedlora.errors import FedloraError, ModelError, RunFolderError, remembered
@@ -84,9 +84,7 @@ class Outline:
         names = [layer.name for layer in self.layers]
         wanted = targets_among(names, self.architecture, self.defaults, lora)
         return tuple(
-            layer
-            for layer in self.layers
-            if any(layer.name == target or layer.name.endswith(f".{target}") for target in wanted)
+            layer for layer in self.layers if any(peftpattern.chooses(target, layer.name) for target in wanted)
         )
 
     def check_vocabulary(self, name: str, highest: int | None = None) -> None:

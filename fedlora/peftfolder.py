@@ -18,7 +18,7 @@ from fedlora.errors import AdapterError
 from fedlora.limits import OWN, UPLOAD, Limits, clean, file_within
 from fedlora.lora_config import divisor
 from fedlora.peftconfig import CONFIGURATION, Variant, read_with_notes, variant_of
-from fedlora.peftpattern import Pattern
+from fedlora.peftpattern import Pattern, chooses
 from fedlora.tensorfile import StoredTensors, read_tensors, serialise
 
 WEIGHTS = "adapter_model.safetensors"
@@ -334,7 +334,7 @@ def _chooses(config: Mapping[str, Any], modules: Sequence[str]) -> bool:
         return False
     if config.get("layers_to_transform") is not None:
         return False
-    return all(any(m == name or m.endswith(f".{name}") for name in names) for m in modules)
+    return all(any(chooses(name, m) for name in names) for m in modules)
 
 
 def _alpha(scaling: float, rank: int, root: bool) -> float:

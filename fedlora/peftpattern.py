@@ -14,6 +14,11 @@ NAME = re.compile(r"\^?(?:[\w.\-]|\\[^\w\s])+\$?")
 """A module's name, or the end of one, also as PEFT's expressions have it."""
 
 
+def chooses(target: str, module: str) -> bool:
+    """Whether a plain name in PEFT's `target_modules` chooses a module: its whole name, or the end of it."""
+    return module == target or module.endswith(f".{target}")
+
+
 class Pattern:
     """PEFT's `rank_pattern` or `alpha_pattern`: values of modules by regular expressions for the end of their names, of
     which the first that fits counts.

@@ -131,9 +131,7 @@ def _dealt(data: DataConfig, partition: PartitionConfig, clients: int, seed: int
     seen = _surveyed(data, seed, files)
     if seen is None:
         return None
-    owners = [
-        None if each is None else [str(name) for name in each] for each in (seen.train_clients, seen.test_clients)
-    ]
+    owners = seen.train_clients, seen.test_clients
     sizes = deal(partition, clients, seed, seen.train, seen.test, seen.labels, "", *owners).sizes
     return Dealt(len(seen.labels), len(seen.train), len(seen.test), min(sizes), max(sizes))
 

@@ -21,7 +21,7 @@ def before_start(config: RunConfig, folder: Path) -> Found | None:
     Raises:
         FedloraError: one line that names the key, the value and what to do.
     """
-    found = of_run(config, folder)
+    found = _of_settings(config, folder)
     servers(config)
     return found
 
@@ -32,13 +32,19 @@ def of_run(config: RunConfig, folder: Path) -> Found | None:
     Raises:
         FedloraError: one line that names the key, the value and what to do.
     """
+    found = _of_settings(config, folder)
+    if not (folder / "tracking.json").is_file():  # a run that is in MLflow already goes on while that is away
+        tracking(config)
+    return found
+
+
+def _of_settings(config: RunConfig, folder: Path) -> Found | None:
+    """What needs no server."""
     from fedlora import preflight
 
     found = preflight.before_run(config, folder)
     if found is None:
         preflight.names(config)
-    if not (folder / "tracking.json").is_file():  # a run that is in MLflow already goes on while that is away
-        tracking(config)
     return found
 
 

@@ -44,9 +44,10 @@ from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState, advance
 from fedlora.updates import Update, Updates
 from flows import federated, private_server
+from flows.logbook import Logbook
 from flows.presets import PRESETS
 from flows.progress import Progress
-from tasks.federated import Run, describe, initialise, open_tracking, partition
+from tasks.federated import Run, initialise, partition
 
 
 def bare_loop(run: RunFolder, model: ResidentModel) -> Iterator[float]:
@@ -86,18 +87,22 @@ def side_by_side(folder: RunFolder) -> dict[str, list[float]]:
     results: dict[str, list[float]] = {"flow_s": [], "bare_s": []}
     config, run = folder.config, Run(folder.path, folder.config.strategy)
     with workers.open_pool(config.runner) as pool:
-        tracking = open_tracking.submit(run, "benchmark", None, {})
         partition.submit(run).result()
         initialise.submit(run).result()
-        tracked = tracking.result()
-        describe.submit(run, tracked).result()
-        tracked = federated.play_round(run, 0, federated.known(tracked), Progress())
+        logbook = Logbook(run, "benchmark", None, Progress())
+
+        def play(number: int) -> None:
+            federated.play_round(run, number, Progress(), logbook.catch_up)
+            logbook.enter(number)
+            logbook.catch_up()  # within the round that is measured
+
+        play(0)
         slot = pool.slots[0]
         assert isinstance(slot, workers.ThreadSlot), "both loops share this process's model"
         bare = bare_loop(folder, jobs._loaded(folder, slot._bench))
         for number in range(1, config.rounds + 1):
             begun = time.perf_counter()
-            tracked = federated.play_round(run, number, federated.known(tracked), Progress())
+            play(number)
             middle = time.perf_counter()
             accuracy = next(bare)
             results["bare_s"].append(time.perf_counter() - middle)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
 
 from fedlora import channel, client, evaluation, home, outline, provenance, ranks
 from fedlora.adapter import Adapter
@@ -34,7 +33,6 @@ from fedlora.workers import Workbench
 
 def warm_up(bench: Workbench) -> None:
     """Import what the other jobs need, while the server still does something else."""
-    import datasets  # noqa: F401
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
@@ -280,6 +278,8 @@ def _model_key(run: RunFolder, bench: Workbench) -> str:
 
 
 def _build(run: RunFolder, bench: Workbench) -> ResidentModel:
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()  # it would break the lines of a log, or an error's one line
     config, setup, device = run.config, _setup(run, bench), torch.device(bench.device)
     base = provenance.pinned(config.model, setup.get("model"))

@@ -22,7 +22,6 @@ _watch = threading.Thread(target=_end_with_parent, daemon=True)
 _watch.start()
 gc.disable()  # imports make nothing but what stays
 
-import datasets  # noqa: E402, F401
 import peft  # noqa: E402, F401
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402, F401
 

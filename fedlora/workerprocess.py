@@ -6,6 +6,7 @@ for good by a worker that dies while idle, and throw away an answer that comes a
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -165,7 +166,8 @@ def _serve(pipe: Connection, device: str, threads: int, environ: Mapping[str, st
             pipe.send(True)
             pipe.send(_outcome(bench, content))
         except (EOFError, OSError, RunAborted):  # nobody is there any more, or it was asked to leave
-            return
+            break
+    gc.freeze()  # otherwise the interpreter looks through all that was imported once more, before it ends
 
 
 def _outcome(bench: Workbench, content: bytes) -> Outcome:

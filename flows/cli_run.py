@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedlora.errors import FedloraError, counted
-from flows import checks, environment, private_server
+from flows import checks, environment, output, private_server
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
@@ -48,6 +48,8 @@ def run(
 
     source, overrides = _split(words, "demo")
     config = configfile.load(source, overrides, PRESETS)
+    if not check:
+        output.busy("looking at the settings, the data and the model")
     folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()
     found = checks.before_start(config, folder)
     if check:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedlora.errors import FedloraError, counted
-from flows import environment, private_server
+from flows import environment, output, private_server
 
 if TYPE_CHECKING:
     from fedlora.sweepfolder import SweepFolder
@@ -48,6 +48,8 @@ def sweep(
     source = str(Path(file).expanduser().absolute()) if file.endswith(configfile.YAML) else file
     changes = configfile.absolute_paths(configfile.parse_overrides(overrides or []))
     plan = sweeps.load(source, changes, PRESETS, SWEEPS)
+    if not dry_run:
+        output.busy(f"looking at the {counted(len(plan.cells), 'run')} of sweep {plan.name}")
     known = {} if fresh else _known(plan)
     finished = [digest for digest, status in known.items() if status == "finished"]
     refused = {} if pool else checks.of_sweep(plan, finished)  # data and models are where the workers are

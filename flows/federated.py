@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,24 +27,21 @@ from fedlora.rounds import Timings  # noqa: E402
 from fedlora.rounds import unfinished as rounds_to_do  # noqa: E402
 from fedlora.runfolder import RunFolder  # noqa: E402
 from fedlora.strategies import registry  # noqa: E402
-from flows import checks, form, interruption, names, pages, progress, refusals  # noqa: E402
+from flows import checks, form, interruption, names, progress, refusals  # noqa: E402
+from flows.logbook import Logbook  # noqa: E402
 from flows.presets import DEPLOYMENTS, PRESETS  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 from mlflow_tracking import store, tracker  # noqa: E402
-from mlflow_tracking.tracker import Tracked  # noqa: E402
 from tasks import devices  # noqa: E402
 from tasks.federated import (  # noqa: E402
     Run,
     aggregate,
-    describe,
     evaluate,
     fine_tune,
     initialise,
-    open_tracking,
     partition,
     publish,
     receive,
-    track,
 )
 
 if TYPE_CHECKING:
@@ -97,16 +93,7 @@ def federated(
     folder = RunFolder.create(place, config)
     names.replace_generated(run_name(config))
     with execution(folder, config) as (run, told):
-        tracking = open_tracking.submit(run, run_name(config), mlflow_parent, _prefect_tags())
-
-        @cache
-        def described() -> Tracked:
-            """The MLflow run; whoever waits for the first score need not wait for what is logged before it."""
-            tracked: Tracked
-            tracked, waits = describe.submit(run, tracking.result()).result()
-            told.delivery(waits)
-            return tracked
-
+        logbook = Logbook(run, run_name(config), mlflow_parent, told)
         try:
             told.say(_PREPARING[config.runner.kind])
             partition.submit(run).result()
@@ -114,42 +101,32 @@ def federated(
                 told.say(line)
             if head := initialise.submit(run).result().get("head"):
                 told.say(head)
-            latest: Callable[[], Tracked] = described
-            page: pages.RunPage | None = None
             for number in rounds_to_do(folder):
-                tracked = play_round(run, number, latest, told)
-                latest = known(tracked)
-                page = page or pages.RunPage(config, tracked, folder)
-                page.update(number)
-        except BaseException:  # the MLflow run must be there before it can be closed as failed
-            tracking.wait()
+                play_round(run, number, told, logbook.catch_up)
+                logbook.enter(number)
+            told.say("writing the adapter, tables and figures")
+            logbook.catch_up()
+        except BaseException as error:
+            logbook.failed(error)
             raise
-        tracked = latest()
-        page = page or pages.RunPage(config, tracked, folder)
-        told.say("writing the adapter, tables and figures")
-        publish.submit(run, tracked, page.note()).result()
-        page.summarise()
-        told.results(page.address, folder.path)
+        publish.submit(run, logbook.tracked, logbook.page.note()).result()
+        logbook.page.summarise()
+        told.results(logbook.page.address, folder.path)
     return str(folder.path)
 
 
-def known(tracked: Tracked) -> Callable[[], Tracked]:
-    """For `play_round`, where the run in MLflow is there already."""
-    return lambda: tracked
-
-
-def play_round(run: Run, number: int, tracked: Callable[[], Tracked], told: Progress) -> Tracked:
-    """One round: the clients train, the server combines, the result is scored, told and logged. Round 0 only scores.
+def play_round(run: Run, number: int, told: Progress, meanwhile: Callable[[], None]) -> None:
+    """One round: the clients train, the server combines, the result is scored and told. Round 0 only scores.
 
     Args:
         run: which run.
         number: of the round.
-        tracked: gives the run in MLflow; asked for when there is a score to log.
         told: where the score is told.
+        meanwhile: is called once the clients are at work: what is better done then than before.
     """
     watch = _Stopwatch(rounds.begun(run.state, number))
     if number:
-        _ask_clients(run, number, told)
+        _ask_clients(run, number, told, meanwhile)
         watch.lap("train")
         aggregate.submit(run, number).result()
         watch.next()
@@ -159,17 +136,14 @@ def play_round(run: Run, number: int, tracked: Callable[[], Tracked], told: Prog
     watch.lap("evaluate")
     record = rounds.read_record(run.state, number) or rounds.finish(run.state, number, parts, scores, watch.timings())
     told.round(record, run.config.rounds)
-    logged: Tracked
-    logged, waits = track.submit(run, number, tracked()).result()
-    told.delivery(waits)
-    return logged
 
 
-def _ask_clients(run: Run, number: int, told: Progress) -> None:
+def _ask_clients(run: Run, number: int, told: Progress, meanwhile: Callable[[], None]) -> None:
     """Let clients train until enough of their updates are there."""
     train = fine_tune.with_options(retries=run.config.runner.retries)
     while ask := participation.next_ask(run.state, number):
         answers = {train.submit(run, number, client, ask.attempt): client for client in ask.clients}
+        meanwhile()
         roll = receive.submit(run, number, ask, _failures(answers, number, told)).result()
         if line := roll.told(ask):
             told.say(line)
@@ -230,11 +204,6 @@ def default_folder(config: RunConfig) -> Path:
     minute share, and all that a schedule has ahead of it.
     """
     return home.runs() / f"{config.strategy}-seed{config.seed}-{str(runtime.flow_run.id or 'run')[-12:]}"
-
-
-def _prefect_tags() -> dict[str, str]:
-    tags = {"prefect.flow_run_id": str(runtime.flow_run.id or ""), "prefect.flow_run": str(runtime.flow_run.name or "")}
-    return {name: value for name, value in tags.items() if value}
 
 
 class _Stopwatch:

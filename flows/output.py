@@ -44,6 +44,12 @@ def settle() -> None:
             stream.reconfigure(errors=HANDLER)
 
 
+def busy(text: str) -> None:
+    """To a person who waits at a terminal: what is being done. A file has no use for it."""
+    if sys.stdout.isatty():
+        print(text, flush=True)
+
+
 def shown(text: str, stream: TextIO) -> str:
     """The text as the stream will show it: known before a table is laid out, so that its columns stay straight."""
     encoding = getattr(stream, "encoding", None) or "utf-8"

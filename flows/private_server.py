@@ -9,6 +9,7 @@ could be recorded. This one is a session of its own, and ends when the process t
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import socket
@@ -162,14 +163,13 @@ def _wait(server: Server, url: str, log: Path) -> None:
     import httpx
 
     deadline = time.monotonic() + _ANSWER_WITHIN_S
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            break
-        try:
-            if httpx.get(f"{url}/health", timeout=2, trust_env=False).is_success:
-                return
-        except httpx.HTTPError:
-            time.sleep(0.1)
+    with environment.client_of(url) as client:
+        while time.monotonic() < deadline and server.process.poll() is None:
+            try:
+                if client.get(f"{url}/health").is_success:
+                    return
+            except httpx.HTTPError:
+                time.sleep(0.05)
     with log.open("ab") as file:
         server.early.seek(0)
         file.write(server.early.read())
@@ -187,9 +187,12 @@ def serve() -> None:
     """Import, then serve at the port and with the log that standard input names, until it closes."""
     told: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(told,), daemon=True).start()
+    gc.disable()  # imports make nothing but what stays
     import prefect.server.api.server
     import uvicorn
 
+    gc.freeze()
+    gc.enable()
     port, _, log = told.get().decode().strip().partition(" ")
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(descriptor, 1)
@@ -203,6 +206,7 @@ def serve() -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     server.run()
+    gc.freeze()  # as `flows.cli.main`
 
 
 def _listen(told: queue.SimpleQueue[bytes]) -> None:

@@ -47,7 +47,7 @@ def compared(results: Sequence[comparison.Result], settings: Sequence[str], stre
     for name in means.index.names:
         table.add_column(said(str(name)), no_wrap=True)
     for name in comparison.COLUMNS:
-        table.add_column(said(name), justify="right")
+        table.add_column(said(name).replace(" ", "\n"), justify="right")
     for (index, row), (_, spread) in zip(means.iterrows(), spreads.iterrows(), strict=True):
         names = index if isinstance(index, tuple) else (index,)
         cells = (_cell(name, row[name], spread[name]) for name in comparison.COLUMNS)

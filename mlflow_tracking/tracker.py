@@ -26,6 +26,7 @@ PATIENCE_S = 120.0
 
 _ASK_AGAIN_S = 2.0
 _FILE = "tracking.json"
+_FINISHED = "FINISHED"
 _RUN_ID = "fedlora.run"
 """Tag: the id of the run folder."""
 
@@ -91,9 +92,11 @@ def _again(run: RunFolder, existing: Tracked) -> Tracked | None:
     store.check(existing.uri)
     with store.errors(existing.uri):
         client = store.client(existing.uri)
-        if not store.find_run(client, existing.run):
+        found = store.find_run(client, existing.run)
+        if not found:
             return None
-        client.update_run(existing.run, status="RUNNING")
+        if found.info.status != _FINISHED:  # which keeps its end and its duration
+            client.update_run(existing.run, status="RUNNING")
     return existing
 
 
@@ -172,7 +175,9 @@ def finish(run: RunFolder, tracked: Tracked, note: str, patience_s: float = PATI
     while True:
         try:
             store.check(tracked.uri)
-            _close(run, deliver(run, load(run) or tracked), note)
+            delivered = deliver(run, load(run) or tracked)
+            if not _is_finished(delivered):
+                _close(run, delivered, note)
             return
         except TrackingError as error:
             if time.monotonic() >= until:
@@ -181,6 +186,12 @@ def finish(run: RunFolder, tracked: Tracked, note: str, patience_s: float = PATI
                     "delivers it when MLflow answers again"
                 ) from error
             time.sleep(_ASK_AGAIN_S)
+
+
+def _is_finished(tracked: Tracked) -> bool:
+    with store.errors(tracked.uri):
+        found = store.find_run(store.client(tracked.uri), tracked.run)
+    return bool(found) and found.info.status == _FINISHED
 
 
 def _close(run: RunFolder, tracked: Tracked, note: str) -> None:
@@ -194,7 +205,7 @@ def _close(run: RunFolder, tracked: Tracked, note: str) -> None:
         for folder in ("adapter", "tables", "figures"):
             client.log_artifacts(tracked.run, str(run.path / folder), folder)
         client.set_tag(tracked.run, "mlflow.note.content", note)
-        client.set_terminated(tracked.run, "FINISHED")
+        client.set_terminated(tracked.run, _FINISHED)
 
 
 def _tags(run: RunFolder, parent: str | None) -> dict[str, str]:

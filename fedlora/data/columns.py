@@ -8,11 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets.table import InMemoryTable
 
 from fedlora.config import DataConfig
 from fedlora.errors import DataError, counted
@@ -105,7 +103,7 @@ def class_names(train: RawSplit) -> tuple[str, ...]:
     return tuple(sorted(map(str, distinct), key=_order(distinct)))
 
 
-def encode(split: RawSplit, names: tuple[str, ...]) -> datasets.Dataset:
+def encode(split: RawSplit, names: tuple[str, ...]) -> pa.Table:
     """The split with labels as indices into `names` (int64).
 
     Raises:
@@ -124,7 +122,7 @@ def encode(split: RawSplit, names: tuple[str, ...]) -> datasets.Dataset:
         labels = index
     position = split.table.column_names.index("label")
     table = split.table.set_column(position, "label", labels.cast(pa.int64()))
-    return datasets.Dataset(InMemoryTable(table.combine_chunks()))
+    return table.combine_chunks()
 
 
 def _order(labels: list[object]) -> Callable[[str], Any]:

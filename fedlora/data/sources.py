@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # `fedlora datasets` imports this module and needs none of th
     from pathlib import Path
 
     import datasets
+    import pyarrow as pa
 
     from fedlora.data.columns import RawSplit
 
@@ -36,8 +37,8 @@ class LabelledText:
     name: str
     origin: str
     """`packaged`, `file`, `folder` or `hub`."""
-    train: datasets.Dataset
-    test: datasets.Dataset
+    train: pa.Table
+    test: pa.Table
     labels: tuple[str, ...]
     """Names of the classes: as declared by a hub set, otherwise sorted, whole numbers by value."""
     digest: str
@@ -70,8 +71,8 @@ class Draft:
     """A set as it is read, checked and cut, before its content has been hashed."""
 
     source: Source
-    train: datasets.Dataset
-    test: datasets.Dataset
+    train: pa.Table
+    test: pa.Table
     labels: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -225,14 +226,12 @@ def _raw(split: datasets.Dataset, source: Source, name: str, label: str, notes: 
     return RawSplit(table, where, tuple(names) if names else None, notes)
 
 
-def _split(
-    data: datasets.Dataset, classes: int, fraction: float, seed: int, where: str
-) -> tuple[datasets.Dataset, datasets.Dataset]:
+def _split(data: pa.Table, classes: int, fraction: float, seed: int, where: str) -> tuple[pa.Table, pa.Table]:
     """A training and a test split, stratified; a class keeps at least one training example."""
     from fedlora.seeds import numpy_generator
 
     generator = numpy_generator(seed, "data/split")
-    labels = np.asarray(data["label"])
+    labels = data["label"].to_numpy()
     sizes = np.bincount(labels, minlength=classes)
     wanted = max(1, round(fraction * len(labels)))
     counts = np.minimum(largest_remainder(wanted, sizes), np.maximum(sizes - 1, 0))
@@ -245,30 +244,30 @@ def _split(
     shuffled = [generator.permutation(np.flatnonzero(labels == label)) for label in range(classes)]
     test = np.sort(np.concatenate([rows[:count] for rows, count in zip(shuffled, counts, strict=True)]))
     train = np.setdiff1d(np.arange(len(labels)), test)
-    return data.select(train), data.select(test)
+    return data.take(train), data.take(test)
 
 
-def _subsample(data: datasets.Dataset, size: int | None, seed: int, purpose: str) -> datasets.Dataset:
+def _subsample(data: pa.Table, size: int | None, seed: int, purpose: str) -> pa.Table:
     from fedlora.seeds import numpy_generator
 
     if size is None or size >= len(data):
         return data
-    return data.select(np.sort(numpy_generator(seed, purpose).permutation(len(data))[:size]))
+    return data.take(np.sort(numpy_generator(seed, purpose).permutation(len(data))[:size]))
 
 
-def _require_two_classes(train: datasets.Dataset, config: DataConfig) -> None:
-    if len(set(train["label"])) < 2:
+def _require_two_classes(train: pa.Table, config: DataConfig) -> None:
+    if len(train["label"].unique()) < 2:
         raise DataError(
             f"data.train_size={config.train_size} leaves {counted(len(train), 'training example')} of one class, "
             "expected at least two classes; raise data.train_size"
         )
 
 
-def _digest(train: datasets.Dataset, test: datasets.Dataset, labels: tuple[str, ...]) -> str:
+def _digest(train: pa.Table, test: pa.Table, labels: tuple[str, ...]) -> str:
     digest = hashlib.sha256(json.dumps(labels).encode())
     for split in (train, test):
         for column in sorted(split.column_names):
             digest.update(json.dumps([column, len(split)]).encode())
             for start in range(0, len(split), 10_000):
-                digest.update(json.dumps(split[start : start + 10_000][column]).encode())
+                digest.update(json.dumps(split[column][start : start + 10_000].to_pylist()).encode())
     return digest.hexdigest()[:16]

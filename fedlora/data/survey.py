@@ -47,8 +47,9 @@ def survey(config: DataConfig, seed: int) -> Survey | None:
     if source.path is None or (size > _JSON and any(file.suffix.lower().startswith(".json") for file in files)):
         return None
     draft = sources.read(config, seed, light=size > _SMALL)
-    owners = [list(split["client"]) if "client" in split.column_names else None for split in (draft.train, draft.test)]
-    classes = [np.asarray(split["label"], dtype=np.int64) for split in (draft.train, draft.test)]
+    splits = (draft.train, draft.test)
+    owners = [split["client"].to_pylist() if "client" in split.column_names else None for split in splits]
+    classes = [split["label"].to_numpy() for split in splits]
     return Survey(draft.labels, classes[0], classes[1], owners[0], owners[1], draft.notes)
 
 

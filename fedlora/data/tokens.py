@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -19,11 +20,11 @@ import numpy.typing as npt
 from fedlora.data.sources import LabelledText
 from fedlora.errors import DataError
 
-if TYPE_CHECKING:  # the library of data sets takes a second to import; a light caller may only want the names here
-    import datasets
+if TYPE_CHECKING:  # a light caller may only want the names here
+    import pyarrow as pa
 
 _ROWS_AT_A_TIME = 1_000
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class TokenisedData:
     """Hash of the text (not of the tokens): equal for two models on the same data."""
     pad_token_id: int
     padding_side: str
-    train: datasets.Dataset
-    test: datasets.Dataset
+    train: pa.Table
+    test: pa.Table
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ def tokenise(text: LabelledText, tokenizer: Any, max_length: int, cache: Path) -
         cache.mkdir(parents=True, exist_ok=True)
         with _temporary_folder(cache) as folder:
             for split in ("train", "test"):
-                with _without_progress_bars():
-                    _encode(getattr(text, split), tokenizer, max_length, meta).save_to_disk(str(folder / split))
+                _write(folder / f"{split}.arrow", _encoded(getattr(text, split), tokenizer, max_length, meta))
             (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
             _publish(folder, path)
     except OSError as error:
@@ -91,17 +91,17 @@ def open_tokens(path: Path) -> TokenisedData:
     Raises:
         DataError: there is no such folder, or something in it is missing or damaged.
     """
-    import datasets
+    import pyarrow as pa
 
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        splits = {split: datasets.load_from_disk(str(path / split)) for split in ("train", "test")}
+        splits = {split: _mapped(path / f"{split}.arrow") for split in ("train", "test")}
         sizes = {split: len(data) for split, data in splits.items()}
         if meta["format"] != _FORMAT or meta["sizes"] != sizes:
             raise ValueError(f"it holds {sizes}, expected {meta['sizes']}")
         fields = {key: meta[key] for key in ("name", "origin", "digest", "pad_token_id", "padding_side")}
         return TokenisedData(path=path, labels=tuple(meta["labels"]), **fields, **splits)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's errors are ValueError or OSError
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         state = "is damaged" if path.is_dir() else "does not exist"
         reason = " ".join(str(error).split())[:160]
         raise DataError(
@@ -109,24 +109,24 @@ def open_tokens(path: Path) -> TokenisedData:
         ) from error
 
 
-def label_array(split: datasets.Dataset) -> npt.NDArray[np.int64]:
+def label_array(split: pa.Table) -> npt.NDArray[np.int64]:
     """The label of every row (class indices, int64)."""
-    labels: npt.NDArray[np.int64] = split.with_format("arrow")[:]["label"].to_numpy()
+    labels: npt.NDArray[np.int64] = split["label"].to_numpy()
     return labels
 
 
 def highest(data: TokenisedData) -> int:
     """The highest token id in both splits, padding included."""
-    chunks = (chunk for split in (data.train, data.test) for chunk in split.data.column("input_ids").chunks)
+    chunks = (chunk for split in (data.train, data.test) for chunk in split["input_ids"].chunks)
     return max(data.pad_token_id, *(int(chunk.flatten().to_numpy().max(initial=0)) for chunk in chunks))
 
 
-def client_array(split: datasets.Dataset) -> list[str] | None:
+def client_array(split: pa.Table) -> list[str] | None:
     """The natural owner of every row, or None where the set has none."""
-    return list(split["client"]) if "client" in split.column_names else None
+    return split["client"].to_pylist() if "client" in split.column_names else None
 
 
-def examples(split: datasets.Dataset, indices: npt.ArrayLike) -> Examples:
+def examples(split: pa.Table, indices: npt.ArrayLike) -> Examples:
     """The rows at `indices`, in that order, copied out of the mapped file.
 
     Raises:
@@ -140,7 +140,7 @@ def examples(split: datasets.Dataset, indices: npt.ArrayLike) -> Examples:
         )
     if not len(rows):
         return Examples([], None, np.zeros(0, np.int64), np.zeros(0, np.int64))
-    table = split.with_format("arrow")[rows]
+    table = _taken(split, rows)
     types = _ragged(table["token_type_ids"]) if "token_type_ids" in table.column_names else None
     return Examples(
         _ragged(table["input_ids"]),
@@ -148,6 +148,22 @@ def examples(split: datasets.Dataset, indices: npt.ArrayLike) -> Examples:
         table["label"].to_numpy().astype(np.int64),
         table["length"].to_numpy().astype(np.int64),
     )
+
+
+def _taken(split: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """Some rows, in that order. Batch by batch: `Table.take` may copy a whole column of lists first."""
+    import pyarrow as pa
+
+    order = np.argsort(rows, kind="stable")
+    batches, wanted = split.to_batches(), rows[order]
+    starts = np.cumsum([0, *(len(batch) for batch in batches)])
+    cuts = np.searchsorted(wanted, starts)
+    parts = [
+        batch.take(wanted[begin:end] - start)
+        for batch, start, begin, end in zip(batches, starts[:-1], cuts[:-1], cuts[1:], strict=True)
+        if end > begin
+    ]
+    return pa.Table.from_batches(parts).take(np.argsort(order))
 
 
 def _ragged(column: Any) -> list[npt.NDArray[np.int32]]:
@@ -195,28 +211,40 @@ def _lasting(serialised: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _encode(split: datasets.Dataset, tokenizer: Any, max_length: int, meta: dict[str, Any]) -> datasets.Dataset:
-    import datasets
+def _encoded(split: pa.Table, tokenizer: Any, max_length: int, meta: dict[str, Any]) -> Iterator[pa.Table]:
     import pyarrow as pa
-    from datasets.table import InMemoryTable
 
-    batches = []
+    paired = "text_pair" in split.column_names
     for start in range(0, len(split), _ROWS_AT_A_TIME):
-        rows = split[start : start + _ROWS_AT_A_TIME]
-        found = tokenizer(
-            rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length, return_attention_mask=False
-        )
+        rows = split.slice(start, _ROWS_AT_A_TIME)
+        texts, pairs = rows["text"].to_pylist(), rows["text_pair"].to_pylist() if paired else None
+        found = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
         # A decoder's tokenizer makes nothing of an empty text, and a model needs at least one position.
         ids: Sequence[Sequence[int]] = [row or [meta["pad_token_id"]] for row in found["input_ids"]]
         columns = {"input_ids": pa.array(ids, pa.list_(pa.int32()))}
         if "token_type_ids" in meta["columns"]:
             columns["token_type_ids"] = pa.array(found["token_type_ids"], pa.list_(pa.int32()))
-        columns["label"] = pa.array(rows["label"], pa.int64())
+        columns["label"] = rows["label"].cast(pa.int64())
         columns["length"] = pa.array([len(row) for row in ids], pa.int32())
         if "client" in meta["columns"]:
-            columns["client"] = pa.array(rows["client"], pa.string())
-        batches.append(pa.table(columns))
-    return datasets.Dataset(InMemoryTable(pa.concat_tables(batches)))
+            columns["client"] = rows["client"].cast(pa.string())
+        yield pa.table(columns)
+
+
+def _write(file: Path, tables: Iterator[pa.Table]) -> None:
+    """At least one table, piece by piece, as an Arrow stream, which `datasets.Dataset.from_file` reads too."""
+    import pyarrow as pa
+
+    first = next(tables)
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, first.schema) as stream:
+        for table in itertools.chain([first], tables):
+            stream.write_table(table)
+
+
+def _mapped(file: Path) -> pa.Table:
+    import pyarrow as pa
+
+    return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
 
 
 def _is_complete(path: Path) -> bool:
@@ -252,16 +280,3 @@ def _temporary_folder(parent: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    import datasets
-
-    enabled = datasets.are_progress_bars_disabled() is False
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if enabled:
-            datasets.enable_progress_bars()

@@ -29,3 +29,16 @@ def test_imports_under_way_end_with_the_process_they_are_for():
     while any(psutil.pid_exists(pid) for pid in started) and time.monotonic() < end:
         time.sleep(0.05)
     assert not [pid for pid in started if psutil.pid_exists(pid)]
+
+
+HEAVY = {
+    "fedlora.preloaded": {"datasets", "pandas", "mlflow", "prefect"},
+    "flows.federated": {"datasets", "pandas", "mlflow", "transformers", "peft", "matplotlib"},
+}
+
+
+@pytest.mark.parametrize("module", HEAVY)
+def test_what_the_first_score_does_not_need_is_not_imported(module):
+    code = f"import sys, {module}; print(*sorted({HEAVY[module]!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == []

@@ -1,5 +1,6 @@
 """`fedlora sweep` as a user meets it: what it prints, what it returns, and one clear line for each mistake."""
 
+import re
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ def test_sweep_compares_strategies_on_one_partition(pictures, fedlora, small, pr
     assert "mean ± standard deviation over 2 seeds" in out
     assert "2 partitions (hashes " in out
     assert "one for each seed" in out
-    assert "clients used" in out
+    assert re.search("ρ +clients *\n.* last +floor +used", out)
     folder = next(home.sweeps().glob("mine-*"))
     table = pd.read_csv(folder / "comparison.csv")
     assert list(zip(table["strategy"], table["seed"], strict=True)) == [

@@ -157,10 +157,30 @@ def test_the_logged_adapter_loads_with_peft_and_reproduces_the_logged_accuracy(m
 def test_running_again_in_the_same_folder_adds_nothing(finished_flow, run_flow, mlflow_run):
     client = MlflowClient(tracker.load(finished_flow).uri)
     before = client.get_metric_history(mlflow_run.info.run_id, "global/accuracy")
+    ended = client.get_run(mlflow_run.info.run_id).info.end_time
     run_flow({"strategy": "fedit", "tracking.adapter_every": 1}, run_dir=finished_flow.path)
     after = client.get_metric_history(mlflow_run.info.run_id, "global/accuracy")
     assert [(p.step, p.value, p.timestamp) for p in after] == [(p.step, p.value, p.timestamp) for p in before]
     assert client.get_run(mlflow_run.info.run_id).info.status == "FINISHED"
+    assert client.get_run(mlflow_run.info.run_id).info.end_time == ended
+
+
+def test_mlflow_is_opened_after_the_first_score_while_clients_train(run_flow, monkeypatch):
+    """Seconds that a person who waits for it need not wait."""
+    seen = []
+    for owner, name in ((jobs, "fine_tune"), (tracker, "start"), (rounds, "finish")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, name=name, real=real, **k: (seen.append(name), real(*a, **k))[1])
+    run_flow({"strategy": "svd", "rounds": 1, "runner.kind": "threads", "runner.slots": 1})
+    assert seen.index("finish") < seen.index("start") < len(seen) - 1 - seen[::-1].index("fine_tune")
+
+
+def test_what_fails_before_there_is_a_score_is_in_mlflow_too(run_flow, monkeypatch, tmp_path):
+    monkeypatch.setattr("flows.checks.of_run", lambda config, folder: None)
+    with pytest.raises(DataError, match="there is no file or folder"):
+        run_flow({"data.name": str(tmp_path / "nowhere.csv"), "data.text": "text"}, run_dir=tmp_path / "run")
+    tracked = tracker.load(RunFolder(tmp_path / "run"))
+    assert MlflowClient(tracked.uri).get_run(tracked.run).info.status == "FAILED"
 
 
 def die_once(bench, folder, number, client_id, attempt):

@@ -66,3 +66,12 @@ for words in {[*words, *(["strategies", name] for name in names)]!a}:
     codes = [line for line in done.stdout.decode("latin-1").splitlines() if line.startswith("[")]
     assert len(codes) == len(words) + len(names)
     assert sum(line.endswith(" 0") for line in codes) == len(codes) - 1
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "looking\n"), (False, "")])
+def test_what_is_being_done_is_told_to_a_terminal_only(monkeypatch, terminal, shown):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stdout", stream)
+    output.busy("looking")
+    assert stream.getvalue() == shown

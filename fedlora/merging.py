@@ -27,9 +27,10 @@ from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError
 from fedlora.heads import PooledClassifier
 from fedlora.limits import UPLOAD, clean
+from fedlora.model import tied_to
 from fedlora.peftconfig import read_configuration
 from fedlora.peftfolder import DESCRIPTION, PeftFolder, open_peft_folder
-from fedlora.resident import add_to_weight, tied_to
+from fedlora.resident import add_to_weight
 from fedlora.tensorfile import read_tensors, serialise
 from fedlora.tensorheader import read_header
 

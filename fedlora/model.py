@@ -7,7 +7,7 @@ trained with and a fresh linear classifier (with the wrong pooling federated run
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -321,6 +321,28 @@ def check_sides(lora: LoraConfig, module: str, shape: tuple[int, int]) -> None:
 def no_place_for_core(module: str) -> ModelError:
     """Why a strategy that trains a matrix between A and B cannot adapt a module, as an error to raise."""
     return ModelError(f"module '{module}' is no linear layer, and only these can have a core between A and B")
+
+
+def tied_to(layers: Mapping[str, nn.Module], layer: nn.Module, apart: Collection[int] = ()) -> str | None:
+    """The name of another module with the same weight as `layer`; modules in `apart` (by `id`) do not count."""
+    weight = layer._parameters.get("weight")
+    if weight is None:  # it hands on that of a layer within it, or has weights by other names
+        return None
+    others = (
+        name
+        for name, other in layers.items()
+        if other is not layer and id(other) not in apart and other._parameters.get("weight") is weight
+    )
+    return next(others, None)
+
+
+def would_change_both(module: str, tied: str) -> ModelError:
+    """Why a strategy that changes the base cannot adapt a module whose weight is another's too, as an error."""
+    return ModelError(
+        f"lora.target_modules: '{module}' shares its weight with '{tied}', and the strategy changes the weights of the "
+        "base, which would change both; leave it out of lora.target_modules, untie them in the base model, or choose "
+        "a strategy that leaves the base alone"
+    )
 
 
 def _adaptable(module: nn.Module) -> bool:

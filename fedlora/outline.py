@@ -36,9 +36,10 @@ from fedlora.model import (
     resolve,
     stores_transposed,
     targets_among,
+    tied_to,
 )
 
-_FORMAT = 1
+_FORMAT = 2
 _DECIDING = ("transformers", "peft", "tokenizers", "torch")
 """Packages that an outline may depend on."""
 _SMALL = (".json", ".txt", ".model")
@@ -55,6 +56,8 @@ class Layer:
     d_in: int
     linear: bool
     """Not so for embeddings."""
+    tied: str | None = None
+    """Another module with the same weight."""
 
 
 @dataclass(frozen=True)
@@ -210,11 +213,12 @@ def _bare(config: ModelConfig, declared: Any) -> Any | None:
 
 
 def _layers(model: Any) -> Iterator[Layer]:
+    modules = dict(model.named_modules())
     for name in adaptable_modules(model):
         module = model.get_submodule(name)
         first, second = module.weight.shape
         sides = (second, first) if stores_transposed(module) else (first, second)
-        yield Layer(name, *sides, linear=not isinstance(module, nn.Embedding))
+        yield Layer(name, *sides, linear=not isinstance(module, nn.Embedding), tied=tied_to(modules, module))
 
 
 def _rows(model: Any) -> int | None:

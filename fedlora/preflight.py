@@ -153,8 +153,11 @@ def _layers(config: RunConfig) -> tuple[Layer, ...] | None:
     model.check_positions(config.model, found.positions, config.data.max_length)
     found.check_vocabulary(config.model.name)
     layers = found.targets(config.lora)
+    strategy = registry.find(config.strategy)
     for layer in layers:
         model.check_sides(config.lora, layer.name, (layer.d_out, layer.d_in))
-        if registry.find(config.strategy).trains_core and not layer.linear:
+        if strategy.trains_core and not layer.linear:
             raise model.no_place_for_core(layer.name)
+        if strategy.changes_base and layer.tied:
+            raise model.would_change_both(layer.name, layer.tied)
     return layers

@@ -6,7 +6,7 @@ depends on the state alone and not on which rounds a worker has seen.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -29,6 +29,8 @@ from fedlora.model import (
     only_conv1d,
     stores_transposed,
     target_modules,
+    tied_to,
+    would_change_both,
 )
 
 
@@ -139,11 +141,7 @@ class ResidentModel:
         layers = dict(self.peft.get_base_model().named_modules())
         for module in self.factors():
             if (tied := tied_to(layers, self._layer(module).get_base_layer())) is not None:
-                raise ModelError(
-                    f"lora.target_modules: '{module}' shares its weight with '{tied}', and the strategy changes the "
-                    "weights of the base, which would change both; leave it out of lora.target_modules, untie them in "
-                    "the base model, or choose a strategy that leaves the base alone"
-                )
+                raise would_change_both(module, tied)
 
     def set_base(self, update: BaseUpdate, version: Hashable) -> None:
         """Bring the frozen base to its pre-trained weights plus `update`; nothing is done if it is at `version`.
@@ -214,19 +212,6 @@ class _Core:
     def _apply(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         core = self._core if self._core.ndim == 2 else self._core * self._gates[:, None, None]
         return output @ full_core(core).to(output.dtype).T
-
-
-def tied_to(layers: Mapping[str, nn.Module], layer: nn.Module, apart: Collection[int] = ()) -> str | None:
-    """The name of another module with the same weight as `layer`; modules in `apart` (by `id`) do not count."""
-    weight = layer._parameters.get("weight")
-    if weight is None:  # it hands on that of a layer within it, or has weights by other names
-        return None
-    others = (
-        name
-        for name, other in layers.items()
-        if other is not layer and id(other) not in apart and other._parameters.get("weight") is weight
-    )
-    return next(others, None)
 
 
 def add_to_weight(layer: Any, pair: Factors) -> None:

@@ -252,6 +252,25 @@ def test_a_model_folder_that_is_not_whole(good, tmp_path, part):
         preflight.check(configfile.build({**good, "model.name": str(folder)}))
 
 
+@pytest.mark.parametrize(("strategy", "targets", "refused"), [
+    ("flora", ["shared", "q_proj"], True), ("flora", ["q_proj"], False), ("fedit", ["shared"], False),
+])  # fmt: skip
+def test_a_base_whose_weights_are_shared_and_would_be_changed(good, tmp_path, strategy, targets, refused):
+    from transformers import BartConfig, BartForSequenceClassification
+
+    folder = shutil.copytree(good["model.name"], tmp_path / "model")
+    sides = {f"{side}_{name}": 1 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config = BartConfig(vocab_size=20, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, eos_token_id=1, **sides)
+    BartForSequenceClassification(config).save_pretrained(folder)
+    changes = {"model.name": str(folder), "strategy": strategy, "lora.target_modules": targets}
+    config = configfile.build({**good, **changes})
+    if refused:
+        with pytest.raises(ModelError, match=r"'model\.shared' shares its weight with 'model\.\w+coder\.embed_tokens'"):
+            preflight.check(config)
+    else:
+        assert preflight.check(config).layers
+
+
 def test_an_architecture_that_classifies_no_texts(good, tmp_path):
     from transformers import CLIPVisionConfig
 

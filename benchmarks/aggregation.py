@@ -29,12 +29,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from fedlora.adapter import Adapter, Factors
-from fedlora.aggregation import aggregate
-from fedlora.divergence import measure
-from fedlora.peftfolder import write_peft_folder
+from fedlora.adapter.divergence import measure
+from fedlora.adapter.updates import Update, Updates
+from fedlora.exchange.aggregation import aggregate
+from fedlora.exchange.peftfolder import write_peft_folder
 from fedlora.strategies import registry
-from fedlora.strategies.base import ServerState, Strategy, advance
-from fedlora.updates import Update, Updates
+from fedlora.strategies.base import ServerState, Strategy
+from fedlora.strategies.step import advance
 
 SHAPES = {"BERT-base q, v": ((768, 768), 24), "LLaMA-7B q, v": ((4096, 4096), 64), "LLaMA-7B up": ((11008, 4096), 32)}
 """Shape of one module, and how many of it the model has. LLaMA's all-linear adapters are 128 of 4096² (q, k, v, o) and

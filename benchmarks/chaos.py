@@ -36,8 +36,9 @@ from typing import Any
 import httpx
 import psutil
 
-from fedlora import configfile, loop, rounds
-from fedlora.runfolder import RunFolder
+from fedlora.config import configfile
+from fedlora.run import loop, rounds
+from fedlora.run.runfolder import RunFolder
 from flows.presets import PRESETS
 
 TINY: dict[str, Any] = {

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import psutil
 
-from fedlora import metrics, rounds
-from fedlora.runfolder import RunFolder
+from fedlora import metrics
+from fedlora.run import rounds
+from fedlora.run.runfolder import RunFolder
 
 _TRACKING = ("describe", "track", "publish")
 _PREPARING = ("partition", "initialise")

@@ -51,8 +51,9 @@ def demo() -> float:
         print(done.stdout)
         if done.returncode:
             raise SystemExit("RED: the demo's run failed")
-        from fedlora import metrics, rounds
-        from fedlora.runfolder import RunFolder
+        from fedlora import metrics
+        from fedlora.run import rounds
+        from fedlora.run.runfolder import RunFolder
 
         *_, last = rounds.records(RunFolder(Path(home, "run")))
         return last.metrics[metrics.GLOBAL_ACCURACY]

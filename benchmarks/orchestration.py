@@ -32,17 +32,19 @@ environment.prepare("CRITICAL")
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from fedlora import client, configfile, evaluation, jobs, participation, rounds, workers
-from fedlora.config import RunConfig
+from fedlora.adapter.divergence import measure
+from fedlora.adapter.updates import Update, Updates
+from fedlora.config import RunConfig, configfile
 from fedlora.data import tokens
 from fedlora.data.partition import Partition
-from fedlora.divergence import measure
-from fedlora.resident import ResidentModel
-from fedlora.runfolder import RunFolder
+from fedlora.model.resident import ResidentModel
+from fedlora.run import jobs, participation, rounds
+from fedlora.run.runfolder import RunFolder
 from fedlora.seeds import Turn
 from fedlora.strategies import registry
-from fedlora.strategies.base import ServerState, advance
-from fedlora.updates import Update, Updates
+from fedlora.strategies.base import ServerState
+from fedlora.strategies.step import advance
+from fedlora.training import client, evaluation, workers
 from flows import federated, private_server
 from flows.logbook import Logbook
 from flows.presets import PRESETS

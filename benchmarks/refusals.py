@@ -34,9 +34,14 @@ import transformers.models.bert.modeling_bert  # noqa: F401
 from mlflow import MlflowClient
 from transformers import AutoModel, AutoTokenizer, BertConfig
 
-from fedlora import configfile, home, model, outline, preflight, runfolder, sweeps, workers  # noqa: F401
+from fedlora.config import configfile
 from fedlora.data import columns, partition, sources, survey  # noqa: F401
 from fedlora.errors import FedloraError
+from fedlora.files import home
+from fedlora.model import base as model
+from fedlora.run import preflight, runfolder  # noqa: F401
+from fedlora.sweep import plan as sweeps
+from fedlora.training import workers  # noqa: F401
 from flows import checks, deploying
 from flows.presets import PRESETS, SWEEPS
 

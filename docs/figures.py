@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from fedlora import home, plots, rounds
 from fedlora.adapter import Adapter, Factors
-from fedlora.plots import colour
-from fedlora.rounds import measure_round
-from fedlora.runfolder import RunFolder
+from fedlora.adapter.updates import Update, Updates
+from fedlora.files import home
+from fedlora.report import plots
+from fedlora.report.plots import colour
+from fedlora.run import rounds
+from fedlora.run.runfolder import RunFolder
 from fedlora.strategies import registry
-from fedlora.strategies.base import ServerState, advance
-from fedlora.sweepfolder import SweepFolder
-from fedlora.updates import Update, Updates
+from fedlora.strategies.base import ServerState
+from fedlora.strategies.step import advance, measure_round
+from fedlora.sweep.folder import SweepFolder
 
 IMAGES = Path(__file__).parent / "images"
 SLOPES = (-0.7, 1.3)

@@ -15,8 +15,8 @@ import httpx
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from fedlora import home
-from fedlora.sweepfolder import SweepFolder
+from fedlora.files import home
+from fedlora.sweep.folder import SweepFolder
 from flows import environment
 from mlflow_tracking import store
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fedlora.aggregation import aggregate
     from fedlora.config import RunConfig
-    from fedlora.inference import load_adapter, load_base
-    from fedlora.loop import train
-    from fedlora.merging import apply_base_update, load_merged, merge
+    from fedlora.exchange.aggregation import aggregate
+    from fedlora.exchange.inference import load_adapter, load_base
+    from fedlora.exchange.merging import apply_base_update, load_merged, merge
+    from fedlora.run.loop import train
 
 __all__ = [
     "RunConfig",
@@ -26,13 +26,13 @@ __all__ = [
 
 _HOMES = {
     "RunConfig": "fedlora.config",
-    "aggregate": "fedlora.aggregation",
-    "apply_base_update": "fedlora.merging",
-    "load_adapter": "fedlora.inference",
-    "load_base": "fedlora.inference",
-    "load_merged": "fedlora.merging",
-    "merge": "fedlora.merging",
-    "train": "fedlora.loop",
+    "aggregate": "fedlora.exchange.aggregation",
+    "apply_base_update": "fedlora.exchange.merging",
+    "load_adapter": "fedlora.exchange.inference",
+    "load_base": "fedlora.exchange.inference",
+    "load_merged": "fedlora.exchange.merging",
+    "merge": "fedlora.exchange.merging",
+    "train": "fedlora.run.loop",
 }
 
 

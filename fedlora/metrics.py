@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fedlora.divergence import Divergence
-from fedlora.evaluation import Scores
+from fedlora.adapter.divergence import Divergence
+from fedlora.training.evaluation import Scores
 
 GLOBAL_ACCURACY = "global/accuracy"
 GLOBAL_LOSS = "global/loss"

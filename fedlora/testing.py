@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora import statefile
-from fedlora.adapter import EVERY_PART, Adapter, Factors, parse_name
+from fedlora.adapter.updates import Update, Updates
+from fedlora.adapter.weights import EVERY_PART, Adapter, Factors, parse_name
 from fedlora.errors import counted
-from fedlora.rounds import measure_round
 from fedlora.strategies import registry
-from fedlora.strategies.base import Family, ServerState, Strategy, advance
-from fedlora.updates import Update, Updates
+from fedlora.strategies import state as states
+from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.step import advance, measure_round
 
 SHAPES = {"encoder.query": (24, 17), "encoder.up": (19, 33)}
 RANK, SCALING = 4, 3.0
@@ -160,12 +160,12 @@ def _rounds(strategy: Strategy, setting: Setting, seed: int) -> Iterator[str]:
 
 
 def _pure(strategy: Strategy, state: ServerState, updates: Updates, new: ServerState) -> Iterator[str]:
-    before = {name: tensor.clone() for name, tensor in statefile.tensors(state).items()}
+    before = {name: tensor.clone() for name, tensor in states.tensors(state).items()}
     given = [{name: tensor.clone() for name, tensor in adapter.tensors().items()} for adapter in updates.adapters]
     again = advance(strategy, state, updates)
-    if not _same(statefile.tensors(new), statefile.tensors(again)):
+    if not _same(states.tensors(new), states.tensors(again)):
         yield "the same state and uploads gave another result the second time: something is kept in the strategy"
-    if not _same(before, statefile.tensors(state)):
+    if not _same(before, states.tensors(state)):
         yield "aggregate changed the state that it was given"
     if not all(_same(old, adapter.tensors()) for old, adapter in zip(given, updates.adapters, strict=True)):
         yield "aggregate changed the uploads that it was given"
@@ -203,14 +203,14 @@ def _broadcasts(strategy: Strategy, state: ServerState, setting: Setting) -> Ite
 
 def _storable(strategy: Strategy, state: ServerState, setting: Setting, seed: int) -> Iterator[str]:
     """A state that was written and read again goes on as if nothing had happened: what resuming rests on."""
-    read = statefile.from_tensors(statefile.tensors(state), statefile.scalars(state))
+    read = states.from_tensors(states.tensors(state), states.scalars(state))
     here, there = (advance(strategy, each, upload(strategy, each, setting, seed)) for each in (state, read))
-    if not _same(statefile.tensors(here), statefile.tensors(there)):
+    if not _same(states.tensors(here), states.tensors(there)):
         yield "after writing and reading the state the next round differs: something is not in ServerState"
 
 
 def _finite(state: ServerState) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in statefile.tensors(state).values())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in states.tensors(state).values())
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

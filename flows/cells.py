@@ -13,10 +13,11 @@ from uuid import UUID
 
 from prefect.logging import get_run_logger
 
-from fedlora import configfile, workers
+from fedlora.config import configfile
 from fedlora.errors import FedloraError, counted, first_line
-from fedlora.sweepfolder import SweepFolder
-from fedlora.sweeps import Cell
+from fedlora.sweep.folder import SweepFolder
+from fedlora.sweep.plan import Cell
+from fedlora.training import workers
 from flows import handover, interruption
 from flows.federated import federated
 from flows.presets import PRESETS

@@ -11,8 +11,8 @@ from flows import environment
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
-    from fedlora.preflight import Found
-    from fedlora.sweeps import Cell, Sweep
+    from fedlora.run.preflight import Found
+    from fedlora.sweep.plan import Cell, Sweep
 
 
 def before_start(config: RunConfig, folder: Path) -> Found | None:
@@ -40,7 +40,7 @@ def of_run(config: RunConfig, folder: Path) -> Found | None:
 
 def _of_settings(config: RunConfig, folder: Path) -> Found | None:
     """What needs no server."""
-    from fedlora import preflight
+    from fedlora.run import preflight
 
     found = preflight.before_run(config, folder)
     if found is None:
@@ -58,8 +58,8 @@ def of_sweep(plan: Sweep, finished: Collection[str] = ()) -> dict[str, str]:
     Raises:
         FedloraError: none of its runs can.
     """
-    from fedlora import preflight
     from fedlora.errors import FedloraError
+    from fedlora.run import preflight
 
     refused: list[tuple[Cell, FedloraError]] = []
     for cell in plan.cells:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from fedlora import addresses
+from fedlora.config import addresses
 from fedlora.errors import ConfigError, FedloraError, counted
 from flows import cli_run, cli_status, cli_sweep, environment, output
 
@@ -72,10 +72,12 @@ def aggregate(
 
     For example: fedlora aggregate --strategy flora-na --out global --weights 3,1 alice bob
     """
-    from fedlora import aggregation, aggregation_files, configfile
+    from fedlora.config import configfile
+    from fedlora.exchange import aggregation
+    from fedlora.exchange.result import check_target
     from fedlora.strategies import registry
 
-    aggregation_files.check_target(out, registry.find(strategy).personal, per_client, report)
+    check_target(out, registry.find(strategy).personal, per_client, report)
     result = aggregation.aggregate(
         clients,
         strategy,
@@ -109,7 +111,7 @@ def merge(
     ] = None,
 ) -> None:
     """Merge an adapter, and its base update if it has one, into a plain model folder."""
-    from fedlora import merging
+    from fedlora.exchange import merging
 
     merging.merge(adapter, out, base)
     print(f"written           {out}")
@@ -156,7 +158,7 @@ def datasets() -> None:
 @app.command()
 def models() -> None:
     """The models that have a name, a line each."""
-    from fedlora.model import KNOWN
+    from fedlora.model.base import KNOWN
     from flows import tables
 
     rows = [

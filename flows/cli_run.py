@@ -43,7 +43,8 @@ def run(
     environment.prepare(_CONSOLE)
     if not check:
         private_server.begin_imports()
-    from fedlora import configfile, home
+    from fedlora.config import configfile
+    from fedlora.files import home
     from flows.presets import PRESETS
 
     source, overrides = _split(words, "demo")
@@ -70,8 +71,8 @@ def resume(
     """
     environment.prepare(_CONSOLE)
     private_server.begin_imports()
-    from fedlora import preflight
-    from fedlora.runfolder import RunFolder
+    from fedlora.run import preflight
+    from fedlora.run.runfolder import RunFolder
     from flows import resuming
 
     folder = resuming.folder_of(what)
@@ -116,7 +117,7 @@ def _run_and_show(source: str, overrides: dict[str, Any], config: RunConfig, fol
 
 def _split(words: list[str] | None, default: str) -> tuple[str, dict[str, Any]]:
     """The preset or file (the first word without '=') and the overrides."""
-    from fedlora import configfile
+    from fedlora.config import configfile
 
     given = list(words or [])
     source = given.pop(0) if given and "=" not in given[0] else default
@@ -141,7 +142,7 @@ def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path
             federated.with_options(flow_run_name=run_name(config))(
                 preset=source, overrides=overrides, run_dir=str(folder)
             )
-    from fedlora.runfolder import RunFolder
+    from fedlora.run.runfolder import RunFolder
     from mlflow_tracking import tracker
 
     tracked = tracker.load(RunFolder(folder))
@@ -151,9 +152,9 @@ def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path
 
 
 def _print_results(folder: Path, config: RunConfig, tracked: Tracked, flow_run: str) -> None:
-    from fedlora import recovery
-    from fedlora.comparison import Result
-    from fedlora.runfolder import RunFolder
+    from fedlora.run import recovery
+    from fedlora.run.runfolder import RunFolder
+    from fedlora.sweep.comparison import Result
     from flows import tables, where
     from mlflow_tracking import store
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from fedlora import home
+from fedlora.files import home
 from flows import environment
 
 if TYPE_CHECKING:

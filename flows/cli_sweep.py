@@ -13,8 +13,8 @@ from fedlora.errors import FedloraError, counted
 from flows import environment, output, private_server
 
 if TYPE_CHECKING:
-    from fedlora.sweepfolder import SweepFolder
-    from fedlora.sweeps import Sweep
+    from fedlora.sweep.folder import SweepFolder
+    from fedlora.sweep.plan import Sweep
 
 
 def sweep(
@@ -41,7 +41,9 @@ def sweep(
     environment.prepare("CRITICAL")  # before anything that imports Prefect: its settings are read once
     if not (dry_run or pool):
         private_server.begin_imports()
-    from fedlora import configfile, home, sweeps
+    from fedlora.config import configfile
+    from fedlora.files import home
+    from fedlora.sweep import plan as sweeps
     from flows import checks
     from flows.presets import PRESETS, SWEEPS
 
@@ -86,7 +88,7 @@ def _need_server(pool: str) -> None:
 
 def _show(plan: Sweep, path: Path, flow_run: str) -> None:
     """The table, what is missing from it, and where to look."""
-    from fedlora.sweepfolder import SweepFolder
+    from fedlora.sweep.folder import SweepFolder
     from flows import outcome, tables, where
     from mlflow_tracking import store
 
@@ -116,8 +118,8 @@ def _print_left(folder: SweepFolder, status: Any) -> None:
 
 def _known(plan: Sweep) -> dict[str, str]:
     """How runs of a sweep stand in its latest execution, by digest; those that could not begin are as new."""
-    from fedlora import home
-    from fedlora.sweepfolder import SweepFolder
+    from fedlora.files import home
+    from fedlora.sweep.folder import SweepFolder
 
     latest = SweepFolder.latest(home.sweeps(), plan)
     return {str(state.digest): str(state.status) for state in latest.cells if not state.refused} if latest else {}
@@ -125,7 +127,7 @@ def _known(plan: Sweep) -> dict[str, str]:
 
 def _list(plan: Sweep, known: Mapping[str, str], refused: Mapping[str, str], parallel: int | None) -> None:
     """What would be run, how it stands, and what it would take."""
-    from fedlora import estimate
+    from fedlora.sweep import estimate
     from flows import tables
 
     stands = {**known, **dict.fromkeys(refused, "cannot begin")}

@@ -1,4 +1,4 @@
-"""Which databases the servers of `fedlora up` use: SQLite files under `fedlora.home`, or PostgreSQL.
+"""Which databases the servers of `fedlora up` use: SQLite files under `fedlora.files.home`, or PostgreSQL.
 
 One PostgreSQL server is enough, but not one database: Prefect and MLflow both keep a table `alembic_version`. Passwords
 travel in the environment of the server that needs them (or in `~/.pgpass`), never in a URL, which ends up in logs.
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
-from fedlora import home
 from fedlora.errors import ConfigError, FedloraError
+from fedlora.files import home
 
 OPTION = "--database"
 EXPECTED = "expected postgresql://USER@HOST:PORT"

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from fedlora import addresses, configfile, yamltext
+from fedlora.config import addresses, configfile, yamltext
 from fedlora.errors import FedloraError
 from flows import authentication
 from flows.environment import UTF8, defaults, prepare

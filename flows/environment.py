@@ -1,6 +1,6 @@
 """Settings of Prefect, MLflow, Hugging Face and the thread libraries that must be in place *before* they are imported.
 
-What the user has set always wins; the defaults keep everything under `fedlora.home` and off the network.
+What the user has set always wins; the defaults keep everything under `fedlora.files.home` and off the network.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from fedlora import addresses, home
+from fedlora.config import addresses
 from fedlora.errors import FedloraError
+from fedlora.files import home
 from flows import authentication
 
 if TYPE_CHECKING:

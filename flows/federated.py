@@ -20,13 +20,16 @@ from prefect.futures import PrefectFuture, as_completed  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 from pydantic import Field  # noqa: E402
 
-from fedlora import configfile, home, jobs, participation, provenance, recovery, rounds, workers  # noqa: E402
-from fedlora.config import RunConfig  # noqa: E402
+from fedlora.config import RunConfig, configfile  # noqa: E402
 from fedlora.errors import WorkerError  # noqa: E402
-from fedlora.rounds import Timings  # noqa: E402
-from fedlora.rounds import unfinished as rounds_to_do  # noqa: E402
-from fedlora.runfolder import RunFolder  # noqa: E402
+from fedlora.files import home  # noqa: E402
+from fedlora.model import provenance  # noqa: E402
+from fedlora.run import jobs, participation, recovery, rounds  # noqa: E402
+from fedlora.run.rounds import Timings  # noqa: E402
+from fedlora.run.rounds import unfinished as rounds_to_do  # noqa: E402
+from fedlora.run.runfolder import RunFolder  # noqa: E402
 from fedlora.strategies import registry  # noqa: E402
+from fedlora.training import workers  # noqa: E402
 from flows import checks, form, interruption, names, progress, refusals  # noqa: E402
 from flows.logbook import Logbook  # noqa: E402
 from flows.presets import DEPLOYMENTS, PRESETS  # noqa: E402

@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectException, TerminationSignal
 from prefect.states import Cancelled
 
-from fedlora import workers
+from fedlora.training import workers
 
 _interrupted: list[str] = []
 _stopping = False

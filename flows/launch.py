@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 import httpx
 
-from fedlora import addresses, home
+from fedlora.config import addresses
+from fedlora.files import home
 from flows import authentication, database
 from flows.database import Databases
 from flows.environment import UTF8, Services, defaults, of_server

@@ -11,11 +11,11 @@ from typing import Any
 import pandas as pd
 from prefect.artifacts import create_markdown_artifact
 
-from fedlora import comparison
-from fedlora.comparison import Result
 from fedlora.errors import FedloraError, counted
-from fedlora.sweepfolder import STATE, SweepFolder
-from fedlora.sweeps import Sweep
+from fedlora.sweep import comparison
+from fedlora.sweep.comparison import Result
+from fedlora.sweep.folder import STATE, SweepFolder
+from fedlora.sweep.plan import Sweep
 from flows import progress, report, where
 from flows.progress import Progress
 from mlflow_tracking import champion, parents, store

@@ -7,10 +7,11 @@ from uuid import UUID
 
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 
-from fedlora import metrics, rounds
+from fedlora import metrics
 from fedlora.config import RunConfig
 from fedlora.errors import counted
-from fedlora.runfolder import RunFolder
+from fedlora.run import rounds
+from fedlora.run.runfolder import RunFolder
 from flows import outages, where
 from mlflow_tracking import store
 from mlflow_tracking.tracker import Tracked

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from fedlora import forerunner, home
 from fedlora.errors import FedloraError
+from fedlora.files import home
+from fedlora.training import forerunner
 from flows import authentication, environment
 
 _ANSWER_WITHIN_S = 120

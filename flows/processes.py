@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from fedlora import home
 from fedlora.errors import FedloraError
+from fedlora.files import home
 from flows.environment import Process, is_alive
 
 MARK = "FEDLORA_SERVICE"

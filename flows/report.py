@@ -16,7 +16,8 @@ environment.prepare()
 from prefect import flow  # noqa: E402 (the environment must be ready first)
 from prefect.artifacts import create_link_artifact, create_markdown_artifact  # noqa: E402
 
-from fedlora import home, report  # noqa: E402
+from fedlora import report  # noqa: E402
+from fedlora.files import home  # noqa: E402
 from fedlora.report import tables, views  # noqa: E402
 from flows import names, refusals, where  # noqa: E402
 from mlflow_tracking import compare, store  # noqa: E402

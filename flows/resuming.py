@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fedlora import home
 from fedlora.errors import ConfigError, did_you_mean
-from fedlora.sweepfolder import STATE
+from fedlora.files import home
+from fedlora.sweep.folder import STATE
 
 _MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
 _PREFECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def folder_of(what: str) -> Path:
-    """The folder of a run, by its path, its name among the runs of `fedlora.home`, or its id in MLflow or Prefect.
+    """The folder of a run, by its path, its name among the runs of our home, or its id in MLflow or Prefect.
 
     Raises:
         ConfigError: there is none; says what there is.

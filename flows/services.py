@@ -2,7 +2,7 @@
 
 They listen on the loopback interface and ask nobody for a password, unless told otherwise: on an address that others
 reach, both must ask who is calling (`flows.authentication`), or nothing starts. Databases, artifacts and logs lie under
-`fedlora.home` and outlive the servers: the next `up` continues with them.
+`fedlora.files.home` and outlive the servers: the next `up` continues with them.
 
 **Artifacts.** The MLflow server hands clients an absolute folder as artifact root, so that a client on this machine
 writes there itself instead of sending every file through the server. Adapters are then copied once, the server stays
@@ -25,8 +25,8 @@ from pathlib import Path
 
 import httpx
 
-from fedlora import home
 from fedlora.errors import ConfigError
+from fedlora.files import home
 from flows import authentication, database, deploying, gpus, launch, planning, ports, server_log, verifying
 from flows.database import Databases
 from flows.deploying import PATIENCE, SOURCE

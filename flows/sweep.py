@@ -15,10 +15,12 @@ environment.prepare()
 from prefect import flow, runtime  # noqa: E402 (the environment must be ready first)
 from pydantic import Field  # noqa: E402
 
-from fedlora import configfile, home, lock, sweeps  # noqa: E402
+from fedlora.config import configfile  # noqa: E402
 from fedlora.errors import FedloraError, counted  # noqa: E402
-from fedlora.sweepfolder import SweepFolder  # noqa: E402
-from fedlora.sweeps import Cell, Sweep  # noqa: E402
+from fedlora.files import home, lock  # noqa: E402
+from fedlora.sweep import plan as sweeps  # noqa: E402
+from fedlora.sweep.folder import SweepFolder  # noqa: E402
+from fedlora.sweep.plan import Cell, Sweep  # noqa: E402
 from flows import cells, checks, form, interruption, names, outcome, progress, refusals  # noqa: E402
 from flows.presets import DEPLOYMENTS, PRESETS, SWEEPS  # noqa: E402
 from flows.progress import Progress  # noqa: E402

@@ -12,11 +12,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fedlora import comparison
 from fedlora.errors import counted
-from fedlora.estimate import Cost
 from fedlora.strategies.base import Strategy
-from fedlora.sweeps import Sweep
+from fedlora.sweep import comparison
+from fedlora.sweep.estimate import Cost
+from fedlora.sweep.plan import Sweep
 from flows import output
 
 _WIDTH_OF_A_FILE = 140

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 
-from fedlora import home
+from fedlora.files import home
 from flows import authentication
 from flows.environment import Services
 from flows.processes import ServiceError

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from fedlora import home
+from fedlora.files import home
 from flows import environment
 from mlflow_tracking import store
 

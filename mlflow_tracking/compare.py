@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from fedlora import configfile
+from fedlora.config import configfile
 from fedlora.errors import ConfigError, TrackingError, did_you_mean
 from fedlora.report import frames
 from fedlora.report.frames import RUN_COLUMNS, Comparison, Excluded

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora.comparison import Result
 from fedlora.config import TrackingConfig
+from fedlora.sweep.comparison import Result
 from mlflow_tracking import history, store
 
 if TYPE_CHECKING:

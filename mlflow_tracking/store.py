@@ -14,8 +14,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora import addresses, home
+from fedlora.config import addresses
 from fedlora.errors import TrackingError, first_line
+from fedlora.files import home
 
 if TYPE_CHECKING:
     import requests
@@ -30,7 +31,7 @@ _PAGE = 1000
 
 
 def resolve_uri(configured: str | None) -> str:
-    """The tracking URI: the configured one, $MLFLOW_TRACKING_URI, or the SQLite file under `fedlora.home`.
+    """The tracking URI: the configured one, $MLFLOW_TRACKING_URI, or the SQLite file under `fedlora.files.home`.
 
     Raises:
         TrackingError: it holds a password, which would be written to the run folder. The message does not hold it.

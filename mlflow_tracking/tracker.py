@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import fedlora
-from fedlora import configfile, export, metrics, plots, provenance, rounds
+from fedlora import metrics
+from fedlora.config import configfile
 from fedlora.errors import TrackingError
 from fedlora.metrics import RoundRecord
-from fedlora.runfolder import RunFolder
+from fedlora.model import provenance
+from fedlora.report import plots
+from fedlora.run import export, rounds
+from fedlora.run.runfolder import RunFolder
 from mlflow_tracking import store
 
 PATIENCE_S = 120.0

@@ -16,13 +16,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
-from fedlora import export, jobs, participation, recovery, rounds, workers
 from fedlora.config import RunConfig
 from fedlora.data import picture
 from fedlora.errors import ClientFailed, FedloraError, WorkerError
-from fedlora.evaluation import Scores
-from fedlora.participation import Ask, Roll
-from fedlora.runfolder import RunFolder
+from fedlora.run import export, jobs, participation, recovery, rounds
+from fedlora.run.participation import Ask, Roll
+from fedlora.run.runfolder import RunFolder
+from fedlora.training import workers
+from fedlora.training.evaluation import Scores
 from mlflow_tracking import tracker
 from mlflow_tracking.tracker import Tracked
 from tasks.devices import held

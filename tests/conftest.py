@@ -20,7 +20,7 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fedlora import configfile
+from fedlora.config import configfile
 
 torch.set_num_threads(1)
 
@@ -108,7 +108,7 @@ def configure(tiny):
 @pytest.fixture(scope="session")
 def finished(configure, tmp_path_factory):
     """`finished({"strategy": "svd"})`: the folder of that tiny run, trained once a session. Not to be written to."""
-    from fedlora.loop import train
+    from fedlora.run.loop import train
 
     folders = {}
 
@@ -125,7 +125,7 @@ def finished(configure, tmp_path_factory):
 @pytest.fixture(scope="session")
 def as_new():
     """`as_new(folder, to)`: a copy of a run's folder that is a run of its own, so that MLflow does not know it."""
-    from fedlora.runfolder import RunFolder
+    from fedlora.run.runfolder import RunFolder
 
     def copy(folder, to):
         run = RunFolder(shutil.copytree(folder, to))

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import typer
 
-from fedlora import configfile, sweeps
+from fedlora.config import configfile
+from fedlora.sweep import plan as sweeps
 from flows.presets import PRESETS, SWEEPS
 
 ROOT = Path(__file__).parent.parent
@@ -123,8 +124,9 @@ def test_the_strategy_in_the_docs_runs(monkeypatch):
     import torch
 
     from fedlora.adapter import Adapter, Factors
-    from fedlora.strategies.base import ServerState, advance
-    from fedlora.updates import Update, Updates
+    from fedlora.adapter.updates import Update, Updates
+    from fedlora.strategies.base import ServerState
+    from fedlora.strategies.step import advance
 
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "strategies.md").read_text(), flags=re.S).group(1)
     namespace: dict = {"__name__": "example"}
@@ -158,8 +160,8 @@ def test_the_data_of_the_how_to_has_what_its_commands_name(tmp_path, monkeypatch
 
 
 def test_the_model_of_the_how_to_can_be_loaded(tmp_path, monkeypatch):
-    from fedlora import model
     from fedlora.config import ModelConfig
+    from fedlora.model import base as model
 
     monkeypatch.chdir(tmp_path)
     exec(example("my-own-model.md", "save_model.py"), {})

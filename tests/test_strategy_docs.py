@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedlora.strategies import registry
-from fedlora.strategies.base import advance
+from fedlora.strategies.step import advance
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs" / "strategies").glob("*.md"))

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fedlora import home
 from fedlora.config import DataConfig
 from fedlora.errors import DataError, did_you_mean
+from fedlora.files import home
 
 Origin = Literal["packaged", "file", "folder", "hub"]
 

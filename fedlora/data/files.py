@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from fedlora import limits
 from fedlora.data import swallowed
 from fedlora.errors import DataError
+from fedlora.files import limits
 
 _DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 _LONGEST_CELL = 2**31 - 1

@@ -13,7 +13,7 @@ from fedlora.config import DataConfig
 from fedlora.data.apportion import largest_remainder
 from fedlora.data.catalogue import VALIDATION, KnownSet, Source, check, known, resolve, saved_by_datasets, split_files
 from fedlora.errors import DataError, counted
-from fedlora.limits import is_pointer
+from fedlora.files.limits import is_pointer
 
 if TYPE_CHECKING:  # `fedlora datasets` imports this module and needs none of these
     from pathlib import Path

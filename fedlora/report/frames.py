@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fedlora import metrics
-from fedlora.config import NEUTRAL
+from fedlora.config.run import NEUTRAL
 
 ACCURACY = "final/accuracy"
 

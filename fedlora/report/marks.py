@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora import plots
+from fedlora.report import plots
 from fedlora.report.frames import Setting
 
 Trace = dict[str, Any]

@@ -13,10 +13,9 @@ import pandas as pd
 from markupsafe import Markup
 
 import fedlora
-from fedlora import plots
-from fedlora.atomic import write_atomic
 from fedlora.errors import FedloraError, counted, saving
-from fedlora.report import curves, frames, maps, tables, views
+from fedlora.files.atomic import write_atomic
+from fedlora.report import curves, frames, maps, plots, tables, views
 from fedlora.report.frames import Comparison
 from fedlora.report.marks import Figure
 

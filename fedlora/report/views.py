@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora import plots
 from fedlora.errors import counted
-from fedlora.report import frames, tables
+from fedlora.report import frames, plots, tables
 from fedlora.report.frames import Comparison, Setting
 from fedlora.report.statistics import Interval
 from fedlora.report.tables import Row

@@ -13,19 +13,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import ClassVar, Literal
+from importlib import import_module
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fedlora.adapter import EVERY_PART, Adapter, Factors, Part
-from fedlora.base_update import BaseUpdate
+from fedlora.adapter.updates import Updates
 from fedlora.errors import AdapterError
-from fedlora.factors import keep_trainable, truncated_svd
 from fedlora.sections import Section
-from fedlora.updates import Updates
+from fedlora.strategies.state import ServerState
+
+__all__ = ["NOTHING", "ONLY_A", "ONLY_B", "Family", "Plan", "ServerState", "Strategy", "with_shared"]
 
 NOTHING: frozenset[Part] = frozenset()
 ONLY_B: frozenset[Part] = frozenset({"B", "magnitude", "head"})
@@ -47,78 +49,6 @@ class Plan:
     trains: frozenset[Part] = EVERY_PART
     up: frozenset[Part] = EVERY_PART
     down: frozenset[Part] = EVERY_PART
-
-
-@dataclass(frozen=True)
-class ServerState:
-    """All that a strategy knows between rounds.
-
-    `adapter` is the global adapter (fp32) at the highest rank; `personal` holds what single clients keep for
-    themselves; `base` is all that was added to the frozen base so far, `base_step` what the last round added;
-    `memory` holds whatever else a strategy must remember; `diagnostics[module]` small tensors of the last aggregation
-    that are worth showing (`p`: the weights with which clients' B entered, where not their own).
-    `ranks` are those of clients that have not the highest; `scaling` is s, the same for every rank; `scalings` those of
-    modules that have another (adapters from elsewhere may; see `scaling_of`); `seed` is the key of whatever a strategy
-    draws.
-    """
-
-    adapter: Adapter
-    personal: Mapping[int, Adapter] = field(default_factory=dict)
-    diagnostics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    round: int = 0
-    base: BaseUpdate = field(default_factory=BaseUpdate)
-    base_step: BaseUpdate = field(default_factory=BaseUpdate)
-    memory: Mapping[str, Tensor] = field(default_factory=dict)
-    ranks: Mapping[int, int] = field(default_factory=dict)
-    scaling: float = 1.0
-    seed: int = 0
-    scalings: Mapping[str, float] = field(default_factory=dict)
-
-    def scaling_of(self, module: str) -> float:
-        """The s of a module."""
-        return self.scalings.get(module, self.scaling)
-
-    def rank(self, module: str) -> int:
-        """The rank of the global factors of a module."""
-        return self.adapter.factors[module].rank
-
-    def rank_of(self, client: int) -> int:
-        """The rank at which a client trains (in modules that have as many)."""
-        return self.ranks.get(client, self.adapter.rank)
-
-    def with_factors(
-        self, factors: Mapping[str, Factors], diagnostics: Mapping[str, Mapping[str, Tensor]] | None = None
-    ) -> ServerState:
-        """The state with new global factors, stored in fp32, as they are sent.
-
-        Factors of a lower rank than before are filled up so that the product stays and every direction can be trained.
-        """
-        old = self.adapter.factors
-        stored = {module: keep_trainable(pair.to(torch.float32), old[module]) for module, pair in factors.items()}
-        return replace(self, adapter=self.adapter.with_factors(stored), diagnostics=diagnostics or {})
-
-    def with_base(self, step: Mapping[str, Factors]) -> ServerState:
-        """The state with `step` added to the base: left (d_out × k), right (k × d_in) by module, scaling included.
-
-        Factors of a rank that is not below min(d_out, d_in) are stored as one dense matrix beside an identity.
-        """
-        update = BaseUpdate.of(step)
-        return replace(self, base=self.base.plus(update), base_step=update)
-
-    def with_cores(self, cores: Mapping[str, Tensor]) -> ServerState:
-        """The state with new cores between the global factors (stored in fp32)."""
-        stored = {module: core.to(torch.float32) for module, core in cores.items()}
-        return replace(self, adapter=replace(self.adapter, cores=stored))
-
-    def with_head(self, head: Mapping[str, Tensor]) -> ServerState:
-        """The state with a new global head (stored in fp32)."""
-        stored = {name: tensor.to(torch.float32) for name, tensor in head.items()}
-        return replace(self, adapter=replace(self.adapter, head=stored))
-
-    def with_magnitudes(self, magnitudes: Mapping[str, Tensor]) -> ServerState:
-        """The state with new DoRA magnitudes (stored in fp32)."""
-        stored = {module: vector.to(torch.float32) for module, vector in magnitudes.items()}
-        return replace(self, adapter=replace(self.adapter, magnitudes=stored))
 
 
 class Strategy(ABC):
@@ -262,28 +192,8 @@ def with_shared(
     return replace(state, adapter=state.adapter.with_factors(shared))
 
 
-def advance(strategy: Strategy, state: ServerState, updates: Updates, svd_order: bool = False) -> ServerState:
-    """One server step: aggregate the factors, average what else is sent, note the ranks, count the round.
-
-    Args:
-        strategy: how the factors are combined.
-        state: after the last round.
-        updates: this round's uploads.
-        svd_order: turn the global factors (their product unchanged) so that the first indices are the best truncation.
-    """
-    sent = strategy.plan(state.round + 1).up
-    new = strategy.aggregate(replace(state, base_step=BaseUpdate()), updates)
-    if svd_order and not strategy.in_svd_order:
-        new = new.with_factors({m: _ordered(pair) for m, pair in new.adapter.factors.items()}, new.diagnostics)
-    if "head" in sent:
-        new = new.with_head(updates.mean_head())
-    if "magnitude" in sent:
-        new = new.with_magnitudes(updates.mean_magnitudes())
-    uploaded = {client: adapter.rank for client, adapter in zip(updates.clients, updates.adapters, strict=True)}
-    lower = {client: rank for client, rank in uploaded.items() if rank < state.rank_of(client)}
-    return replace(new, ranks={**state.ranks, **lower}, round=state.round + 1)
-
-
-def _ordered(pair: Factors) -> Factors:
-    """The same product with its largest directions first; a start from B = 0 has no order and stays as it is."""
-    return truncated_svd([pair], [1.0], pair.rank).balanced() if pair.B.any() else pair
+def __getattr__(name: str) -> Any:
+    """`advance` was here, and plug-ins may import it from here."""
+    if name == "advance":
+        return import_module("fedlora.strategies.step").advance
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

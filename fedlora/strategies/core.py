@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from fedlora.adapter import Factors, Part
+from fedlora.adapter.updates import Updates
 from fedlora.seeds import torch_generator
 from fedlora.strategies.base import Family, Plan, ServerState, Strategy
-from fedlora.updates import Updates
 
 _CORE: frozenset[Part] = frozenset({"core", "head"})
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fedlora.adapter import Factors
-from fedlora.factors import ProductSum
+from fedlora.adapter.factors import ProductSum
+from fedlora.adapter.updates import Updates
 from fedlora.strategies.base import Family, ServerState, Strategy
-from fedlora.updates import Updates
 
 
 class FedExLoRA(Strategy):

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 
 from fedlora.adapter import Factors
+from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
 from fedlora.strategies.base import Family, ServerState, Strategy
 from fedlora.strategies.energy import directions_for
-from fedlora.updates import Updates
 
 
 class FedMomentum(Strategy):

@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fedlora.adapter import Factors
-from fedlora.factors import mean_factors
+from fedlora.adapter.factors import mean_factors
+from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
 from fedlora.strategies.base import Family, ServerState, Strategy
-from fedlora.updates import Updates
 
 
 class FedRotLoRA(Strategy):

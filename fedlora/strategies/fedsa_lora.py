@@ -8,9 +8,9 @@ from typing import cast
 import torch
 
 from fedlora.adapter import Adapter, Factors, Part
+from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
 from fedlora.strategies.base import Family, Plan, ServerState, Strategy
-from fedlora.updates import Updates
 
 
 class FedSALoRA(Strategy):

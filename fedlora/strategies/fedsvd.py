@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fedlora.adapter import Factors
-from fedlora.factors import truncated_svd
+from fedlora.adapter.factors import truncated_svd
+from fedlora.adapter.updates import Updates
 from fedlora.strategies.base import ONLY_B, Family, Plan, ServerState, Strategy
-from fedlora.updates import Updates
 
 
 class FedSVD(Strategy):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedlora.adapter import Factors
+from fedlora.adapter.updates import Updates
 from fedlora.strategies.base import ONLY_B, Family, Plan, ServerState, Strategy
-from fedlora.updates import Updates
 
 
 class FFALoRA(Strategy):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from fedlora.adapter import Factors
-from fedlora.factors import fresh_a
+from fedlora.adapter.factors import fresh_a
+from fedlora.adapter.updates import Updates
 from fedlora.seeds import torch_generator
 from fedlora.strategies.base import Family, Plan, ServerState, Strategy
-from fedlora.updates import Updates
 
 
 class FLoRA(Strategy):

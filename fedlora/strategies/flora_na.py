@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import Tensor
 
 from fedlora.adapter import Factors
-from fedlora.factors import mean, mean_factors
+from fedlora.adapter.factors import mean, mean_factors
+from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
 from fedlora.strategies.base import Family, ServerState, Strategy
 from fedlora.strategies.simplex import minimise_on_simplex, project_to_simplex
-from fedlora.updates import Updates
 
 
 class FLoRANA(Strategy):

@@ -7,11 +7,11 @@ from typing import cast
 from pydantic import Field
 
 from fedlora.adapter import Factors
+from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
 from fedlora.strategies.base import Family, Plan, ServerState, Strategy
 from fedlora.strategies.energy import directions_for
 from fedlora.strategies.flora import fresh_factors
-from fedlora.updates import Updates
 
 
 class FLoRIST(Strategy):

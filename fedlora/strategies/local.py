@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from fedlora.adapter import Adapter
+from fedlora.adapter.updates import Updates
 from fedlora.strategies.base import NOTHING, Family, Plan, ServerState, Strategy
-from fedlora.updates import Updates
 
 
 class Local(Strategy):

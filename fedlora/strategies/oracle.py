@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fedlora.adapter import Factors
+from fedlora.adapter.updates import Updates
 from fedlora.strategies.base import Family, ServerState, Strategy
-from fedlora.updates import Updates
 
 
 class Oracle(Strategy):

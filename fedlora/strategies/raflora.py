@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from fedlora.adapter import Factors
-from fedlora.factors import ProductSum
+from fedlora.adapter.factors import ProductSum
+from fedlora.adapter.updates import Updates
 from fedlora.strategies.base import Family, ServerState, Strategy
 from fedlora.strategies.replication import ownership
-from fedlora.updates import Updates
 
 
 class RAFLoRA(Strategy):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Factors
-from fedlora.factors import mean_factors
+from fedlora.adapter.factors import mean_factors
+from fedlora.adapter.updates import Updates
 from fedlora.strategies.base import Family, ServerState, Strategy
-from fedlora.updates import Updates
 
 
 class Replication(Strategy):

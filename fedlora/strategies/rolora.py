@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 
 from fedlora.adapter import Adapter, Factors
+from fedlora.adapter.updates import Updates
 from fedlora.errors import AdapterError
 from fedlora.strategies.base import ONLY_A, ONLY_B, Family, Plan, ServerState, Strategy, with_shared
-from fedlora.updates import Updates
 
 
 class RoLoRA(Strategy):

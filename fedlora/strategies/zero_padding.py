@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fedlora.adapter.updates import Updates
 from fedlora.strategies.base import Family, ServerState, Strategy
-from fedlora.updates import Updates
 
 
 class ZeroPadding(Strategy):

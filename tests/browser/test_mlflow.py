@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 from playwright.sync_api import Page, expect
 
-from fedlora.plots import colour
+from fedlora.report.plots import colour
 from mlflow_tracking import store
 
 # One shown line per run: MLflow draws the smoothed one over a faint copy of the data.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import Page, expect
 
-from fedlora.plots import colour
+from fedlora.report.plots import colour
 
 SHOWN = "plot => plot._fullData.filter(line => line.visible === true).map(line => [line.name, line.line.color])"
 

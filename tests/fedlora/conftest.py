@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fedlora.adapter import Adapter, Factors
+from fedlora.adapter.updates import Update, Updates
 from fedlora.strategies.base import ServerState
-from fedlora.updates import Update, Updates
 
 RANK, ALPHA = 3, 12
 MODULES = {"encoder.layer.0.query": (40, 23), "encoder.layer.1.mlp": (17, 53), "narrow": (9, 14)}

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Factors, parse_name, wire_size
+from fedlora.adapter.weights import Adapter, Factors, parse_name, wire_size
 from fedlora.errors import AdapterError
-from fedlora.tensorfile import read_tensors, serialise
+from fedlora.files.tensorfile import read_tensors, serialise
 
 
 class TestNames:

@@ -9,7 +9,7 @@ import requests
 from httpx._utils import get_environment_proxies
 from requests.utils import get_environ_proxies
 
-from fedlora import addresses
+from fedlora.config import addresses
 from fedlora.errors import ConfigError
 
 OURS = ["http://127.0.0.1:4200/api", "http://localhost:5000", "http://[::1]:4200", "http://192.0.2.7:4200/api"]

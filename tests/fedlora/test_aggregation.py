@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import fedlora
-from fedlora.aggregation import aggregate
+from fedlora.exchange.aggregation import aggregate
 from fedlora.strategies import registry
 
 WEIGHTS = [3, 1, 2]

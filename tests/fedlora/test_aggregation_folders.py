@@ -17,11 +17,11 @@ from torch import nn
 
 import fedlora
 from fedlora.errors import AdapterError, ConfigError
-from fedlora.limits import Limits
-from fedlora.peftfolder import open_peft_folder
-from fedlora.peftpattern import Pattern
+from fedlora.exchange.peftfolder import open_peft_folder
+from fedlora.files.limits import Limits
+from fedlora.files.tensorfile import StoredTensors
+from fedlora.model.peftpattern import Pattern
 from fedlora.strategies import registry
-from fedlora.tensorfile import StoredTensors
 
 TARGETS = {"enc.q": (7, 5), "enc.v": (4, 7), "dec.q": (6, 4)}
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedlora.adapter import Factors
-from fedlora.base_update import FILE, BaseUpdate
+from fedlora.adapter.base_update import FILE, BaseUpdate
 from fedlora.errors import AdapterError, FedloraError
 
 SHAPES = {"linear": (11, 7), "tall.mlp": (13, 4), "wide": (5, 12)}

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import channel
 from fedlora.adapter import Adapter
-from fedlora.channel import Fate, Message
-from fedlora.inspection import change_norm
+from fedlora.channel import faults as channel
+from fedlora.channel.faults import Fate, Message
+from fedlora.run.inspection import change_norm
 from fedlora.seeds import Turn
 
 FAULTS = {"channel.faults.crash": 0.3, "channel.faults.corrupt": 0.5, "channel.faults.delay": "exponential"}

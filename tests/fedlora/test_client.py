@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import client
-from fedlora.adapter import EVERY_PART, Adapter, parse_name
-from fedlora.client import Turn
+from fedlora.adapter.weights import EVERY_PART, Adapter, parse_name
 from fedlora.config import ModelConfig, TrainingConfig
+from fedlora.config.lora import LoraConfig
 from fedlora.data.tokens import Examples
 from fedlora.errors import RunAborted
-from fedlora.lora_config import LoraConfig
-from fedlora.resident import ResidentModel
+from fedlora.model.resident import ResidentModel
+from fedlora.training import client
+from fedlora.training.client import Turn
 
 TURN = Turn(seed=3, round=2, client=5)
 B_ONLY = frozenset({"B", "head"})

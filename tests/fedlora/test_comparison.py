@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from fedlora import comparison, metrics, rounds
-from fedlora.comparison import COLUMNS, DETAILS, Result
+from fedlora import metrics
 from fedlora.metrics import RoundRecord
-from fedlora.runfolder import RunFolder
+from fedlora.run import rounds
+from fedlora.run.runfolder import RunFolder
+from fedlora.sweep import comparison
+from fedlora.sweep.comparison import COLUMNS, DETAILS, Result
 
 
 @pytest.fixture(scope="module")

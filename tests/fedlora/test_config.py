@@ -9,10 +9,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import configfile
-from fedlora.config import PARTITIONER_CLASSES, RunConfig, Section, TrainingConfig
+from fedlora.config import configfile
+from fedlora.config.lora import LoraConfig
+from fedlora.config.run import PARTITIONER_CLASSES, RunConfig, Section, TrainingConfig
 from fedlora.errors import ConfigError
-from fedlora.lora_config import LoraConfig
 
 PRESETS = Path(__file__).parents[2] / "deployments" / "presets"
 KEYS = list(configfile.dotted_keys())

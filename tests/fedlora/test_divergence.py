@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapter import Adapter, Factors
-from fedlora.base_update import BaseUpdate
-from fedlora.divergence import Divergence, effective_clients, measure, measure_module
-from fedlora.updates import Updates
+from fedlora.adapter.base_update import BaseUpdate
+from fedlora.adapter.divergence import Divergence, effective_clients, measure, measure_module
+from fedlora.adapter.updates import Updates
 
 
 def make(uploads, shape, ranks, seed=0, dtype=torch.float64):

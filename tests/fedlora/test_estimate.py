@@ -2,8 +2,9 @@
 
 import pytest
 
-from fedlora import configfile, estimate
-from fedlora.estimate import Pace
+from fedlora.config import configfile
+from fedlora.sweep import estimate
+from fedlora.sweep.estimate import Pace
 
 PACE = Pace(setup=3.0, step=0.1, example=0.01, worker_bytes=10**9, test=100, train=800, local_test=10.0)
 

@@ -9,10 +9,10 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 from fedlora import metrics
 from fedlora.config import ModelConfig
+from fedlora.config.lora import LoraConfig
 from fedlora.data.tokens import Examples
-from fedlora.evaluation import Scores, evaluate
-from fedlora.lora_config import LoraConfig
-from fedlora.resident import ResidentModel
+from fedlora.model.resident import ResidentModel
+from fedlora.training.evaluation import Scores, evaluate
 
 LABELS = 4
 

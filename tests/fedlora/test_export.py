@@ -16,15 +16,17 @@ from matplotlib.image import imread
 from peft import PeftModel
 
 import fedlora
-from fedlora import configfile, export, model, plots, rounds
 from fedlora.adapter import Adapter
-from fedlora.config import ModelConfig
+from fedlora.config import ModelConfig, configfile
 from fedlora.data import tokens
 from fedlora.errors import AdapterError
-from fedlora.evaluation import Scores, evaluate
-from fedlora.loop import train
-from fedlora.peftfolder import read_peft_folder
-from fedlora.runfolder import RunFolder
+from fedlora.exchange.peftfolder import read_peft_folder
+from fedlora.model import base as model
+from fedlora.report import plots
+from fedlora.run import export, rounds
+from fedlora.run.loop import train
+from fedlora.run.runfolder import RunFolder
+from fedlora.training.evaluation import Scores, evaluate
 
 CLIENTS = {"round", "client", "examples", "rank", "loss", "accuracy", "seconds", "bytes", "status"}
 DIVERGENCE = {"round", "module", "rho", "floor"}

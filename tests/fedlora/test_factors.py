@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapter import Factors
-from fedlora.factors import (
+from fedlora.adapter.factors import (
     Frame,
     ProductSum,
     keep_trainable,

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forked on Linux
 
 AHEAD = """
 import psutil
-from fedlora import forerunner
+from fedlora.training import forerunner
 forerunner.begin()
 forerunner.begin()
 assert "torch" not in __import__("sys").modules
@@ -32,7 +32,7 @@ def test_imports_under_way_end_with_the_process_they_are_for():
 
 
 HEAVY = {
-    "fedlora.preloaded": {"datasets", "pandas", "mlflow", "prefect"},
+    "fedlora.run.preloaded": {"datasets", "pandas", "mlflow", "prefect"},
     "flows.federated": {"datasets", "pandas", "mlflow", "transformers", "peft", "matplotlib"},
 }
 

@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
-from fedlora.atomic import write_atomic
 from fedlora.errors import RunFolderError
-from fedlora.loop import train
+from fedlora.files.atomic import write_atomic
+from fedlora.run.loop import train
 
 NO_SPACE = r"^no space left while saving \S+; what was saved before is intact\. Free some space, then .* to continue\.$"
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from fedlora.adapter import EVERY_PART
-from fedlora.client import Turn, train
 from fedlora.config import ModelConfig, RunnerConfig, TrainingConfig
+from fedlora.config.lora import LoraConfig
 from fedlora.data import tokens
 from fedlora.errors import ConfigError
-from fedlora.lora_config import LoraConfig
-from fedlora.resident import ResidentModel
-from fedlora.runfolder import RunFolder
-from fedlora.workers import slot_devices
+from fedlora.model.resident import ResidentModel
+from fedlora.run.runfolder import RunFolder
+from fedlora.training.client import Turn, train
+from fedlora.training.workers import slot_devices
 
 
 @pytest.fixture

@@ -4,9 +4,10 @@ import pytest
 import torch
 import transformers
 
-from fedlora import heads, model
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
+from fedlora.model import base as model
+from fedlora.model import heads
 
 NAMES = ["tech", "sport", "food"]
 SIZES = {

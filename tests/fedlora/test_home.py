@@ -6,8 +6,8 @@ from contextlib import closing
 import pytest
 from sqlalchemy import create_engine, text
 
-from fedlora import home
 from fedlora.errors import ConfigError
+from fedlora.files import home
 
 NAMES = [
     "plain",

@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 
-from fedlora import channel, inspection
 from fedlora.adapter import Adapter, Factors
+from fedlora.channel import faults as channel
 from fedlora.errors import UpdateRejected
-from fedlora.runfolder import RunFolder
+from fedlora.run import inspection
+from fedlora.run.runfolder import RunFolder
 from fedlora.seeds import Turn
 
 TURN = Turn(0, 2, 1)

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from fedlora import inference
-from fedlora.base_update import FILE, BaseUpdate
+from fedlora.adapter.base_update import FILE, BaseUpdate
 from fedlora.errors import AdapterError
-from fedlora.limits import clean, file_within, read_json, read_text, short
+from fedlora.exchange.description import description
+from fedlora.files.limits import clean, file_within, read_json, read_text, short
 
 
 class TestJson:
@@ -86,5 +86,5 @@ def test_a_base_update_that_is_no_file_of_the_folder(tmp_path, make):
 def test_a_description_of_something_else(tmp_path, content):
     (tmp_path / "fedlora.json").write_text(content, encoding="latin-1")
     with pytest.raises(AdapterError, match=r"holds no readable fedlora\.json") as refused:
-        inference.description(tmp_path)
+        description(tmp_path)
     assert str(refused.value).isprintable()

@@ -16,18 +16,20 @@ import torch
 from transformers import AutoModel, GPT2Config, LlamaConfig
 
 import fedlora
-from fedlora import client, loop, model, participation, rounds
 from fedlora.adapter import Adapter, Factors
 from fedlora.config import ModelConfig
 from fedlora.data import tokens
 from fedlora.data.partition import Partition
 from fedlora.errors import ModelError
-from fedlora.evaluation import evaluate
-from fedlora.loop import train
-from fedlora.resident import ResidentModel
-from fedlora.runfolder import RunFolder
+from fedlora.model import base as model
+from fedlora.model.resident import ResidentModel
+from fedlora.run import loop, participation, rounds
+from fedlora.run.loop import train
+from fedlora.run.runfolder import RunFolder
 from fedlora.strategies import registry
-from fedlora.workers import open_pool
+from fedlora.training import client
+from fedlora.training.evaluation import evaluate
+from fedlora.training.workers import open_pool
 
 STRATEGIES = tuple(registry._BUILTIN)
 BOTH = ("fedit", "flora-na", "svd", "local", "flora", "fedex-lora", "oracle", "fedsa-lora", "replication", "lora-fair")
@@ -454,7 +456,7 @@ def hang(bench, folder, number, client, attempt):
 def test_an_interruption_does_not_wait_for_a_worker_that_hangs(configure, tmp_path, monkeypatch):
     (tmp_path / "jobs_that_hang.py").write_text(HANG)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("fedlora.jobs.fine_tune", importlib.import_module("jobs_that_hang").hang)
+    monkeypatch.setattr("fedlora.run.jobs.fine_tune", importlib.import_module("jobs_that_hang").hang)
     real = loop._why_failed
 
     def interrupted(run, pool, ask, client):
@@ -464,7 +466,7 @@ def test_an_interruption_does_not_wait_for_a_worker_that_hangs(configure, tmp_pa
             time.sleep(0.02)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedlora.loop._why_failed", interrupted)
+    monkeypatch.setattr("fedlora.run.loop._why_failed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(configure({"runner.kind": "processes", "runner.slots": 2}), tmp_path / "run")
     assert (tmp_path / "run/hangs").exists()

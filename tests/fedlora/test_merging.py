@@ -16,12 +16,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import fedlora
-from fedlora import merging
-from fedlora import model as models
 from fedlora.adapter import Factors
-from fedlora.base_update import BaseUpdate
+from fedlora.adapter.base_update import BaseUpdate
 from fedlora.errors import AdapterError, ModelError
-from fedlora.peftfolder import open_peft_folder
+from fedlora.exchange import merging
+from fedlora.exchange.peftfolder import open_peft_folder
+from fedlora.model import base as models
 
 IDS = torch.tensor([[5, 17, 9, 30, 2, 8], [11, 6, 6, 44, 3, 9]])
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from fedlora import model
 from fedlora.config import ModelConfig
+from fedlora.config.lora import LoraConfig
 from fedlora.errors import ModelError
-from fedlora.lora_config import LoraConfig
-from fedlora.resident import ResidentModel
+from fedlora.model import base as model
+from fedlora.model.resident import ResidentModel
 
 LABELS = ["cat", "dog", "hen"]
 CPU = torch.device("cpu")

@@ -8,10 +8,11 @@ import torch
 import transformers
 from transformers import AutoModel
 
-from fedlora import jobs, model
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
-from fedlora.workers import Workbench
+from fedlora.model import base as model
+from fedlora.run import jobs
+from fedlora.training.workers import Workbench
 
 LABELS = ["cat", "dog", "hen"]
 PAD = 0
@@ -114,7 +115,7 @@ def test_a_model_without_limit_takes_any_length(tmp_path, name):
 
 
 def test_the_length_is_checked_before_anything_is_tokenised(configure, tmp_path, monkeypatch):
-    from fedlora.runfolder import RunFolder
+    from fedlora.run.runfolder import RunFolder
 
     monkeypatch.setenv("FEDLORA_HOME", str(tmp_path / "home"))
     run = RunFolder.create(tmp_path / "run", configure({"data.max_length": 513}))

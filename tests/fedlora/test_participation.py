@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import channel, client, metrics, participation, rounds
+from fedlora import metrics
 from fedlora.adapter import Adapter
+from fedlora.adapter.updates import Update, Updates
+from fedlora.channel import faults as channel
 from fedlora.errors import ClientFailed, ConfigError, RunAborted
-from fedlora.loop import train
-from fedlora.participation import Ask, Entry, Roll
-from fedlora.runfolder import RunFolder
+from fedlora.run import participation, rounds
+from fedlora.run.loop import train
+from fedlora.run.participation import Ask, Entry, Roll
+from fedlora.run.runfolder import RunFolder
 from fedlora.seeds import Turn
 from fedlora.strategies import registry
-from fedlora.updates import Update, Updates
+from fedlora.training import client
 
 FAULTY = {
     "clients": 8,

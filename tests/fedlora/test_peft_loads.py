@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fedlora
-from fedlora import aggregation_files
-from fedlora.adapter import without_wrappers
+from fedlora.adapter.weights import without_wrappers
 from fedlora.errors import AdapterError, ConfigError
-from fedlora.peftfolder import PEFT_PREFIX, config_at_ranks, open_peft_folder, passed_over
+from fedlora.exchange import result as results
+from fedlora.exchange.peftfolder import PEFT_PREFIX, config_at_ranks, open_peft_folder, passed_over
 
 FILE = "adapter_model.safetensors"
 
@@ -142,7 +142,7 @@ class TestWrappers:
 
 class TestProof:
     def wrong(self, monkeypatch, **changes):
-        monkeypatch.setattr(aggregation_files, "config_at_ranks", lambda *given: {**config_at_ranks(*given), **changes})
+        monkeypatch.setattr(results, "config_at_ranks", lambda *given: {**config_at_ranks(*given), **changes})
 
     @pytest.mark.parametrize(
         ("changes", "what"),
@@ -163,7 +163,7 @@ class TestProof:
 
     @pytest.mark.parametrize("kind", ["lost", "added", "changed"])
     def test_of_tensors(self, clients, tmp_path, monkeypatch, kind):
-        def write(adapter, folder, config, card, real=aggregation_files.write_peft_folder):
+        def write(adapter, folder, config, card, real=results.write_peft_folder):
             real(adapter, folder, config, card)
             tensors = load_file(folder / FILE)
             name = f"{PEFT_PREFIX}head.bias"
@@ -173,7 +173,7 @@ class TestProof:
                 tensors[f"{PEFT_PREFIX}head.other" if kind == "added" else name] = torch.ones(3)
             save_file(tensors, folder / FILE)
 
-        monkeypatch.setattr(aggregation_files, "write_peft_folder", write)
+        monkeypatch.setattr(results, "write_peft_folder", write)
         with pytest.raises(AdapterError, match=r"not what PEFT would load: '\S*head\.\w+' in"):
             fedlora.aggregate(clients(), "svd").save(tmp_path / "out")
 

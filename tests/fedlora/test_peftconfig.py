@@ -7,7 +7,7 @@ import peft
 import pytest
 
 from fedlora.errors import AdapterError
-from fedlora.peftconfig import KEYS, Treatment, read_configuration, read_with_notes
+from fedlora.exchange.peftconfig import KEYS, Treatment, read_configuration, read_with_notes
 
 GOOD = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "use_dora": False}
 
@@ -61,7 +61,9 @@ OF_BOTH = [(method, key) for method, keys in KEYS.items() for key in keys]
 def test_every_key_of_peft_is_classified(method):
     """A PEFT that has another one fails here: it may give tensors another meaning."""
     installed = {field.name for field in dataclasses.fields(CONFIGS[method])}
-    assert installed - KEYS[method].keys() == set(), "say in fedlora/peftconfig.py what is done about these keys"
+    assert installed - KEYS[method].keys() == set(), (
+        "say in fedlora/exchange/peftconfig.py what is done about these keys"
+    )
     assert KEYS[method].keys() - installed == set()
 
 

@@ -8,7 +8,7 @@ import torch
 
 from fedlora.adapter import Adapter
 from fedlora.errors import AdapterError
-from fedlora.peftfolder import read_peft_folder, write_peft_folder
+from fedlora.exchange.peftfolder import read_peft_folder, write_peft_folder
 
 
 class Tiny(torch.nn.Module):

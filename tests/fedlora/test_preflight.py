@@ -10,12 +10,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast
 
 import fedlora
-from fedlora import configfile, jobs, outline, preflight
-from fedlora.config import ModelConfig
+from fedlora.config import ModelConfig, configfile
 from fedlora.errors import ConfigError, DataError, FedloraError, ModelError, RunFolderError
-from fedlora.resident import ResidentModel
-from fedlora.runfolder import RunFolder
-from fedlora.workers import Workbench
+from fedlora.model import outline
+from fedlora.model.resident import ResidentModel
+from fedlora.run import jobs, preflight
+from fedlora.run.runfolder import RunFolder
+from fedlora.training.workers import Workbench
 
 WORDS = ["goal", "match", "team", "chip", "phone", "code", "soup", "bread", "cheese"]
 ROWS = 120

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import rounds
 from fedlora.adapter import Adapter, Factors
 from fedlora.data import tokens
-from fedlora.evaluation import evaluate
-from fedlora.resident import ResidentModel
-from fedlora.runfolder import RunFolder
+from fedlora.model.resident import ResidentModel
+from fedlora.run import rounds
+from fedlora.run.runfolder import RunFolder
+from fedlora.training.evaluation import evaluate
 
 NAMES = ("ranks/before", "ranks/zero_padding", "ranks/replication")
 LEARNING = {"training.local_steps": 12, "training.learning_rate": 0.02}

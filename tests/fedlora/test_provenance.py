@@ -4,14 +4,15 @@ import shutil
 
 import pytest
 
-from fedlora import model, provenance
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
-from fedlora.inference import description
-from fedlora.jobs import prepare_data
-from fedlora.loop import train
-from fedlora.runfolder import RunFolder
-from fedlora.workers import Workbench
+from fedlora.exchange.inference import description
+from fedlora.model import base as model
+from fedlora.model import provenance
+from fedlora.run.jobs import prepare_data
+from fedlora.run.loop import train
+from fedlora.run.runfolder import RunFolder
+from fedlora.training.workers import Workbench
 
 COMMIT, LATER = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
 

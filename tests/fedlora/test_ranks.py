@@ -7,16 +7,17 @@ import pytest
 import torch
 import yaml
 
-from fedlora import client, configfile, ranks, rounds
-from fedlora.adapter import EVERY_PART, Adapter, wire_size
-from fedlora.config import RunConfig
+from fedlora.adapter.weights import EVERY_PART, Adapter, wire_size
+from fedlora.config import RunConfig, configfile
+from fedlora.config.lora import LoraConfig, RankRule
 from fedlora.data import tokens
 from fedlora.data.partition import Partition
 from fedlora.errors import ConfigError
-from fedlora.evaluation import Scores, evaluate
-from fedlora.lora_config import LoraConfig, RankRule
-from fedlora.resident import ResidentModel
-from fedlora.runfolder import RunFolder
+from fedlora.model.resident import ResidentModel
+from fedlora.run import ranks, rounds
+from fedlora.run.runfolder import RunFolder
+from fedlora.training import client
+from fedlora.training.evaluation import Scores, evaluate
 
 RULE = RankRule(low=2, high=4, share=0.3)
 MIXED = {"strategy": "zero-padding", "lora.ranks": [2, 4, 7]}

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from fedlora import recovery, rounds
 from fedlora.errors import DataError, RunFolderError
-from fedlora.loop import train
-from fedlora.runfolder import RunFolder
+from fedlora.run import recovery, rounds
+from fedlora.run.loop import train
+from fedlora.run.runfolder import RunFolder
 
 CHANGES = {"rounds": 3, "training.local_steps": 1, "evaluation.local": False}
 
@@ -213,7 +213,7 @@ class TestFolders:
 class TestLock:
     def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(self, configure, interrupted):
         code = (
-            "import sys, time; from pathlib import Path; from fedlora.runfolder import RunFolder\n"
+            "import sys, time; from pathlib import Path; from fedlora.run.runfolder import RunFolder\n"
             f"with RunFolder(Path({str(interrupted)!r})).held():\n"
             " print('held', flush=True); time.sleep(600)"
         )

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedlora import inference, model, provenance, yamltext
-from fedlora.config import ModelConfig
+from fedlora.config import ModelConfig, yamltext
 from fedlora.errors import ModelError
-from fedlora.peftfolder import DESCRIPTION
-from fedlora.runfolder import RunFolder
+from fedlora.exchange import inference
+from fedlora.exchange.description import description
+from fedlora.exchange.peftfolder import DESCRIPTION
+from fedlora.model import base as model
+from fedlora.model import provenance
+from fedlora.run.runfolder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("fedlora", "mlflow_tracking", "tasks", "flows", "deployments")
@@ -82,7 +85,7 @@ def test_an_adapter_cannot_allow_code(own_code, tmp_path):
     folder, marker = own_code
     content = {"model": {"name": str(folder), "pooling": "mean", "trust_remote_code": True}, "labels": ["a", "b"]}
     (tmp_path / DESCRIPTION).write_text(json.dumps(content))
-    assert inference.description(tmp_path)[0].trust_remote_code is False
+    assert description(tmp_path)[0].trust_remote_code is False
     with pytest.raises(ModelError):
         inference.load_adapter(tmp_path)
     assert not marker.exists()

@@ -8,14 +8,14 @@ import peft
 import pytest
 import torch
 
-from fedlora import model
-from fedlora.adapter import EVERY_PART, Adapter, Factors, parse_name
-from fedlora.base_update import BaseUpdate
+from fedlora.adapter.base_update import BaseUpdate
+from fedlora.adapter.weights import EVERY_PART, Adapter, Factors, parse_name
 from fedlora.config import ModelConfig
+from fedlora.config.lora import LoraConfig
 from fedlora.errors import ModelError
-from fedlora.lora_config import LoraConfig
-from fedlora.peftfolder import write_peft_folder
-from fedlora.resident import ResidentModel, add_to_weight
+from fedlora.exchange.peftfolder import write_peft_folder
+from fedlora.model import base as model
+from fedlora.model.resident import ResidentModel, add_to_weight
 
 LABELS = ["cat", "dog", "hen"]
 CPU = torch.device("cpu")
@@ -396,7 +396,7 @@ def test_a_base_whose_weights_are_shared_is_refused_before_a_strategy_changes_th
 
 @pytest.mark.parametrize("strategy", ["flora", "fedit"])
 def test_a_run_asks_that_where_the_strategy_changes_the_base(configure, tmp_path, monkeypatch, strategy):
-    from fedlora.loop import train
+    from fedlora.run.loop import train
 
     def shared(self):
         raise ModelError("shares its weight")

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from fedlora import rounds
 from fedlora.errors import RunAborted, RunFolderError
-from fedlora.loop import train
-from fedlora.runfolder import RunFolder
+from fedlora.run import rounds
+from fedlora.run.loop import train
+from fedlora.run.runfolder import RunFolder
 
 
 def without_times(folder) -> list[dict]:

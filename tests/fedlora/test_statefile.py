@@ -6,14 +6,15 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from fedlora import statefile
 from fedlora.adapter import Adapter, Factors
-from fedlora.base_update import BaseUpdate
+from fedlora.adapter.base_update import BaseUpdate
+from fedlora.adapter.updates import Updates
 from fedlora.errors import AdapterError
+from fedlora.files.tensorfile import read_tensors, serialise
 from fedlora.strategies import registry
-from fedlora.strategies.base import ServerState, advance
-from fedlora.tensorfile import read_tensors, serialise
-from fedlora.updates import Updates
+from fedlora.strategies import state as states
+from fedlora.strategies.base import ServerState
+from fedlora.strategies.step import advance
 
 
 def equal(one, other) -> bool:
@@ -29,8 +30,8 @@ def equal(one, other) -> bool:
 
 def through_the_disk(state, tmp_path) -> ServerState:
     path = tmp_path / "state.safetensors"
-    path.write_bytes(serialise(statefile.tensors(state)))
-    return statefile.from_tensors(read_tensors(path), json.loads(json.dumps(statefile.scalars(state))))
+    path.write_bytes(serialise(states.tensors(state)))
+    return states.from_tensors(read_tensors(path), json.loads(json.dumps(states.scalars(state))))
 
 
 @pytest.fixture
@@ -108,8 +109,8 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(uploads, tmp_path, name)
 
 @pytest.mark.parametrize("change", [{"x": 1}, {"personal/x/y": 1}, {"global/a.lora_A.weight": 1}, {"diagnostics/q": 1}])
 def test_something_else_is_refused(uploads, change):
-    named = statefile.tensors(ServerState(uploads.adapter(0)))
+    named = states.tensors(ServerState(uploads.adapter(0)))
     with pytest.raises(AdapterError):
-        statefile.from_tensors({**(named if "global" not in str(change) else {}), **change}, {"round": 1})
+        states.from_tensors({**(named if "global" not in str(change) else {}), **change}, {"round": 1})
     with pytest.raises(AdapterError, match="this is no server's state"):
-        statefile.from_tensors(named, {})
+        states.from_tensors(named, {})

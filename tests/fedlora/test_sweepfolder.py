@@ -2,9 +2,10 @@
 
 import pytest
 
-from fedlora import lock, sweeps
 from fedlora.errors import RunFolderError
-from fedlora.sweepfolder import SweepFolder
+from fedlora.files import lock
+from fedlora.sweep import plan as sweeps
+from fedlora.sweep.folder import SweepFolder
 from flows.presets import PRESETS, SWEEPS
 
 

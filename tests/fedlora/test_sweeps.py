@@ -2,8 +2,9 @@
 
 import pytest
 
-from fedlora import configfile, sweeps
+from fedlora.config import configfile
 from fedlora.errors import ConfigError
+from fedlora.sweep import plan as sweeps
 from flows.presets import PRESETS, SWEEPS
 
 

@@ -7,7 +7,7 @@ import torch
 
 from fedlora.adapter import Adapter, Factors
 from fedlora.errors import AdapterError
-from fedlora.tensorfile import read_tensors, serialise
+from fedlora.files.tensorfile import read_tensors, serialise
 
 
 class TestSerialise:

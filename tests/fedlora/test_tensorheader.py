@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save
 
 from fedlora.errors import AdapterError
-from fedlora.limits import OWN, UPLOAD, Limits
-from fedlora.tensorfile import StoredTensors, read_tensors
-from fedlora.tensorheader import read_header
+from fedlora.files.limits import OWN, UPLOAD, Limits
+from fedlora.files.tensorfile import StoredTensors, read_tensors
+from fedlora.files.tensorheader import read_header
 
 
 def entry(shape=(2,), place=(0, 8), dtype="F32"):

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from fedlora.adapter import Adapter, Factors
-from fedlora.divergence import measure
+from fedlora.adapter.divergence import measure
+from fedlora.adapter.updates import ModuleUploads, Update, Updates
 from fedlora.errors import AdapterError
 from fedlora.strategies import registry
-from fedlora.strategies.base import ServerState, advance
-from fedlora.updates import ModuleUploads, Update, Updates
+from fedlora.strategies.base import ServerState
+from fedlora.strategies.step import advance
 
 
 def of(uploads, *examples, weighting="examples"):

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlora import tensorfile, uploads
 from fedlora.adapter import Adapter
+from fedlora.channel import uploads
 from fedlora.errors import AdapterError
-from fedlora.limits import Limits
-from fedlora.tensorfile import serialise
+from fedlora.files import tensorfile
+from fedlora.files.limits import Limits
+from fedlora.files.tensorfile import serialise
 
 WHO = "client 3, round 2"
 A = "base_model.model.narrow.lora_A.weight"

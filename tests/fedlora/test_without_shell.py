@@ -12,7 +12,7 @@ import pytest
 import fedlora
 import fedlora.config
 
-ROOT = Path(fedlora.config.__file__).parents[1]
+ROOT = Path(fedlora.__file__).parents[1]
 FORBIDDEN = {
     "fedlora": {"mlflow_tracking", "tasks", "flows", "fedlora_cli", "prefect", "mlflow"},
     "mlflow_tracking": {"tasks", "flows", "fedlora_cli", "prefect"},
@@ -35,7 +35,7 @@ for name in REFUSED:
     raise SystemExit(f"{name} could be imported: this test proves nothing")
 
 import fedlora
-from fedlora import configfile
+from fedlora.config import configfile
 
 config = configfile.build(json.loads(sys.argv[1]))
 records = fedlora.train(config, Path(sys.argv[2]))

@@ -12,11 +12,11 @@ import psutil
 import pytest
 import torch
 
-from fedlora import forerunner, workers
 from fedlora.config import RunnerConfig
 from fedlora.errors import ConfigError, RunAborted, WorkerError
-from fedlora.workerprocess import WorkerProcess
-from fedlora.workers import Pool, ProcessSlot, ThreadSlot, Workbench, slot_devices
+from fedlora.training import forerunner, workers
+from fedlora.training.workerprocess import WorkerProcess
+from fedlora.training.workers import Pool, ProcessSlot, ThreadSlot, Workbench, slot_devices
 
 JOBS = """
 import os, signal, time
@@ -287,7 +287,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
         import jobs_in_workers
-        from fedlora.workers import ProcessSlot
+        from fedlora.training.workers import ProcessSlot
         if __name__ == "__main__":
             ProcessSlot("cpu", 1).run(jobs_in_workers.sleep, 600, {str(tmp_path / "mark")!r})
     """

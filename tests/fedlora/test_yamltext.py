@@ -2,9 +2,10 @@
 
 import pytest
 
-from fedlora import configfile, sweeps
+from fedlora.config import configfile
+from fedlora.config.yamltext import parse
 from fedlora.errors import ConfigError, FedloraError
-from fedlora.yamltext import parse
+from fedlora.sweep import plan as sweeps
 from flows.presets import PRESETS, SWEEPS
 
 

@@ -18,7 +18,7 @@ from prefect import settings
 from prefect.settings import temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from fedlora.runfolder import RunFolder
+from fedlora.run.runfolder import RunFolder
 from flows import cli
 
 

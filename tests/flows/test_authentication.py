@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fedlora import home
 from fedlora.errors import ConfigError, FedloraError, TrackingError
+from fedlora.files import home
 from flows import authentication, database, deploying, environment, launch, ports
 from flows.environment import Services
 from flows.processes import ServiceError

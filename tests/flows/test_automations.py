@@ -20,8 +20,8 @@ import pytest
 from prefect import flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from fedlora import home
 from fedlora.config import RunConfig
+from fedlora.files import home
 from flows import automations, environment, processes, server_log, standing
 from flows.environment import Services
 from flows.federated import default_folder

@@ -14,7 +14,8 @@ import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 
-from fedlora import home, jobs
+from fedlora.files import home
+from fedlora.run import jobs
 
 FEDLORA = str(Path(sys.executable).with_name("fedlora"))
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from fedlora import aggregation_files
 from fedlora.errors import RunFolderError
+from fedlora.exchange import result
 
 SHAPES = {"enc.q": (7, 5), "enc.deep.v": (4, 9)}
 S = 1.5
@@ -257,7 +257,7 @@ class TestCommand:
 
         folders = clients()
         before = sorted(tmp_path.rglob("*"))
-        monkeypatch.setattr(aggregation_files, what, full)
+        monkeypatch.setattr(result, what, full)
         words = ["--out", tmp_path / "out", "--report", tmp_path / "r.json"]
         code, out, err = fedlora("aggregate", "--strategy", "fedit", *words, *folders)
         assert (code, out) == (RunFolderError.exit_code, "")

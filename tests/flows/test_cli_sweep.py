@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from fedlora import home
+from fedlora.files import home
 
 
 def test_sweep_compares_strategies_on_one_partition(pictures, fedlora, small, prefect_server, tmp_path, store_uri):

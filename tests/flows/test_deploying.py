@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from fedlora import configfile
+from fedlora.config import configfile
 from fedlora.errors import TrackingError
 from flows import deploying, environment, launch
 from flows.database import Databases

@@ -20,7 +20,9 @@ import pytest
 import typer
 import yaml
 
-from fedlora import configfile, preflight, sweeps
+from fedlora.config import configfile
+from fedlora.run import preflight
+from fedlora.sweep import plan as sweeps
 from flows import cli, deploying
 from flows.presets import PRESETS, SWEEPS
 

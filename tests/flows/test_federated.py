@@ -14,11 +14,14 @@ from prefect.client.schemas.objects import TaskRun
 from safetensors.torch import load_file
 
 import fedlora
-from fedlora import configfile, jobs, loop, metrics, rounds, workers
+from fedlora import metrics
+from fedlora.config import configfile
 from fedlora.data import tokens
 from fedlora.data.batches import evaluation_batches
 from fedlora.errors import ConfigError, DataError, RunAborted
-from fedlora.runfolder import RunFolder
+from fedlora.run import jobs, loop, rounds
+from fedlora.run.runfolder import RunFolder
+from fedlora.training import workers
 from flows.presets import PRESETS
 from mlflow_tracking import tracker
 

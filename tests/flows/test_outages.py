@@ -15,9 +15,9 @@ from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from fedlora import rounds
 from fedlora.errors import TrackingError
-from fedlora.runfolder import RunFolder
+from fedlora.run import rounds
+from fedlora.run.runfolder import RunFolder
 from flows import outages
 from flows.federated import federated
 from mlflow_tracking import tracker

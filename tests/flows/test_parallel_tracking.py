@@ -8,14 +8,14 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from mlflow import MlflowClient
 
-from fedlora import rounds
+from fedlora.run import rounds
 from mlflow_tracking import store, tracker
 
 WRITERS, ROUNDS = 2, 20
 DELIVER = """
 import sys
 from pathlib import Path
-from fedlora.runfolder import RunFolder
+from fedlora.run.runfolder import RunFolder
 from mlflow_tracking import tracker
 
 sys.stdin.readline()  # all begin together

@@ -15,8 +15,8 @@ import psutil
 import pytest
 import yaml
 
-from fedlora import home
 from fedlora.errors import ConfigError, FedloraError
+from fedlora.files import home
 from flows import database, server_log
 from flows.processes import log_file
 from flows.services import down, status, up

@@ -4,8 +4,8 @@ import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 
-from fedlora import home
 from fedlora.errors import RunFolderError, TrackingError
+from fedlora.files import home
 from mlflow_tracking import store
 
 

@@ -6,9 +6,9 @@ import shutil
 import pytest
 from mlflow import MlflowClient
 
-from fedlora import home
 from fedlora.errors import ConfigError
-from fedlora.runfolder import RunFolder
+from fedlora.files import home
+from fedlora.run.runfolder import RunFolder
 from flows import resuming
 from mlflow_tracking import tracker
 

@@ -19,8 +19,8 @@ import httpx
 import psutil
 import pytest
 
-from fedlora import home
 from fedlora.errors import ConfigError, FedloraError
+from fedlora.files import home
 from flows import authentication, deploying, gpus, processes
 from flows.deploying import deploy
 from flows.environment import Services, is_alive, recorded_services, running_services

@@ -12,9 +12,12 @@ from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
-from fedlora import comparison, configfile, home, sweeps
+from fedlora.config import configfile
 from fedlora.errors import ConfigError, FedloraError
-from fedlora.sweepfolder import SweepFolder
+from fedlora.files import home
+from fedlora.sweep import comparison
+from fedlora.sweep import plan as sweeps
+from fedlora.sweep.folder import SweepFolder
 from flows.presets import PRESETS, SWEEPS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ import re
 import yaml
 from hypothesis import strategies as st
 
-from fedlora import configfile
+from fedlora.config import configfile
 from fedlora.strategies import registry
 from tests.fuzz.folders import long
 

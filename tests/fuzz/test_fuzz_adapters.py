@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from fedlora import aggregation_files, inference, uploads
 from fedlora.adapter import Adapter
-from fedlora.base_update import BaseUpdate
-from fedlora.peftfolder import open_peft_folder, read_peft_folder
+from fedlora.adapter.base_update import BaseUpdate
+from fedlora.channel import uploads
+from fedlora.exchange import result
+from fedlora.exchange.description import description
+from fedlora.exchange.peftfolder import open_peft_folder, read_peft_folder
 from tests.fuzz import campaign
 from tests.fuzz.folders import WEIGHTS, draft, faulty, made
 
@@ -37,7 +39,7 @@ def test_folders_are_read_or_refused(shard, place):
                 check_upload(upload, expected)
             campaign.outcome(lambda: read_peft_folder(folder))
             campaign.outcome(lambda: BaseUpdate.read(folder))
-            campaign.outcome(lambda: inference.description(folder))
+            campaign.outcome(lambda: description(folder))
             assert campaign.tree(place) == before
         finally:
             campaign.empty(place)
@@ -52,7 +54,7 @@ def check_folder(opened):
     content = opened.peft_content()
     kind = peft.HiraConfig if opened.variant == "hira" else peft.LoraConfig
     kind(**{key: value for key, value in content.items() if key != "peft_type"})
-    aggregation_files._described(opened)
+    result._described(opened)
     adapter = Adapter.from_tensors(dict(opened.stored.items()))
     for module, (d_out, rank, d_in) in opened.shapes.items():
         assert adapter.factors[module].rank == rank > 0

@@ -10,9 +10,9 @@ import torch
 from hypothesis import strategies as st
 
 import fedlora
-from fedlora import aggregation_files
-from fedlora.base_update import BaseUpdate
-from fedlora.peftfolder import open_peft_folder
+from fedlora.adapter.base_update import BaseUpdate
+from fedlora.exchange import result
+from fedlora.exchange.peftfolder import open_peft_folder
 from fedlora.strategies import registry
 from flows import cli
 from tests.fuzz import campaign, folders
@@ -136,6 +136,6 @@ def check_output(out, call):
     for folder in places:
         opened = open_peft_folder(folder)
         opened.peft_content()
-        assert aggregation_files._described(opened) == "" or (folder / "fedlora.json").exists()
+        assert result._described(opened) == "" or (folder / "fedlora.json").exists()
         for name, tensor in (dict(opened.stored.items()) | BaseUpdate.read(folder).tensors()).items():
             assert torch.isfinite(tensor).all(), name

@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import strategies as st
 
-from fedlora import configfile, sweeps
+from fedlora.config import configfile
+from fedlora.sweep import plan as sweeps
 from flows.presets import PRESETS, SWEEPS
 from tests.fuzz import campaign, settings
 

@@ -1,7 +1,7 @@
 import pytest
 
-from fedlora import configfile
-from fedlora.addresses import holds_secret
+from fedlora.config import configfile
+from fedlora.config.addresses import holds_secret
 from fedlora.errors import ConfigError, TrackingError
 from mlflow_tracking import store
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from fedlora import addresses, metrics, rounds
+from fedlora import metrics
+from fedlora.config import addresses
 from fedlora.errors import TrackingError
+from fedlora.run import rounds
 from mlflow_tracking import history, parents, store, tracker
 
 

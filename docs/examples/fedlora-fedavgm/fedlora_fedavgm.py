@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 
 from fedlora.adapter import Factors
+from fedlora.adapter.updates import Updates
 from fedlora.config import Section
 from fedlora.strategies.base import Family, ServerState, Strategy
-from fedlora.updates import Updates
 
 
 class FedAvgM(Strategy):

@@ -9,7 +9,7 @@ import pytest
 
 import fedlora.config
 
-ASSETS = Path(fedlora.config.__file__).parent / "assets"
+ASSETS = Path(fedlora.__file__).parent / "assets"
 ANIMALS, PLANTS, TOOLS = (("cat", "dog", "hen"), ("oak", "fern", "rose", "a tall larch"), ("saw", "axe"))
 
 

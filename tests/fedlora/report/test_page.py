@@ -7,9 +7,9 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from fedlora import plots, report
+from fedlora import report
 from fedlora.errors import FedloraError, RunFolderError
-from fedlora.report import curves, maps, page
+from fedlora.report import curves, maps, page, plots
 
 
 def figures(text):

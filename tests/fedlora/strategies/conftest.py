@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fedlora.adapter import Adapter, Factors
-from fedlora.rounds import measure_round
+from fedlora.adapter.updates import Update, Updates
 from fedlora.strategies import registry
-from fedlora.strategies.base import ServerState, Strategy, advance
-from fedlora.updates import Update, Updates
+from fedlora.strategies.base import ServerState, Strategy
+from fedlora.strategies.step import advance, measure_round
 
 NAMES = list(registry._BUILTIN)
 RANKS = (2, 3, 1)

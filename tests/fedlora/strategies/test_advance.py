@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fedlora.adapter import Factors
-from fedlora.base_update import BaseUpdate
+from fedlora.adapter.base_update import BaseUpdate
+from fedlora.adapter.updates import Update, Updates
 from fedlora.strategies import registry
-from fedlora.strategies.base import advance
+from fedlora.strategies.step import advance
 from fedlora.testing import MIXED, begin, upload
-from fedlora.updates import Update, Updates
 
 
 class TestHeads:

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from fedlora.adapter import Factors
-from fedlora.divergence import measure
+from fedlora.adapter.divergence import measure
+from fedlora.adapter.updates import Update, Updates
 from fedlora.strategies import registry
-from fedlora.strategies.base import advance
 from fedlora.strategies.flora_na import FLoRANA, solve
 from fedlora.strategies.simplex import minimise_on_simplex, project_to_simplex
-from fedlora.updates import Update, Updates
+from fedlora.strategies.step import advance
 
 COUNTS = [2, 5, 12]
 options = FLoRANA.Options

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from fedlora.adapter import Adapter, Factors
-from fedlora.divergence import measure
+from fedlora.adapter.divergence import measure
+from fedlora.adapter.updates import Update, Updates
 from fedlora.strategies import registry
-from fedlora.strategies.base import ServerState, advance
-from fedlora.updates import Update, Updates
+from fedlora.strategies.base import ServerState
+from fedlora.strategies.step import advance
 
 
 def step(name, state, updates, **options):

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from fedlora.adapter import Adapter, Factors
+from fedlora.adapter.updates import Update, Updates
 from fedlora.strategies import registry
-from fedlora.strategies.base import ServerState, advance
+from fedlora.strategies.base import ServerState
 from fedlora.strategies.hetlora import sparsity_weights
-from fedlora.updates import Update, Updates
+from fedlora.strategies.step import advance
 
 
 def one(B, A) -> Adapter:

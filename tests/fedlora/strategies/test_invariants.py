@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedlora.adapter import Adapter, Factors
+from fedlora.adapter.updates import Update, Updates
 from fedlora.strategies import registry
-from fedlora.updates import Update, Updates
 
 quietly = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 KINDS = ["random", "identical", "zero B", "rank one", "one learned", "tiny", "zero A"]

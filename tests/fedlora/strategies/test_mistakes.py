@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fedlora.adapter import Adapter, Factors
-from fedlora.lora_config import LoraConfig
+from fedlora.adapter.updates import Update, Updates
+from fedlora.config.lora import LoraConfig
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
-from fedlora.updates import Update, Updates
 
 CHANGES_BASE = ["flora", "fedex-lora", "oracle"]
 ALONE = {"local", "centralised"}

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.rounds import measure_round
 from fedlora.strategies import registry
-from fedlora.strategies.base import advance
 from fedlora.strategies.energy import directions_for
+from fedlora.strategies.step import advance, measure_round
 from fedlora.testing import EQUAL, begin, upload
 
 

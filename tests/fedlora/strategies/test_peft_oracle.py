@@ -12,11 +12,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import Adapter, Factors
-from fedlora.divergence import measure
-from fedlora.resident import add_to_weight
+from fedlora.adapter.divergence import measure
+from fedlora.adapter.updates import Update, Updates
+from fedlora.model.resident import add_to_weight
 from fedlora.strategies import registry
-from fedlora.strategies.base import ServerState, advance
-from fedlora.updates import Update, Updates
+from fedlora.strategies.base import ServerState
+from fedlora.strategies.step import advance
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 

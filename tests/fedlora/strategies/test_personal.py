@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from fedlora.adapter import Adapter, Factors
+from fedlora.adapter.updates import Update, Updates
 from fedlora.strategies import registry
-from fedlora.strategies.base import ServerState, advance
-from fedlora.updates import Update, Updates
+from fedlora.strategies.base import ServerState
+from fedlora.strategies.step import advance
 
 
 @pytest.mark.parametrize("name", ["fedsa-lora", "local"])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fedlora.adapter import Factors
+from fedlora.adapter.updates import Update, Updates
 from fedlora.strategies import registry
-from fedlora.updates import Update, Updates
 
 COUNTS = [1, 2, 5, 12]
 EXACT = ["flora", "fedex-lora", "oracle", "ffa-lora", "rolora", "fedsvd", "fed-sb", "ravan"]

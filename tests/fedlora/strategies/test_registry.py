@@ -6,11 +6,12 @@ import textwrap
 import pytest
 import torch
 
-from fedlora import configfile
-from fedlora.divergence import measure
+from fedlora.adapter.divergence import measure
+from fedlora.config import configfile
 from fedlora.errors import ConfigError
 from fedlora.strategies import registry
-from fedlora.strategies.base import Strategy, advance
+from fedlora.strategies.base import Strategy
+from fedlora.strategies.step import advance
 
 PLUGIN = '''
 from pydantic import Field

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import rounds as server
-from fedlora import traffic
-from fedlora.adapter import Adapter, wire_size
-from fedlora.base_update import BaseUpdate
-from fedlora.divergence import Divergence, ModuleDivergence
+from fedlora.adapter.base_update import BaseUpdate
+from fedlora.adapter.divergence import Divergence, ModuleDivergence
+from fedlora.adapter.updates import Update, Updates
+from fedlora.adapter.weights import Adapter, wire_size
 from fedlora.metrics import Bytes
-from fedlora.participation import Entry
-from fedlora.rounds import Timings
-from fedlora.runfolder import RunFolder
+from fedlora.run import rounds as server
+from fedlora.run import traffic
+from fedlora.run.participation import Entry
+from fedlora.run.rounds import Timings
+from fedlora.run.runfolder import RunFolder
 from fedlora.seeds import Turn
-from fedlora.strategies.base import advance
 from fedlora.strategies.flora import fresh_factors
-from fedlora.updates import Update, Updates
+from fedlora.strategies.step import advance
 
 FRESH = ("flora", "florist")
 """Whose A is drawn anew by seed and round, at the client too."""

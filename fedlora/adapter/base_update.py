@@ -1,0 +1,119 @@
+"""What a strategy adds to the frozen base weights, as factors: versioned by round, composable, exportable.
+
+A module's update is `left @ right` with left (d_out × k) and right (k × d_in); the scaling s is included, so that the
+effective weight is `W0 + s·B·A + left·right`. Files name the tensors `<module>.left` and `<module>.right`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter.factors import ProductSum
+from fedlora.adapter.weights import Factors
+from fedlora.errors import AdapterError
+from fedlora.files.atomic import write_atomic
+from fedlora.files.limits import UPLOAD, clean, file_within
+from fedlora.files.tensorfile import read_tensors, serialise
+
+FILE = "base_delta.safetensors"
+_BYTES = 4
+
+
+@dataclass(frozen=True)
+class BaseUpdate:
+    """Factors (left as `B`, right as `A`, fp32) by module; an empty one changes nothing."""
+
+    modules: Mapping[str, Factors] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, modules: Mapping[str, Factors]) -> BaseUpdate:
+        """From factors of any precision and rank; modules of rank 0 are left out, those whose rank is not below
+        min(d_out, d_in) are stored as one dense matrix beside an identity."""
+        return cls({name: _compact(pair) for name, pair in modules.items() if pair.rank})
+
+    def __bool__(self) -> bool:
+        return bool(self.modules)
+
+    def plus(self, later: BaseUpdate) -> BaseUpdate:
+        """Both updates, one after the other: ranks add up, to at most min(d_out, d_in)."""
+        names = [*self.modules, *(name for name in later.modules if name not in self.modules)]
+        return BaseUpdate({name: _sum(self.modules.get(name), later.modules.get(name)) for name in names})
+
+    def wire_bytes(self) -> int:
+        """Bytes as sent: per module the factors, or the dense matrix where that is smaller."""
+        return sum(_BYTES * min(pair.rank * sum(pair.shape), math.prod(pair.shape)) for pair in self.modules.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`<module>.left` and `<module>.right`."""
+        named: dict[str, Tensor] = {}
+        for module in sorted(self.modules):
+            named[f"{module}.left"] = self.modules[module].B.contiguous()
+            named[f"{module}.right"] = self.modules[module].A.contiguous()
+        return named
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> BaseUpdate:
+        """The inverse of `tensors`.
+
+        Raises:
+            AdapterError: a name that is neither, a side without the other, shapes that do not fit.
+        """
+        modules: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            module, _, side = name.rpartition(".")
+            if not module or side not in ("left", "right"):
+                raise AdapterError(f"base update: tensor '{name}' is neither '<module>.left' nor '<module>.right'")
+            modules.setdefault(module, {})[side] = tensor
+        for module, sides in modules.items():
+            if missing := {"left", "right"} - sides.keys():
+                raise AdapterError(f"base update: module '{module}' has no '{missing.pop()}'")
+        return cls({module: Factors(sides["left"], sides["right"]) for module, sides in modules.items()})
+
+    def write(self, folder: Path) -> None:
+        """`base_delta.safetensors` in `folder`.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
+        write_atomic(folder / FILE, serialise(self.tensors(), {"format": "pt"}))
+
+    @classmethod
+    def read(cls, folder: Path) -> BaseUpdate:
+        """What `write` wrote; an empty update where the folder has none.
+
+        Raises:
+            AdapterError: damaged, or not a base update.
+        """
+        path = folder / FILE
+        try:
+            if not os.path.lexists(path):
+                return cls()
+            place = file_within(folder, FILE)
+        except OSError as error:
+            raise AdapterError(f"{folder}: {clean(error.strerror or str(error))}") from None
+        tensors = read_tensors(place, UPLOAD)
+        try:
+            return cls.from_tensors(tensors)
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error}") from None
+
+
+def _compact(pair: Factors) -> Factors:
+    if pair.rank < min(pair.shape):
+        return pair.to(torch.float32)
+    return ProductSum.of([pair], [1.0]).factors().to(torch.float32)
+
+
+def _sum(one: Factors | None, other: Factors | None) -> Factors:
+    if one is None or other is None:
+        found = one or other
+        assert found is not None
+        return found
+    return ProductSum.of([one, other], [1.0, 1.0]).factors().to(torch.float32)

@@ -1,0 +1,25 @@
+"""What a run is: typed, from YAML and dotted keys; the source of the command line, the form and the docs."""
+
+from fedlora.config.run import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    PartitionConfig,
+    RunConfig,
+    RunnerConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+from fedlora.sections import Section
+
+__all__ = [
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "PartitionConfig",
+    "RunConfig",
+    "RunnerConfig",
+    "Section",
+    "TrackingConfig",
+    "TrainingConfig",
+]

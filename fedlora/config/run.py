@@ -1,0 +1,336 @@
+"""Everything that describes a run, in one typed place: the source of the YAML files, the dotted keys of the
+command line, the form in Prefect, the parameters in MLflow and the table in the docs.
+
+A value is set in one place and changes nothing else: no default depends on another value, but for pairs of keys that
+say the same in two ways (`INSTEAD_OF`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from functools import reduce
+from operator import getitem
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from fedlora.config import addresses
+from fedlora.config.channel import ChannelConfig
+from fedlora.config.lora import LoraConfig
+from fedlora.errors import counted
+from fedlora.sections import Section
+from fedlora.strategies import registry
+
+PartitionName = Literal[
+    "iid", "dirichlet", "shard", "pathological", "one-label", "quantity", "natural-id", "mixed-quality"
+]
+
+PARTITIONER_CLASSES: dict[str, str] = {
+    "IidPartitioner": "iid",
+    "DirichletPartitioner": "dirichlet",
+    "ShardPartitioner": "shard",
+    "PathologicalPartitioner": "pathological",
+    "OneLabelPartitioner": "one-label",
+    "QuantityPartitioner": "quantity",
+    "NaturalIdPartitioner": "natural-id",
+    "MixedQualityPartitioner": "mixed-quality",
+}
+"""The class names of flwr-datasets (and ours in the same manner), accepted wherever a partition name is."""
+
+
+INSTEAD_OF = {
+    "training.local_steps": "training.local_epochs",
+    "training.local_epochs": "training.local_steps",
+}
+"""Keys that say the same in two ways: setting one unsets the other (`configfile.layered`)."""
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    name: str = "bert-tiny"
+    """A packaged model (`fedlora models`), a Hugging Face id, or a local folder."""
+    pooling: Literal["auto", "mean", "cls", "head"] = "auto"
+    """How tokens become one vector: `mean` or `cls` (with a fresh linear classifier on top), or `head`, the
+    architecture's own classification head. `auto` takes what the model was trained with: the pooling a sentence encoder
+    declares, otherwise its own head."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the frozen base and its arithmetic. Adapters and heads are always trained and sent in fp32."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id; empty for the default branch."""
+    trust_remote_code: bool = False
+    """Run the Python files that a model brings along, with all your rights, where it needs them. A model that does is
+    refused otherwise. Read them first, and set `revision` to the commit that you have read."""
+
+
+class DataConfig(Section):
+    """The labelled text."""
+
+    name: str = "wordnet-nouns"
+    """A packaged set (`fedlora datasets`), a folder in $FEDLORA_DATA_DIR, a csv, jsonl or parquet file, a folder with
+    train and test files, or a name that `datasets.load_dataset` knows."""
+    subset: str | None = None
+    """Configuration name for `datasets.load_dataset` (`rte` of `glue`, for example)."""
+    text: str = "text"
+    """Column that holds the text."""
+    text_pair: str | None = None
+    """Column that holds a second text, for tasks on pairs. Empty: one text per example."""
+    label: str = "label"
+    """Column that holds the label (text or whole numbers)."""
+    client: str | None = None
+    """Column that names the natural owner of an example; needed by `partition.name=natural-id`."""
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of the examples kept for testing where the source has no test split of its own."""
+    train_size: int | None = Field(None, ge=1)
+    """Use at most this many training examples, drawn by seed. Empty: all."""
+    test_size: int | None = Field(None, ge=1)
+    """Use at most this many test examples, drawn by seed. Empty: all."""
+    max_length: int = Field(64, ge=4)
+    """Longest sequence in tokens; longer texts are cut."""
+
+
+class PartitionConfig(Section):
+    """How the training examples are dealt to the clients."""
+
+    name: PartitionName = "dirichlet"
+    """The partitioner; the class names of flwr-datasets are understood too."""
+    alpha: float = Field(0.5, gt=0)
+    """Concentration: of labels for `dirichlet` and for the skewed clients of `mixed-quality`, of sizes for `quantity`.
+    Small is skewed (0.1: few labels per client), 100 is nearly even."""
+    min_size: int = Field(10, ge=1)
+    """Fewest training examples a client may get; a partition that cannot keep it is refused."""
+    labels_per_client: int = Field(2, ge=1)
+    """How many labels each client holds under `pathological`, how many shards under `shard`."""
+    balanced_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the clients with balanced data under `mixed-quality`; the others are skewed by `alpha`."""
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _class_names(cls, value: Any) -> Any:
+        return PARTITIONER_CLASSES.get(value, value) if isinstance(value, str) else value
+
+
+class TrainingConfig(Section):
+    """What one client does in one round."""
+
+    local_steps: int | None = Field(20, ge=1)
+    """Optimiser steps per round. Setting it unsets `local_epochs`; both in one place are refused."""
+    local_epochs: float | None = Field(None, gt=0)
+    """Passes over the client's data per round. Setting it unsets `local_steps`; both in one place are refused."""
+    batch_size: int = Field(16, ge=1)
+    """Examples per step."""
+    learning_rate: float = Field(5e-3, gt=0)
+    """Peak learning rate."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Made afresh for every client in every round: no optimiser state outlives a round."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled for `adamw`."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """For `sgd`."""
+    warmup_steps: int = Field(5, ge=0)
+    """Steps over which the learning rate rises linearly, at the start of each client's round."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm. Empty: no clipping."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unsets_the_other(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        pairs = ((key.partition(".")[2], other.partition(".")[2]) for key, other in INSTEAD_OF.items())
+        unset = {other: None for key, other in pairs if values.get(key) is not None and other not in values}
+        return {**values, **unset}
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> TrainingConfig:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            cure = (
+                "neither is set; set one of them"
+                if self.local_steps is None
+                else "both are set in one place; leave one of them out"
+            )
+            raise ValueError(f"exactly one of local_steps and local_epochs says how long a client trains, and {cure}")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What is measured after each round."""
+
+    every: int = Field(1, ge=1)
+    """Evaluate the global model every N rounds; before round one and after the last it always is."""
+    local: bool = True
+    """Also evaluate each client's own model, after its training, on test examples with its own label distribution."""
+    batch_size: int = Field(64, ge=1)
+    """Examples per forward pass."""
+
+
+class RunnerConfig(Section):
+    """Where clients are trained."""
+
+    kind: Literal["processes", "threads"] = "processes"
+    """`processes`: worker processes, each with its own resident base model. `threads`: in this process, one client at a
+    time on each device; no start-up cost."""
+    slots: int | None = Field(None, ge=1)
+    """Clients trained side by side. Empty: one per GPU, or one per CPU core (at most 8) without GPU."""
+    device: str = "auto"
+    """`auto` (every GPU there is, else the CPU), `cpu`, `cuda`, `cuda:0`, `mps`."""
+    threads: int = Field(1, ge=1)
+    """CPU threads per worker process. Part of what fixes the bits of a result; one is the fastest on shared cores."""
+    exclusive: bool | None = None
+    """Keep a device for one client at a time across all runs, by a strict Prefect concurrency limit per device. Empty:
+    yes for GPUs, no for the CPU."""
+    retries: int = Field(2, ge=0)
+    """How often a client's task is tried again, with growing pauses, when its worker fails."""
+    timeout_s: float | None = Field(None, gt=0)
+    """Seconds after which a worker process that trains a client is taken for hung and ended (then `retries` apply).
+    Empty: wait for it. Needs `runner.kind=processes`."""
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        kind, _, index = value.partition(":")
+        plain = kind in ("auto", "cpu", "mps", "cuda") and not index
+        if not (plain or (kind == "cuda" and index.isdigit())):
+            raise ValueError("expected auto, cpu, cuda, cuda:N or mps")
+        return value
+
+
+class TrackingConfig(Section):
+    """What MLflow keeps."""
+
+    experiment: str = Field("fedlora", min_length=1)
+    """MLflow experiment that the run is logged to."""
+    uri: str | None = None
+    """Tracking store, without password. Empty: $MLFLOW_TRACKING_URI, else a server of `fedlora up`, else the local
+    SQLite file."""
+    adapter_every: int | None = Field(None, ge=1)
+    """Also log the global adapter every N rounds. Empty: the final adapter only."""
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value and addresses.holds_secret(value):  # of this type, because others are shown with the value
+            raise PydanticCustomError("secret", f"tracking.uri holds a password; {addresses.advice(value)}")
+        return value
+
+
+class RunConfig(Section):
+    """One federated run."""
+
+    name: str | None = None
+    """A label for people; the run is named after its strategy and seed without it."""
+    strategy: str = "fedit"
+    """How the server combines and broadcasts adapters (`fedlora strategies`)."""
+    strategy_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the strategy (`fedlora strategies` lists them)."""
+    rounds: int = Field(8, ge=1)
+    """Federated rounds."""
+    clients: int = Field(10, ge=1)
+    """Clients among whom the training data is dealt."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the clients that take part in a round, drawn by seed; at least one."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """Weight of a client in every mean: its share of the examples, or the same for all."""
+    seed: int = Field(0, ge=0)
+    """Everything random follows from it."""
+    keep_rounds: int | None = Field(2, ge=1)
+    """Rounds whose uploads and server states stay in the run folder: the points to which a damaged run can go back.
+    Metrics, tables and the final adapter always stay. Empty: all rounds."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    lora: LoraConfig = LoraConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    channel: ChannelConfig = ChannelConfig()
+    runner: RunnerConfig = RunnerConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("strategy")
+    @classmethod
+    def _known_strategy(cls, value: str) -> str:
+        if value not in registry.names():
+            raise ValueError(f"unknown strategy; known: {', '.join(registry.names())}")
+        return value
+
+    @model_validator(mode="after")
+    def _possible_together(self) -> RunConfig:
+        if self.partition.name == "natural-id" and self.data.client is None:
+            raise ValueError("partition.name=natural-id needs data.client, the column that names each example's owner")
+        if self.training.momentum and self.training.optimizer != "sgd":
+            raise ValueError("training.momentum is for training.optimizer=sgd; adamw has moments of its own")
+        if self.runner.device in ("cpu", "mps") and self.runner.kind == "threads" and (self.runner.slots or 1) > 1:
+            raise ValueError(
+                "runner.kind=threads trains one client at a time on each device (one random stream per device), "
+                "so runner.slots above 1 needs runner.kind=processes"
+            )
+        if isinstance(self.lora.ranks, list) and len(self.lora.ranks) != self.clients:
+            raise ValueError(
+                f"lora.ranks lists {counted(len(self.lora.ranks), 'rank')} for clients={self.clients}; one per client"
+            )
+        self._check_channel()
+        registry.check_options(self.strategy, self.strategy_options)
+        lora, svd_order = self.lora, self.lora.truncation == "svd"
+        if lora.variant in ("dora", "hira") or lora.mixed_ranks or svd_order:
+            registry.check_combination(self.strategy, lora.variant, lora.mixed_ranks, svd_order)
+        return self
+
+    def _check_channel(self) -> None:
+        channel, most = self.channel, self.clients_per_round
+        if channel.min_clients > most:
+            raise ValueError(f"channel.min_clients={channel.min_clients}, but a round has {counted(most, 'client')}")
+        if channel.over_selection and most == self.clients:
+            raise ValueError(
+                f"channel.over_selection={channel.over_selection:g} asks for more clients than a round needs, but a "
+                f"round already has all {most}; set fraction below one"
+            )
+        if channel.deadline_s and channel.faults.delay == "none":
+            raise ValueError(
+                f"channel.deadline_s={channel.deadline_s:g} looks at virtual delays, and there are none; set "
+                "channel.faults.delay (for workers that hang there is runner.timeout_s)"
+            )
+        if self.runner.timeout_s and self.runner.kind != "processes":
+            raise ValueError("runner.timeout_s ends a worker process, so it needs runner.kind=processes")
+
+    @property
+    def clients_asked(self) -> int:
+        """How many clients are asked in a round: with over-selection, more than take part."""
+        return min(self.clients, math.ceil(self.clients_per_round * (1 + self.channel.over_selection) - 1e-9))
+
+    @property
+    def clients_per_round(self) -> int:
+        """How many clients take part in a round."""
+        return max(1, round(self.fraction * self.clients))
+
+    def digest(self) -> str:
+        """Hash of everything that decides the run's numbers: equal digests mean equal results on one machine."""
+        content = self.model_dump(mode="json", exclude={"tracking"})
+        for dotted in NEUTRAL:
+            *sections, last = dotted.split(".")
+            del reduce(getitem, sections, content)[last]
+        # So that runs made before there were these keys are found again.
+        if self.channel == ChannelConfig():
+            del content["channel"]
+        if not self.model.trust_remote_code:
+            del content["model"]["trust_remote_code"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+NEUTRAL = (
+    "name",
+    "runner.kind",
+    "runner.slots",
+    "runner.exclusive",
+    "runner.retries",
+    "runner.timeout_s",
+    "keep_rounds",
+)
+"""Keys that change neither the numbers of a run nor where it is logged."""

@@ -1,0 +1,1 @@
+"""Adapters from and for anyone: PEFT folders, `aggregate`, loading, merging."""

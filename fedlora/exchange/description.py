@@ -1,0 +1,64 @@
+"""What a folder says of the model that its adapter is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import ModelConfig
+from fedlora.errors import AdapterError, ModelError, first_line
+from fedlora.exchange.peftfolder import DESCRIPTION
+from fedlora.files.limits import clean, file_within, read_json
+from fedlora.model import base as models
+
+
+def description(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """What `fedlora.json` beside an adapter says: the base model's configuration, and everything (`labels`, …).
+
+    Raises:
+        AdapterError: it is not there or not readable.
+    """
+    try:
+        content = read_json(file_within(path, DESCRIPTION))
+        return _described(content), content
+    except (OSError, ValueError) as error:
+        if clients := sorted(path.glob("client-*")):
+            raise AdapterError(
+                f"{path} holds an adapter per client and no global one; choose one, such as {clients[0]}"
+            ) from None
+        reason = clean(getattr(error, "strerror", None) or first_line(error))
+        raise AdapterError(
+            f"{path} holds no readable {DESCRIPTION} ({reason}); for adapters from elsewhere use "
+            "PeftModel.from_pretrained(base, folder) with your own base"
+        ) from None
+
+
+def _described(content: Any) -> ModelConfig:
+    """The base model of a description whose other values are what they should be, too."""
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError("it does not say which model the adapter is for")
+    labels = content.get("labels")
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+        raise ValueError("its labels are not a list of names")
+    # Whoever wrote the folder is not who may allow a model's code to run.
+    return ModelConfig.model_validate({**content["model"], "trust_remote_code": False})
+
+
+def from_pretrained(kind: Any, name: str) -> Any:
+    """A Transformers model of a class, from safetensors only.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    try:
+        return kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"base model '{name}' cannot be loaded: {first_line(error)}") from error
+
+
+def tokenizer_if_any(name: str) -> Any:
+    """The tokenizer beside a model, or None."""
+    try:
+        return models.load_tokenizer(ModelConfig(name=name))
+    except ModelError:
+        return None

@@ -1,0 +1,265 @@
+"""The base model that stays in memory: the tensors of one attached adapter are overwritten for every client.
+
+A base that a strategy changes is brought up to date from its pre-trained weights and the whole base update, so that it
+depends on the state alone and not on which rounds a worker has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora import seeds
+from fedlora.adapter.base_update import BaseUpdate
+from fedlora.adapter.factors import fresh_a
+from fedlora.adapter.weights import EVERY_PART, PEFT_PREFIX, Adapter, Factors, Part, full_core, parse_name
+from fedlora.config import ModelConfig
+from fedlora.config.lora import LoraConfig
+from fedlora.errors import ModelError
+from fedlora.model.base import (
+    check_sides,
+    load_base,
+    no_place_for_core,
+    only_conv1d,
+    stores_transposed,
+    target_modules,
+    tied_to,
+    would_change_both,
+)
+from fedlora.model.heads import NOTE, PooledClassifier, head_modules
+
+
+class ResidentModel:
+    """A base model in memory with one adapter attached, at the highest rank; adapters of a lower rank are loaded into
+    its first indices, with zeros behind them, which have no gradient."""
+
+    def __init__(self, model: Any, config: ModelConfig, device: torch.device) -> None:
+        self.peft = model.to(device)
+        self.device = device
+        self.name, self.dtype = config.name, config.dtype
+        self._handles = _handles(model)
+        self._cores: dict[str, _Core] = {}
+        self._base: Hashable = None
+        self._pristine: dict[str, Tensor] = {}
+
+    @classmethod
+    def build(
+        cls,
+        config: ModelConfig,
+        lora: LoraConfig,
+        labels: Sequence[str],
+        pad_token_id: int | None,
+        seed: int,
+        device: torch.device,
+    ) -> ResidentModel:
+        """Load the base, attach a fresh adapter drawn by `seed` (A random, B zero) and move it to the device.
+
+        Raises:
+            ModelError: the model cannot be loaded, or the adapter does not fit it.
+        """
+        import peft
+
+        base: Any = load_base(config, labels, pad_token_id, seed)
+        peft_config = _peft_config(base, lora)
+        seeds.seed_torch(seed, "adapter")
+        resident = cls(peft.get_peft_model(base, peft_config), config, device)
+        resident._start_embeddings()
+        resident._check_rank(lora)
+        return resident
+
+    @property
+    def head_note(self) -> str:
+        """What was done about the checkpoint's own head, in words; empty where it has none."""
+        return str(getattr(self.peft.get_base_model(), NOTE, ""))
+
+    def _start_embeddings(self) -> None:
+        """A random and B zero, as for every other layer: PEFT has it the other way round for embeddings, and what
+        trains B alone would learn nothing beside A = 0."""
+        with torch.no_grad():
+            for name, parameter in self._handles.items():
+                parsed = parse_name(name)
+                if parsed.kind in ("embedding", "hira_embedding"):
+                    rank, d_in = parameter.shape
+                    parameter.copy_(fresh_a(rank, d_in, parsed.kind) if parsed.part == "A" else torch.zeros(()))
+
+    def _check_rank(self, lora: LoraConfig) -> None:
+        for module, pair in self.factors().items():
+            check_sides(lora, module, pair.shape)
+
+    def load(self, adapter: Adapter) -> None:
+        """Overwrite the attached adapter and head with `adapter`; what it does not reach of the rank becomes zero."""
+        live = self.factors()
+        padded = adapter.with_factors({m: pair.at_rank(live[m].rank) for m, pair in adapter.factors.items()})
+        with torch.no_grad():
+            for name, tensor in padded.tensors(EVERY_PART - {"core"}).items():
+                self._handles[name].copy_(tensor)
+        for module in self._cores.keys() - adapter.cores.keys():
+            self._cores.pop(module).remove()
+        for module, core in adapter.cores.items():
+            if module not in self._cores:
+                self._cores[module] = _Core(module, self._layer(module))
+            self._cores[module].load(core.to(self.device))
+
+    def read(self) -> Adapter:
+        """A copy of the attached adapter and head, in fp32 on the CPU."""
+        copies = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._handles.items()}
+        cores = {m: core.read().to("cpu", torch.float32, copy=True) for m, core in self._cores.items()}
+        return replace(Adapter.from_tensors(copies), cores=cores)
+
+    def factors(self) -> dict[str, Factors]:
+        """The attached factors themselves, by module: they train when the adapter does."""
+        return dict(Adapter.from_tensors(self._handles).factors)
+
+    def trainable(self, parts: frozenset[Part]) -> list[nn.Parameter]:
+        """Freeze everything but `parts` of the adapter, and return their parameters."""
+        chosen = []
+        for name, parameter in self._handles.items():
+            parameter.requires_grad_(parse_name(name).part in parts)
+            if parameter.requires_grad:
+                chosen.append(parameter)
+        for core in self._cores.values():
+            chosen += core.trainable("core" in parts)
+        return chosen
+
+    def base_weight(self, module: str) -> Tensor:
+        """The base weight of a module as d_out × d_in, however the layer stores it, in fp32 on the CPU."""
+        layer = self._layer(module).get_base_layer()
+        weight: Tensor = layer.weight.detach().to("cpu", torch.float32)
+        return weight.T if stores_transposed(layer) else weight
+
+    def check_untied(self) -> None:
+        """Refuse a base in which an adapted module shares its weight with another: what changes one changes both.
+
+        Raises:
+            ModelError: names both.
+        """
+        layers = dict(self.peft.get_base_model().named_modules())
+        for module in self.factors():
+            if (tied := tied_to(layers, self._layer(module).get_base_layer())) is not None:
+                raise would_change_both(module, tied)
+
+    def set_base(self, update: BaseUpdate, version: Hashable) -> None:
+        """Bring the frozen base to its pre-trained weights plus `update`; nothing is done if it is at `version`.
+
+        An empty update is the pre-trained base. Layers of a bf16 base that change are in fp32 while they do, so that
+        small updates are not rounded away.
+        """
+        wanted = version if update else None
+        if wanted == self._base:
+            return
+        with torch.no_grad():
+            for module in list(self._pristine):
+                self._layer(module).get_base_layer().weight.data = self._pristine.pop(module)
+            for module, pair in update.modules.items():
+                layer = self._layer(module).get_base_layer()
+                self._pristine[module] = layer.weight.data
+                layer.weight.data = layer.weight.data.to(torch.float32, copy=True)
+                add_to_weight(layer, pair)
+        self._base = wanted
+
+    def _layer(self, module: str) -> Any:
+        """PEFT's layer of an adapted module."""
+        return self.peft.get_base_model().get_submodule(module)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic of the configured precision."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
+
+    def peft_config(self) -> dict[str, Any]:
+        """The content of `adapter_config.json` for the attached adapter."""
+        content = self.peft.peft_config["default"].to_dict()
+        content |= {"inference_mode": True, "base_model_name_or_path": self.name}
+        return {
+            key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+            for key, value in content.items()
+        }
+
+
+class _Core:
+    """A trained matrix between a module's A and B, applied to what A puts out.
+
+    Of h heads the diagonal blocks are trained, each with a factor that starts at one and is multiplied in at the end
+    (arXiv 2506.05568).
+    """
+
+    def __init__(self, module: str, layer: Any) -> None:
+        if "default" not in getattr(layer, "lora_A", {}):
+            raise no_place_for_core(module)
+        self._core = self._gates = nn.Parameter(torch.empty(0))
+        self._hook = layer.lora_A["default"].register_forward_hook(self._apply)
+
+    def load(self, core: Tensor) -> None:
+        self._core = nn.Parameter(core.clone())
+        self._gates = nn.Parameter(torch.ones(len(core) if core.ndim == 3 else 0, device=core.device))
+
+    def read(self) -> Tensor:
+        return (self._core if self._core.ndim == 2 else self._core * self._gates[:, None, None]).detach()
+
+    def trainable(self, wanted: bool) -> list[nn.Parameter]:
+        both = [self._core] if self._core.ndim == 2 else [self._core, self._gates]
+        for parameter in both:
+            parameter.requires_grad_(wanted)
+        return both if wanted else []
+
+    def remove(self) -> None:
+        self._hook.remove()
+
+    def _apply(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        core = self._core if self._core.ndim == 2 else self._core * self._gates[:, None, None]
+        return output @ full_core(core).to(output.dtype).T
+
+
+def add_to_weight(layer: Any, pair: Factors) -> None:
+    """Add `left @ right` (d_out × d_in) to a layer's weight in place, however the layer stores it."""
+    left, right = (side.to(layer.weight.device, torch.float32) for side in (pair.B, pair.A))
+    delta = right.T @ left.T if stores_transposed(layer) else left @ right
+    layer.weight.data.add_(delta.to(layer.weight.dtype))
+
+
+def _peft_config(base: Any, lora: LoraConfig) -> Any:
+    import peft
+
+    targets = target_modules(base, lora)
+    common: dict[str, Any] = {
+        "r": lora.highest_rank,
+        "target_modules": targets,
+        "fan_in_fan_out": only_conv1d(base, targets),  # PEFT would find out, with a warning for every layer
+        "modules_to_save": head_modules(base),
+        "task_type": None if isinstance(base, PooledClassifier) else "SEQ_CLS",
+    }
+    if lora.variant == "hira":
+        return peft.HiraConfig(hira_dropout=lora.dropout, **common)
+    return peft.LoraConfig(
+        lora_alpha=lora.alpha_at(lora.highest_rank),  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
+        **common,
+    )
+
+
+def _handles(model: Any) -> dict[str, nn.Parameter]:
+    """The adapter's and head's live parameters by the names under which PEFT saves them."""
+    from peft import get_peft_model_state_dict
+
+    handles = {_saved_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    saved = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if saved != handles.keys():
+        odd = sorted(saved ^ handles.keys())[0]
+        raise ModelError(
+            f"parameter '{odd.removeprefix(PEFT_PREFIX)}' is trained but not saved by PEFT, or the reverse"
+        )
+    return handles
+
+
+def _saved_name(name: str) -> str:
+    """A live parameter's name as PEFT saves it: without the adapter's own name in it."""
+    bare = name.replace(".modules_to_save.default", "")
+    if bare.endswith(".lora_magnitude_vector.default.weight"):
+        return bare.removesuffix(".default.weight")
+    return bare.replace(".default.weight", ".weight").removesuffix(".default")

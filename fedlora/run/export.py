@@ -1,0 +1,127 @@
+"""What a finished run leaves for people and other programs: the adapter as a PEFT folder, tables and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora.adapter import Adapter
+from fedlora.config import RunConfig
+from fedlora.errors import counted, saving
+from fedlora.exchange.peftfolder import DESCRIPTION, config_at_ranks, write_peft_folder
+from fedlora.files.atomic import write_atomic
+from fedlora.model import base as model
+from fedlora.report import plots
+from fedlora.run import rounds
+from fedlora.run.runfolder import RunFolder
+from fedlora.strategies import registry
+
+
+def final(run: RunFolder) -> None:
+    """Write `adapter/`, `tables/` and `figures/` of a finished run.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    with saving(run.path):
+        adapter(run, run.config.rounds, run.path / "adapter")
+        run.write_json("tables/divergence.json", table(run, "divergence"))
+        run.write_json("tables/clients.json", table(run, "clients"))
+        records = {run.config.strategy: rounds.records(run)}
+        plots.rounds_figure(records, run.path / "figures" / "rounds.png")
+        plots.conditions_figure(records, run.path / "figures" / "conditions.png")
+
+
+def adapter(run: RunFolder, number: int, folder: Path) -> None:
+    """The adapter after a round as a PEFT folder, with `base_delta.safetensors` where the strategy changed the base.
+
+    Where clients keep adapters of their own, each has a folder `client-NNN/` instead.
+    """
+    state, config = run.read_state(number), run.config
+    strategy = registry.make(config.strategy, config.strategy_options)
+    if not strategy.personal:
+        _adapter_folder(run, number, state.adapter, folder, state.scaling)
+    if state.base:
+        state.base.write(folder)
+    for client in sorted(state.personal):
+        own = strategy.broadcast(state, client)
+        _adapter_folder(run, number, own, folder / f"client-{client:03d}", state.scaling)
+
+
+def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path, scaling: float) -> None:
+    setup = run.need_json("setup.json")
+    weights = weights.folded()
+    ranks = {module: weights.factors[module].rank for module in weights.modules}
+    peft_config = config_at_ranks(run.need_json("adapter_config.json"), ranks, scaling)
+    write_peft_folder(weights, folder, peft_config, _card(run, number, peft_config))
+    content = {"model": run.config.model.model_dump(mode="json"), "labels": setup["labels"], "round": number}
+    content |= {"max_length": run.config.data.max_length, "strategy": run.config.strategy}
+    content["provenance"] = {"model": setup.get("model"), "data": setup["data"]}
+    write_atomic(folder / DESCRIPTION, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _card(run: RunFolder, number: int, peft_config: Mapping[str, Any]) -> str:
+    config = run.config
+    record = rounds.read_record(run, number)
+    scores = "\n".join(
+        f"| {name} | {value:.4f} |"
+        for name, value in (record.metrics if record else {}).items()
+        if "/" in name and name.split("/")[0] in ("global", "local", "gap", "rho")
+    )
+    base = ""
+    if registry.find(config.strategy).changes_base:
+        base = (
+            "\n\n**The strategy also changed the base.** `base_delta.safetensors` holds what is added to its weights:"
+            '\ncall `fedlora.apply_base_update(base, "this folder")` before `PeftModel.from_pretrained`, or make a'
+            "\nplain model with `fedlora merge`. `fedlora.load_adapter` does it for you."
+        )
+    labels = len(run.need_json("setup.json")["labels"])
+    return f"""---
+library_name: peft
+base_model: {config.model.name}
+tags: [lora, federated, {config.strategy}]
+---
+# {config.strategy} on {config.data.name}, round {number} of {config.rounds}
+
+An adapter ({_kind(config, peft_config)}) trained by {counted(config.clients, "client")} (`{config.partition.name}`
+partition, seed {config.seed}) and combined by `{config.strategy}`.
+
+```python
+import fedlora
+model, tokenizer, labels = fedlora.load_adapter("this folder")
+```
+
+With PEFT alone: `PeftModel.from_pretrained(base, "this folder")`, where `base` is
+`fedlora.load_base("{config.model.name}", labels={labels})`
+(pooling and classifier as in training).{base}{_auto(config, bool(base), labels)}
+
+| metric | value |
+|---|---|
+{scores}
+"""
+
+
+def _auto(config: RunConfig, changed: bool, labels: int) -> str:
+    """How PEFT's automatic class loads it, where it can: a head of the architecture's own, on a base it can find."""
+    if changed or model.pooling_of(config.model) != "head" or config.model.name in model.KNOWN:
+        return ""
+    return (
+        '\n\nOr `peft.AutoPeftModelForSequenceClassification.from_pretrained("this folder", '
+        f"num_labels={labels}, dtype='float32')`, which finds\nthe base by its name and must be told the number of "
+        "classes."
+    )
+
+
+def _kind(config: RunConfig, peft_config: Mapping[str, Any]) -> str:
+    """Variant, rank and alpha as they are in the file, and the clients' ranks where they differ."""
+    alpha = f", alpha {peft_config['lora_alpha']:g}" if "lora_alpha" in peft_config else ""
+    ranks = ", clients of several ranks" if config.lora.mixed_ranks else ""
+    return f"{config.lora.variant}, rank {peft_config['r']}{alpha}{ranks}"
+
+
+def table(run: RunFolder, name: str) -> list[dict[str, Any]]:
+    """The rows of all rounds after training began: `clients` or `divergence` (see `fedlora.run.rows`)."""
+    closed = (run.need_json(run.record_name(number)) for number in run.finished_rounds()[1:])
+    return [row for record in closed for row in record["rows"][name]]

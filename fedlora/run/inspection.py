@@ -1,0 +1,76 @@
+"""What is asked of a client's update before it may reach the aggregate. Nothing that it says of itself is believed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fedlora.adapter import Adapter
+from fedlora.channel import faults as channel
+from fedlora.channel import uploads
+from fedlora.errors import AdapterError, UpdateRejected
+from fedlora.run.runfolder import RunFolder
+from fedlora.seeds import Turn
+
+
+def inspect(run: RunFolder, turn: Turn, start: Adapter, most_examples: int) -> Adapter:
+    """The adapter that a client sent, if it is one that was asked for.
+
+    Args:
+        run: where the update is.
+        turn: what the client was asked for.
+        start: what it was sent; the update has its modules and shapes, in ranks at most as high.
+        most_examples: that the client can have trained on.
+
+    Raises:
+        UpdateRejected: a stale round, a replayed ticket, a file that is not what was sent, a module, shape, rank or
+            type that was not asked for, values that are not finite, a change beyond `channel.max_norm`.
+    """
+    stem = run.client_stem(turn.round, turn.client)
+    record = run.read_json(f"{stem}.json")
+    if not isinstance(record, Mapping):
+        raise UpdateRejected(f"{turn}: no update arrived")
+    _check_record(record, turn, most_examples)
+    if run.digest_of(f"{stem}.safetensors") != record["digest"]:
+        raise UpdateRejected(f"{turn}: the file does not have the digest it was sent with")
+    try:
+        upload = uploads.inspect(run.path / f"{stem}.safetensors", start, str(turn))
+    except AdapterError as error:
+        said = str(error)
+        raise UpdateRejected(said if said.startswith(str(turn)) else f"{turn}: {said}") from None
+    _check_norm(upload, start, run.config.channel.max_norm, turn)
+    return upload
+
+
+def _check_record(record: Mapping[str, Any], turn: Turn, most_examples: int) -> None:
+    if record.get("client") != turn.client:
+        raise UpdateRejected(f"{turn}: the update says it is of client {record.get('client')!r:.40}")
+    if record.get("round") != turn.round:
+        raise UpdateRejected(f"{turn}: the update is of round {record.get('round')!r:.40}")
+    if record.get("ticket") != channel.ticket(turn):
+        raise UpdateRejected(f"{turn}: the update's ticket {record.get('ticket')!r:.40} is not the one of this round")
+    examples = record.get("examples")
+    if not isinstance(examples, int) or isinstance(examples, bool) or not 0 < examples <= most_examples:
+        raise UpdateRejected(
+            f"{turn}: says it trained on {examples!r:.40} examples; expected a number from 1 to {most_examples}"
+        )
+    if not isinstance(record.get("digest"), str):
+        raise UpdateRejected(f"{turn}: the update has no digest")
+
+
+def change_norm(upload: Adapter, start: Adapter) -> float:
+    """The L2 norm of all that a client changed, adapter and head together; in float64."""
+    before, after = start.cut_like(upload).tensors(), upload.tensors()
+    squares = [torch.sum((after[name].double() - before[name].double()) ** 2) for name in after]
+    return math.sqrt(float(torch.stack(squares).sum()))
+
+
+def _check_norm(upload: Adapter, start: Adapter, most: float | None, turn: Turn) -> None:
+    if most is None:
+        return
+    norm = change_norm(upload, start)
+    if not norm <= most:
+        raise UpdateRejected(f"{turn}: the change has norm {norm:.4g}, above channel.max_norm={most:g}")

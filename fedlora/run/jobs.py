@@ -1,0 +1,290 @@
+"""The heavy work of a run, each piece a function that a worker slot executes.
+
+Arguments are the run folder's path and small numbers; results are small values, tensors stay in the run folder. A piece
+that is already done, and whole, is not done again.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlora.adapter import Adapter
+from fedlora.channel import faults as channel
+from fedlora.data import sources, tokens
+from fedlora.data.partition import Partition, partition
+from fedlora.errors import DataError
+from fedlora.files import home
+from fedlora.model import outline, provenance
+from fedlora.model.base import check_length, load_tokenizer
+from fedlora.model.resident import ResidentModel
+from fedlora.run import ranks
+from fedlora.run.rounds import examples_of
+from fedlora.run.runfolder import RunFolder
+from fedlora.run.traffic import crossing
+from fedlora.seeds import Turn
+from fedlora.strategies import registry
+from fedlora.strategies.base import ServerState
+from fedlora.training import client, evaluation
+from fedlora.training.workers import Workbench
+
+
+def warm_up(bench: Workbench) -> None:
+    """Import what the other jobs need, while the server still does something else."""
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+
+def peak_memory(bench: Workbench) -> int:
+    """Most bytes that this worker has held so far: of its GPU, or of the process."""
+    if bench.device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(bench.device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
+    """Read, tokenise (once per data set, model and length; shared by runs) and partition; the partition's summary.
+
+    Raises:
+        DataError: the data cannot be read, or not be partitioned as asked.
+        ModelError: the tokenizer cannot be loaded, a text holds a token that the model has no row for,
+            `data.max_length` is more than the model reads, or the model is no longer the one that the run began with.
+    """
+    run = RunFolder(folder)
+    config = run.config
+    summary = run.read_json("partition.json")
+    if isinstance(summary, dict) and (run.path / "partition.npz").is_file() and _data_is_there(run):
+        provenance.check(config.model, run.need_json("setup.json").get("model"))
+        return summary
+    check_length(config.model, config.data.max_length)
+    text = sources.load(config.data, config.seed)
+    origin = provenance.of_model(config.model)
+    base = provenance.pinned(config.model, origin)
+    tokenizer = load_tokenizer(base)
+    path = tokens.tokenise(text, tokenizer, config.data.max_length, home.cache())
+    data = bench.keep("data", path, lambda: tokens.open_tokens(path))
+    if made_of := outline.of(base):
+        made_of.check_vocabulary(config.model.name, tokens.highest(data))
+    parts = partition(
+        config.partition,
+        config.clients,
+        config.seed,
+        tokens.label_array(data.train),
+        tokens.label_array(data.test),
+        data.labels,
+        data.digest,
+        tokens.client_array(data.train),
+        tokens.client_array(data.test),
+    )
+    parts.save(run.path / "partition.npz")
+    run.write_json(
+        "setup.json",
+        {
+            "tokens": str(path),
+            "labels": list(data.labels),
+            "pad_token_id": data.pad_token_id,
+            "padding_side": tokenizer.padding_side,
+            "data": {"name": data.name, "origin": data.origin, "digest": data.digest, "read": list(text.notes)},
+            "model": origin,
+            "examples": {"train": len(data.train), "test": len(data.test)},
+            "notes": parts.notes(),
+        },
+    )
+    run.write_json("partition.json", parts.summary())
+    return parts.summary()
+
+
+def told_of_data(run: RunFolder) -> list[str]:
+    """What a person should know of the data once `prepare_data` is done, a line each; nothing of a packaged set."""
+    setup = run.need_json("setup.json")
+    read = "" if setup["data"]["origin"] == "packaged" else "; ".join(setup["data"].get("read", []))
+    return [line for line in (read, *setup.get("notes", [])) if line]
+
+
+def _data_is_there(run: RunFolder) -> bool:
+    setup = run.read_json("setup.json")
+    if not isinstance(setup, dict):
+        return False
+    try:
+        tokens.open_tokens(Path(setup["tokens"]))
+    except DataError:
+        return False
+    return True
+
+
+def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
+    """Attach a fresh adapter to the base model and save it as the state before training; returns its size.
+
+    Raises:
+        DataError: the data is not the one that the run began with.
+        ModelError: the model cannot be loaded, or the adapter does not fit it.
+    """
+    run = RunFolder(folder)
+    dealt_data = run.need_json("partition.json")["hash"]
+    record = run.read_record(run.state_stem(0))
+    if record and record["partition"] != dealt_data:
+        raise DataError(
+            f"the data or its partition is not the one that the run in {run.path} began with (hash {dealt_data[:12]}, "
+            f"then {record['partition'][:12]}): restore the data, or choose another --run-dir"
+        )
+    if record and run.read_json("adapter_config.json"):
+        return record
+    model = bench.renew("model", _model_key(run, bench), lambda: _build(run, bench))
+    run.write_json("adapter_config.json", model.peft_config())
+    adapter = model.read()
+    shapes = {
+        name: {"d_out": p.B.shape[0], "d_in": p.A.shape[1], "rank": p.rank} for name, p in adapter.factors.items()
+    }
+    config = run.config
+    dealt = ranks.at_start(config.lora, config.clients, config.seed)
+    fresh = ServerState(adapter, scaling=config.lora.scaling, seed=config.seed, ranks=dealt)
+    strategy = registry.make(config.strategy, config.strategy_options)
+    if strategy.changes_base:
+        model.check_untied()
+    begun = strategy.begin(fresh, model.base_weight)
+    model.load(begun.adapter)  # what does not fit the model is refused now, not when the first client trains
+    return run.write_state(
+        begun,
+        {
+            "partition": dealt_data,
+            "modules": shapes,
+            "head": model.head_note,
+            "adapter_parameters": sum(p.A.numel() + p.B.numel() for p in adapter.factors.values()),
+            "head_parameters": sum(tensor.numel() for tensor in adapter.head.values()),
+            "base_parameters": sum(p.numel() for p in model.peft.get_base_model().parameters()),
+        },
+    )
+
+
+def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attempt: int = 0) -> dict[str, Any] | None:
+    """Train one client in round `number` (from 1) and score its model on its own test examples; returns its record, or
+    None where its update would not arrive in time (`channel.faults`), so that there is no use in training it.
+
+    Raises:
+        ClientFailed: training diverged.
+    """
+    run = RunFolder(folder)
+    stem = run.client_stem(number, client_id)
+    if record := run.read_record(stem):
+        return record
+    config, turn = run.config, Turn(run.config.seed, number, client_id, attempt)
+    fate = channel.fate(config, turn)
+    if not fate.arrives(config.channel.deadline_s):
+        return None
+    state = _state(run, bench, number - 1)
+    strategy = registry.make(config.strategy, config.strategy_options)
+    start, plan = strategy.broadcast(state, client_id), strategy.plan(number)
+    data, model = _data(run, bench), _model(run, bench, state, number - 1)
+    own = examples_of(strategy, _partition(run, bench), client_id)
+    rows, held_out = ranks.hold_out(config.lora, number, own.train, config.seed, client_id)
+    trained = client.train(
+        model,
+        start,
+        tokens.examples(data.train, rows),
+        own.training(config.training),
+        turn,
+        plan.trains,
+        data.pad_token_id,
+        data.padding_side,
+        strategy.penalty,
+    )
+    upload = strategy.after_training(start, trained.adapter)
+    message = channel.Message(
+        upload.tensors(),
+        {
+            "round": number,
+            "client": client_id,
+            "ticket": channel.ticket(turn),
+            "examples": len(rows),
+            "rank": upload.rank,
+            "losses": trained.losses,
+            "seconds": trained.seconds,
+            "bytes": asdict(crossing(run, strategy, turn, start, upload)),
+            "validation": _score(bench, run, data.train, held_out) if len(held_out) else None,
+            "local": _score(bench, run, data.test, own.test) if config.evaluation.local else None,
+        },
+    )
+    if fate.damage:
+        message = channel.damaged(message, fate.damage, start, turn)
+    return run.write_tensors(stem, message.tensors, message.record, message.on_the_way)
+
+
+def evaluate(bench: Workbench, folder: Path, number: int, part: dict[str, Any]) -> dict[str, Any]:
+    """Score the broadcast after round `number` on one part of the test set (see `rounds.evaluation_parts`)."""
+    run = RunFolder(folder)
+    config, test = run.config, _data(run, bench).test
+    strategy = registry.make(config.strategy, config.strategy_options)
+    if part["split"] == "probe":  # before the round's broadcast: on the base that the clients trained on
+        state = _state(run, bench, number - 1)
+        _model(run, bench, state, number - 1).load(Adapter.from_tensors(run.read_tensors(part["stem"])))
+    else:
+        state = _state(run, bench, number)
+        chosen = state.adapter if part["client"] is None else strategy.broadcast(state, part["client"])
+        _model(run, bench, state, number).load(chosen)
+    if part["split"] == "local":
+        rows = _partition(run, bench).test[part["client"]]
+    else:
+        rows = np.arange(len(test), dtype=np.int64)[part["start"] :: part["step"]]
+    return _score(bench, run, test, rows)
+
+
+def _score(bench: Workbench, run: RunFolder, split: Any, rows: np.ndarray) -> dict[str, Any]:
+    """Scores of the model as it is loaded, on some rows of a split."""
+    data, batch_size = _data(run, bench), run.config.evaluation.batch_size
+    examples = tokens.examples(split, rows)
+    model = _loaded(run, bench)
+    return evaluation.evaluate(
+        model, examples, len(data.labels), batch_size, data.pad_token_id, data.padding_side
+    ).to_json()
+
+
+def _data(run: RunFolder, bench: Workbench) -> tokens.TokenisedData:
+    path = Path(_setup(run, bench)["tokens"])
+    return bench.keep("data", path, lambda: tokens.open_tokens(path))
+
+
+def _partition(run: RunFolder, bench: Workbench) -> Partition:
+    return bench.keep("partition", run.id, lambda: Partition.load(run.path / "partition.npz"))
+
+
+def _setup(run: RunFolder, bench: Workbench) -> dict[str, Any]:
+    return bench.keep("setup", run.id, lambda: run.need_json("setup.json"))
+
+
+def _state(run: RunFolder, bench: Workbench, number: int) -> ServerState:
+    return bench.keep("state", (run.id, number), lambda: run.read_state(number))
+
+
+def _model(run: RunFolder, bench: Workbench, state: ServerState, number: int) -> ResidentModel:
+    """The resident model on the base that a state has after round `number`."""
+    model = _loaded(run, bench)
+    model.set_base(state.base, (run.id, number))
+    return model
+
+
+def _loaded(run: RunFolder, bench: Workbench) -> ResidentModel:
+    """The resident base model with an adapter attached; the same for all runs on this model, adapter and label set."""
+    return bench.keep("model", _model_key(run, bench), lambda: _build(run, bench))
+
+
+def _model_key(run: RunFolder, bench: Workbench) -> str:
+    config = run.config
+    adapter = {**config.lora.model_dump(mode="json"), "ranks": config.lora.highest_rank, "truncation": None}
+    setup = _setup(run, bench)
+    return f"{config.model.model_dump_json()} {setup.get('model')} {adapter} {setup['labels']}"
+
+
+def _build(run: RunFolder, bench: Workbench) -> ResidentModel:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # it would break the lines of a log, or an error's one line
+    config, setup, device = run.config, _setup(run, bench), torch.device(bench.device)
+    base = provenance.pinned(config.model, setup.get("model"))
+    return ResidentModel.build(base, config.lora, setup["labels"], setup["pad_token_id"], config.seed, device)

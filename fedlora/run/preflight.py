@@ -1,0 +1,165 @@
+"""What can be known to be wrong before a run, its folder, a server or a worker exists.
+
+Nothing is started, written (but for the cache) or downloaded, and no weights are read: the data's labels and owners are
+looked at and dealt as the run will deal them, and the model is built from its configuration on the `meta` device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedlora.config import DataConfig, PartitionConfig, RunConfig
+from fedlora.data import catalogue
+from fedlora.errors import StrategyRefusal, counted, remembered
+from fedlora.files import limits
+from fedlora.files.limits import FileStates
+from fedlora.strategies import registry
+
+if TYPE_CHECKING:
+    from fedlora.data.survey import Survey
+    from fedlora.model.outline import Layer
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """A run's data, in numbers."""
+
+    labels: int
+    train: int
+    test: int
+    smallest: int
+    """Training examples of the client that has fewest."""
+    largest: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a check has found: a run that can begin."""
+
+    config: RunConfig
+    dealt: Dealt | None
+    """None where the data is on the hub, or large: the run itself will tell."""
+    layers: tuple[Layer, ...] | None
+    """What the adapter is put on; None where only loading the model would tell."""
+
+    def line(self) -> str:
+        """The run in one line."""
+        return f"{self.config.strategy} on {self.config.data.name}, {self._of_data()}; {self._of_model()}"
+
+    def _of_data(self) -> str:
+        clients = f"{counted(self.config.clients, 'client')}"
+        if self.dealt is None:
+            return f"{clients} (the data was not looked at: it is on the hub, or large)"
+        found = self.dealt
+        each = str(found.smallest) if found.smallest == found.largest else f"{found.smallest} to {found.largest}"
+        return f"{counted(found.labels, 'label')}, {found.train} + {found.test} examples, {clients} with {each}"
+
+    def _of_model(self) -> str:
+        name, rank = self.config.model.name, self.config.lora.highest_rank
+        if self.layers is None:
+            return f"{name}, rank {rank} (the model was not looked at: it is on the hub, or runs its own code)"
+        endings = sorted({layer.name.rsplit(".", 1)[-1] for layer in self.layers})
+        return f"{name}, rank {rank} on {len(self.layers)} modules ({', '.join(endings)})"
+
+
+def check(config: RunConfig) -> Found:
+    """Refuse a run that cannot work, as far as that can be known now. A second look at the same data, partition or
+    model costs next to nothing.
+
+    Raises:
+        ConfigError, DataError, ModelError: one line that names the key, the value and what to do.
+    """
+    names(config)
+    layers = _layers(config)
+    data = config.data.model_copy(update={"max_length": DataConfig().max_length})  # which is no matter of the rows
+    return Found(config, _dealt(data, config.partition, config.clients, config.seed, _files(data)), layers)
+
+
+def names(config: RunConfig) -> None:
+    """Resolve every name in a configuration: strategy, data, model, device. Looks into no file.
+
+    Raises:
+        ConfigError, DataError, ModelError: one line that names the key, the value and what to do.
+    """
+    catalogue.check(config.data)
+    check_rank(config)
+    from fedlora.model import base as model  # torch, which a mistake in the lines above need not wait for
+    from fedlora.training import workers  # torch, which a mistake in the lines above need not wait for
+
+    model.resolve(config.model.name)
+    workers.slot_devices(config.runner)
+
+
+def check_rank(config: RunConfig) -> None:
+    """Ask the strategy whether it can have the rank.
+
+    Raises:
+        StrategyRefusal: it cannot.
+    """
+    rank = config.lora.highest_rank
+    if reason := registry.make(config.strategy, config.strategy_options).refuses_rank(rank):
+        raise StrategyRefusal(f"strategy={config.strategy} does not go with lora.rank={rank}: {reason}")
+
+
+def before_run(config: RunConfig, folder: Path) -> Found | None:
+    """The check of a run that is to begin in a folder; of one that is continued there the data may be gone by now, and
+    only the folder is looked at (None).
+
+    Raises:
+        ConfigError, DataError, ModelError: as `check`.
+        RunFolderError: as `RunFolder.create`.
+    """
+    from fedlora.run.runfolder import RunFolder
+
+    RunFolder.check(folder, config)
+    return None if (folder / "partition.json").is_file() else check(config)
+
+
+def _files(data: DataConfig) -> FileStates:
+    root = catalogue.resolve(data).path
+    if root is None:
+        return ()
+    return limits.states(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else limits.states([root])
+
+
+@remembered(4096)
+def _dealt(data: DataConfig, partition: PartitionConfig, clients: int, seed: int, files: FileStates) -> Dealt | None:
+    """The data, dealt as the run will deal it; None where it cannot be looked at."""
+    from fedlora.data.partition import partition as deal
+
+    seen = _surveyed(data, seed, files)
+    if seen is None:
+        return None
+    owners = seen.train_clients, seen.test_clients
+    sizes = deal(partition, clients, seed, seen.train, seen.test, seen.labels, "", *owners).sizes
+    return Dealt(len(seen.labels), len(seen.train), len(seen.test), min(sizes), max(sizes))
+
+
+@remembered(4)
+def _surveyed(data: DataConfig, seed: int, files: FileStates) -> Survey | None:
+    from fedlora.data.survey import survey
+
+    return survey(data, seed)
+
+
+def _layers(config: RunConfig) -> tuple[Layer, ...] | None:
+    """What the adapter is put on, after a look at whether it, the texts and the tokenizer fit the model."""
+    from fedlora.model import base as model
+    from fedlora.model import outline
+
+    found = outline.of(config.model)
+    if found is None:
+        return None
+    model.check_positions(config.model, found.positions, config.data.max_length)
+    found.check_vocabulary(config.model.name)
+    layers = found.targets(config.lora)
+    strategy = registry.find(config.strategy)
+    for layer in layers:
+        model.check_sides(config.lora, layer.name, (layer.d_out, layer.d_in))
+        if strategy.trains_core and not layer.linear:
+            raise model.no_place_for_core(layer.name)
+        if strategy.changes_base and layer.tied:
+            raise model.would_change_both(layer.name, layer.tied)
+    return layers

@@ -1,0 +1,314 @@
+"""A run's state on disk: written atomically, checked by digest, so that whatever is there is whole.
+
+run.json  config.yaml  setup.json  partition.npz  adapter_config.json  lock
+rounds/000/  state.{safetensors,json}  record.json            before training
+rounds/003/  client-007.{safetensors,json}  roll.json  state.{safetensors,json}  record.json
+adapter/     the final adapter            figures/  tables/
+
+`roll.json` says who was asked and what became of each, `record.json` closes a round: all that is needed of it later.
+What lies beside it is removed as the run goes on (`keep_rounds`). JSON carries a seal, the digest of its own content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedlora import __version__
+from fedlora.config import RunConfig, configfile
+from fedlora.errors import AdapterError, ConfigError, RunFolderError
+from fedlora.files import limits, lock
+from fedlora.files.atomic import check_writable, write_atomic
+from fedlora.files.tensorfile import read_tensors, serialise
+from fedlora.strategies import state as states
+from fedlora.strategies.base import ServerState
+
+FORMAT = 3
+"""Version of this layout, written to `run.json`."""
+
+_CONFIG, _RUN, _SEAL = "config.yaml", "run.json", "seal"
+_LARGEST_JSON = 2**28
+"""Bytes; the longest record of a client, with the loss of every step, has far fewer."""
+_DECIDING = ("torch", "transformers", "peft", "numpy")
+"""Packages whose versions may change the bits of a result."""
+
+
+class RunFolder:
+    """Typed access to one run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> RunFolder:
+        """A folder for `config`; an existing one is continued if it was made with the same configuration.
+
+        Raises:
+            RunFolderError: not writable, holds something else, was made by another version of this layout, or with
+                another configuration: says what differs.
+        """
+        folder = cls.check(path, config)
+        folder._describe(config)
+        return folder
+
+    @classmethod
+    def check(cls, path: Path, config: RunConfig) -> RunFolder:
+        """Where `create` would make or continue a folder for `config`; nothing is made or changed.
+
+        Raises:
+            RunFolderError: as `create`.
+        """
+        folder = cls(path.expanduser().absolute())
+        if folder.holds_run():
+            folder._check_same(config)
+        elif folder.path.is_dir() and any(each.name != lock.FILE for each in folder.path.iterdir()):
+            raise RunFolderError(f"{folder.path} is not empty and holds no run; choose another --run-dir")
+        check_writable(folder.path)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The folder of a run that was begun; a damaged `config.yaml` or `run.json` is mended from the other.
+
+        Raises:
+            RunFolderError: it holds no run, one of another version of this layout, or one whose `config.yaml` was
+                changed.
+        """
+        folder = cls(path.expanduser().absolute())
+        if not folder.holds_run():
+            raise RunFolderError(f"{folder.path} holds no run: it has neither {_RUN} nor {_CONFIG}")
+        folder._check_format()
+        try:
+            folder._check_same(configfile.load(folder.path / _CONFIG))
+            whole = folder.read_json(_RUN) is not None
+        except ConfigError:
+            whole = False
+        if not whole:
+            folder._describe(folder.config)
+        return folder
+
+    def holds_run(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / _RUN).exists() or (self.path / _CONFIG).exists()
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep every other process away from the run within.
+
+        Raises:
+            RunFolderError: another process is at work on it.
+        """
+        instead = "wait until it has ended, or choose another --run-dir"
+        return lock.held(self.path, f"the run in {self.path}", instead)
+
+    def _check_format(self) -> None:
+        known = self.read_json(_RUN)
+        if known is None and not (self.path / _RUN).exists():
+            raise RunFolderError(
+                f"{self.path} was made by an older version of fedlora, whose layout this one does not continue (it has "
+                f"no {_RUN}); finish it with that version, or choose another --run-dir"
+            )
+        if known is not None and known["format"] != FORMAT:
+            raise RunFolderError(
+                f"{self.path} has layout {known['format']} of fedlora {known['versions']['fedlora']}, and this version "
+                f"({_versions()['fedlora']}) continues layout {FORMAT}; finish it with that version, or choose another "
+                "--run-dir"
+            )
+
+    def _check_same(self, config: RunConfig) -> None:
+        self._check_format()
+        old = self.config
+        if old.digest() == config.digest():
+            return
+        before, now = (configfile.flatten(c.model_dump(mode="json")) for c in (old, config))
+        changed = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in now if before.get(key) != now[key]]
+        raise RunFolderError(
+            f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}); choose another --run-dir"
+        )
+
+    def _describe(self, config: RunConfig) -> None:
+        """Write `run.json` and `config.yaml`; a run that was begun keeps its id, and the versions it began with."""
+        known = self.read_json(_RUN) or {"format": FORMAT, "id": uuid.uuid4().hex, "versions": _versions()}
+        self.write_json(_RUN, {**known, "config": config.model_dump(mode="json")})
+        write_atomic(self.path / _CONFIG, configfile.to_yaml(config).encode())
+        self.__dict__.pop("config", None)
+
+    @property
+    def id(self) -> str:
+        """What tells this run from every other, also from an earlier one in the same folder."""
+        return str(self.need_json(_RUN)["id"])
+
+    def other_versions(self) -> list[str]:
+        """Packages that have changed since the run began and may change its bits: `torch was 2.13.0, is 2.14.0`.
+
+        Raises:
+            RunFolderError: `run.json` is missing or damaged.
+        """
+        known = self.need_json(_RUN)["versions"]
+        return [f"{name} was {known[name]}, is {now}" for name, now in _versions().items() if known.get(name) != now]
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The configuration that the run began with.
+
+        Raises:
+            RunFolderError: it is damaged in both of the places where it is kept.
+        """
+        known = self.read_json(_RUN)
+        if known is not None:
+            return configfile.build(configfile.flatten(known["config"]))
+        try:
+            return configfile.load(self.path / _CONFIG)
+        except ConfigError as error:
+            raise RunFolderError(f"{self.path}: {_RUN} and {_CONFIG} are both damaged ({error}); start anew") from None
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file; a mapping gets a seal, by which damage is found."""
+        if isinstance(content, Mapping):
+            content = {**content, _SEAL: _seal(content)}
+        write_atomic(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
+
+    def read_json(self, name: str) -> Any | None:
+        """The content of a JSON file of the run, without its seal, or None when it is not there or damaged."""
+        try:
+            content = limits.read_json(self.path / name, _LARGEST_JSON)
+        except (OSError, ValueError):
+            return None
+        if isinstance(content, dict) and content.pop(_SEAL, None) != _seal(content):
+            return None
+        return content
+
+    def need_json(self, name: str) -> Any:
+        """The content of a JSON file that the run cannot do without.
+
+        Raises:
+            RunFolderError: it is not there or damaged.
+        """
+        content = self.read_json(name)
+        if content is None:
+            raise RunFolderError(
+                f"{self.path / name} is missing or damaged; `fedlora resume` goes back to the last point that is whole"
+            )
+        return content
+
+    # -- tensors with a JSON record beside them; the record is written last and carries the digest ------------------
+
+    def write_tensors(
+        self,
+        stem: str,
+        tensors: Mapping[str, Tensor],
+        record: Mapping[str, Any],
+        on_the_way: Callable[[bytes], bytes] = bytes,
+    ) -> dict[str, Any]:
+        """`<stem>.safetensors` and then `<stem>.json` with `record` and the digest of the tensors.
+
+        Args:
+            stem: of both files.
+            tensors: to write.
+            record: what else is known of them.
+            on_the_way: what a faulty channel makes of the file after its digest was taken.
+        """
+        content = serialise(tensors)
+        write_atomic(self.path / f"{stem}.safetensors", on_the_way(content))
+        complete = {**record, "digest": hashlib.sha256(content).hexdigest()}
+        self.write_json(f"{stem}.json", complete)
+        return complete
+
+    def read_record(self, stem: str) -> dict[str, Any] | None:
+        """The record of `<stem>`, or None unless both files are there and the digest holds."""
+        record = self.read_json(f"{stem}.json")
+        if not isinstance(record, dict):
+            return None
+        return record if self.digest_of(f"{stem}.safetensors") == record.get("digest") else None
+
+    def digest_of(self, name: str) -> str | None:
+        """The SHA-256 of a file, or None where it cannot be read."""
+        try:
+            with (self.path / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return None
+
+    def read_tensors(self, stem: str) -> dict[str, Tensor]:
+        """The tensors of `<stem>`.
+
+        Raises:
+            RunFolderError: missing or damaged.
+        """
+        path = self.path / f"{stem}.safetensors"
+        if self.read_record(stem) is None:
+            raise RunFolderError(
+                f"{path} is missing or damaged; `fedlora resume` goes back to the last point that is whole"
+            )
+        try:
+            return read_tensors(path)
+        except AdapterError as error:
+            raise RunFolderError(str(error)) from None
+
+    # -- what the rounds hold -------------------------------------------------------------------------------------
+
+    def round_folder(self, number: int) -> Path:
+        return self.path / "rounds" / f"{number:03d}"
+
+    def client_stem(self, number: int, client: int) -> str:
+        return f"rounds/{number:03d}/client-{client:03d}"
+
+    def roll_name(self, number: int) -> str:
+        """The file that says who was asked in a round, and what became of each."""
+        return f"rounds/{number:03d}/roll.json"
+
+    def record_name(self, number: int) -> str:
+        """The file that marks a round as complete."""
+        return f"rounds/{number:03d}/record.json"
+
+    def state_stem(self, number: int) -> str:
+        return f"rounds/{number:03d}/state"
+
+    def read_state(self, number: int) -> ServerState:
+        """The strategy's state after a round (0: before training).
+
+        Raises:
+            RunFolderError: missing or damaged.
+        """
+        stem = self.state_stem(number)
+        tensors = self.read_tensors(stem)
+        return states.from_tensors(tensors, self.need_json(f"{stem}.json")["state"])
+
+    def write_state(self, state: ServerState, record: Mapping[str, Any]) -> dict[str, Any]:
+        complete = {
+            **record,
+            "state": states.scalars(state),
+            "base_bytes": state.base_step.wire_bytes(),
+            "base_total_bytes": state.base.wire_bytes(),
+        }
+        return self.write_tensors(self.state_stem(state.round), states.tensors(state), complete)
+
+    def finished_rounds(self) -> list[int]:
+        """Rounds that are complete, in order, without a gap."""
+        return list(_without_gap(lambda number: self.read_json(self.record_name(number)) is not None))
+
+
+def _without_gap(complete: Callable[[int], bool]) -> Iterator[int]:
+    number = 0
+    while complete(number):
+        yield number
+        number += 1
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """The digest of a mapping as it reads after a journey through JSON."""
+    plain = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """Of ourselves and of what decides the bits of a result."""
+    return {"fedlora": __version__, **{name: version(name) for name in _DECIDING}}

@@ -1,0 +1,72 @@
+"""What crosses the wire for one client in one round, in bytes.
+
+A plan says what brings a client that took part in the round before up to date. One that was away lacks more: every part
+that travelled meanwhile, and what was added to the base. Everything counts from the state before round one, which
+follows from the run's seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from fedlora.adapter.weights import Adapter, Part, wire_size
+from fedlora.metrics import Bytes
+from fedlora.run.runfolder import RunFolder
+from fedlora.seeds import Turn
+from fedlora.strategies.base import NOTHING, Strategy
+
+
+def crossing(run: RunFolder, strategy: Strategy, turn: Turn, start: Adapter, upload: Adapter | None) -> Bytes:
+    """What a client must receive to hold the broadcast `start` and its base, and its `upload` where it sends one."""
+    down = wire_size(start, parts_down(run, strategy, turn, start))
+    up = wire_size(upload, strategy.plan(turn.round).up) if upload is not None else (0, 0)
+    base = missed_base(run, turn)
+    return Bytes(up_adapter=up[0], up_head=up[1], down_adapter=down[0], down_head=down[1], down_base=base)
+
+
+def parts_down(run: RunFolder, strategy: Strategy, turn: Turn, start: Adapter) -> frozenset[Part]:
+    """The parts of `start` that a client is sent: those of the round's plan, and of the plans of all rounds since it
+    was last asked; of all rounds so far where its rank has risen since, because it never held the new indices.
+    """
+    now = strategy.plan(turn.round).down
+    if _travelled(strategy, 1, turn.round) <= now:
+        return now
+    since, rank = _last_asked(run, turn)
+    return now | _travelled(strategy, 1 if start.rank > rank else since + 1, turn.round)
+
+
+def _travelled(strategy: Strategy, first: int, last: int) -> frozenset[Part]:
+    """The parts that travel down in any of these rounds."""
+    return NOTHING.union(*(strategy.plan(number).down for number in range(first, last + 1)))
+
+
+def missed_base(run: RunFolder, turn: Turn) -> int:
+    """Bytes of base update that a client downloads.
+
+    All that was added since it was last asked, or the whole update where that is smaller.
+    """
+    total = int(run.need_json(f"{run.state_stem(turn.round - 1)}.json")["base_total_bytes"])
+    if not total:
+        return 0
+    since, _ = _last_asked(run, turn)
+    return min(sum(int(record["base_bytes"]) for _, record in _closed(run, turn, max(since, 1))), total)
+
+
+def _last_asked(run: RunFolder, turn: Turn) -> tuple[int, float]:
+    """The last round in which a client was asked and so was sent what it lacked (this one, where it is asked again; 0
+    where there is none), and its rank then (infinite where it had the highest)."""
+    roll = run.read_json(run.roll_name(turn.round)) or {"entries": []}
+    if any(entry["client"] == turn.client for entry in roll["entries"]):
+        return turn.round, math.inf
+    for number, record in _closed(run, turn, 1):
+        if turn.client in record["asked"]:
+            return number, record.get("ranks", {}).get(str(turn.client), math.inf)
+    return 0, math.inf
+
+
+def _closed(run: RunFolder, turn: Turn, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The records of the rounds before this one, the latest first, down to `first`."""
+    for number in range(turn.round - 1, first - 1, -1):
+        yield number, run.need_json(run.record_name(number))

@@ -1,0 +1,55 @@
+"""The server's step in a round around every strategy: aggregate, average what else is sent, and measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fedlora.adapter import Adapter, Factors
+from fedlora.adapter.base_update import BaseUpdate
+from fedlora.adapter.divergence import Divergence, measure
+from fedlora.adapter.factors import truncated_svd
+from fedlora.adapter.updates import Updates
+from fedlora.strategies.base import Strategy
+from fedlora.strategies.state import ServerState
+
+
+def advance(strategy: Strategy, state: ServerState, updates: Updates, svd_order: bool = False) -> ServerState:
+    """One server step: aggregate the factors, average what else is sent, note the ranks, count the round.
+
+    Args:
+        strategy: how the factors are combined.
+        state: after the last round.
+        updates: this round's uploads.
+        svd_order: turn the global factors (their product unchanged) so that the first indices are the best truncation.
+    """
+    sent = strategy.plan(state.round + 1).up
+    new = strategy.aggregate(replace(state, base_step=BaseUpdate()), updates)
+    if svd_order and not strategy.in_svd_order:
+        new = new.with_factors({m: _ordered(pair) for m, pair in new.adapter.factors.items()}, new.diagnostics)
+    if "head" in sent:
+        new = new.with_head(updates.mean_head())
+    if "magnitude" in sent:
+        new = new.with_magnitudes(updates.mean_magnitudes())
+    uploaded = {client: adapter.rank for client, adapter in zip(updates.clients, updates.adapters, strict=True)}
+    lower = {client: rank for client, rank in uploaded.items() if rank < state.rank_of(client)}
+    return replace(new, ranks={**state.ranks, **lower}, round=state.round + 1)
+
+
+def _ordered(pair: Factors) -> Factors:
+    """The same product with its largest directions first; a start from B = 0 has no order and stays as it is."""
+    return truncated_svd([pair], [1.0], pair.rank).balanced() if pair.B.any() else pair
+
+
+def measure_round(strategy: Strategy, new: ServerState, updates: Updates) -> Divergence:
+    """The divergence of what the clients of a round will hold, from the state after it."""
+    mixing = {module: values["p"] for module, values in new.diagnostics.items() if "p" in values}
+    broadcasts = _folded([strategy.broadcast(new, client) for client in updates.clients])
+    return measure(updates.folded(), broadcasts, mixing, new.base_step, new.scaling, new.scalings)
+
+
+def _folded(broadcasts: Sequence[Adapter]) -> list[Adapter]:
+    """The same as plain factors; what is sent to all is folded once, so that it is seen to be one broadcast."""
+    distinct = {id(sent.cores): sent for sent in broadcasts if sent.cores}
+    folded = {key: sent.folded() for key, sent in distinct.items()}
+    return [folded.get(id(sent.cores), sent) for sent in broadcasts]

@@ -1,0 +1,1 @@
+"""A grid of runs: plan, folder, comparison, estimate."""

@@ -1,0 +1,1 @@
+"""One client's work, and the slots it happens in."""

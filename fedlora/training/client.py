@@ -1,0 +1,104 @@
+"""What one client does in one round: fresh optimiser, a few steps on its own data, its adapter back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fedlora import seeds
+from fedlora.adapter import Adapter, Factors, Part
+from fedlora.config import TrainingConfig
+from fedlora.data.batches import steps_for, training_batches
+from fedlora.errors import AdapterError, ClientFailed
+from fedlora.model.resident import ResidentModel
+from fedlora.seeds import Turn
+
+if TYPE_CHECKING:
+    from fedlora.data.tokens import Examples
+
+
+Penalty = Callable[[Mapping[str, Factors], Adapter], Tensor | None]
+"""A strategy's term of the loss, of the live factors and the adapter they started from (`Strategy.penalty`)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A client's result: its adapter, the loss of every step, and the wall time of the steps in seconds."""
+
+    adapter: Adapter
+    losses: list[float]
+    seconds: float
+
+
+def train(
+    model: ResidentModel,
+    start: Adapter,
+    examples: Examples,
+    training: TrainingConfig,
+    turn: Turn,
+    parts: frozenset[Part],
+    pad_token_id: int,
+    padding_side: str = "right",
+    penalty: Penalty | None = None,
+) -> Trained:
+    """Train `parts` of the adapter `start` on a client's examples; the result has the ranks of `start`.
+
+    Optimiser and schedule are made afresh; batches and dropout are drawn by (seed, round, client) alone. `penalty` is a
+    strategy's own term of the loss; the losses that are reported are without it.
+
+    Raises:
+        ClientFailed: the loss, or what came of the last step, is not finite; names the client, round and step.
+    """
+    model.load(start)
+    parameters, live = model.trainable(parts), model.factors()
+    optimizer = _optimizer(parameters, training)
+    warmup = max(training.warmup_steps, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+    steps = steps_for(len(examples.labels), training.batch_size, training.local_steps, training.local_epochs)
+    order = seeds.torch_generator(turn.seed, "batches", turn.round, turn.client)
+    seeds.seed_torch(turn.seed, "dropout", turn.round, turn.client, model.device)
+    model.peft.train()
+    losses: list[Tensor] = []
+    begun = time.perf_counter()
+    for batch in training_batches(examples, training.batch_size, steps, order, pad_token_id, padding_side):
+        on_device = batch.to(model.device)
+        with model.autocast():
+            logits = model.peft(**on_device.model_inputs()).logits
+        loss = nn.functional.cross_entropy(logits.float(), on_device.labels)
+        extra = penalty(live, start) if penalty else None
+        optimizer.zero_grad(set_to_none=True)
+        (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
+        if training.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+    curve = torch.stack(losses).tolist()
+    trained = model.read().cut_like(start)
+    return Trained(_finite(trained, curve, turn, start), curve, time.perf_counter() - begun)
+
+
+def _optimizer(parameters: list[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+        )
+    return torch.optim.AdamW(parameters, training.learning_rate, weight_decay=training.weight_decay)
+
+
+def _finite(adapter: Adapter, losses: list[float], turn: Turn, start: Adapter) -> Adapter:
+    for step, loss in enumerate(losses, start=1):
+        if not torch.isfinite(torch.tensor(loss)):
+            raise ClientFailed(
+                f"{turn}: the loss is {loss} at step {step}, so training diverged; lower training.learning_rate"
+            )
+    try:
+        adapter.check_like(start, str(turn))
+    except AdapterError as error:
+        raise ClientFailed(f"{error}; lower training.learning_rate") from None
+    return adapter

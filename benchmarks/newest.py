@@ -31,9 +31,9 @@ TESTS = (
     "tests/flows/test_federated.py",
     "tests/mlflow_tracking/test_tracking.py",
     "tests/fedlora/strategies/test_peft_oracle.py",
-    "tests/fedlora/test_adapter.py",
-    "tests/fedlora/test_merging.py",
-    "tests/fedlora/test_model.py",
+    "tests/fedlora/adapter/test_adapter.py",
+    "tests/fedlora/exchange/test_merging.py",
+    "tests/fedlora/model/test_model.py",
 )
 
 

@@ -35,13 +35,18 @@ _HOMES = {
     "train": "fedlora.run.loop",
 }
 
+_MODULES = {"configfile": "fedlora.config.configfile"}
+"""Modules that programs import from here (`from fedlora import configfile`), and where they are."""
+
 
 def __getattr__(name: str) -> Any:
     """Import the public names when they are first used: `import fedlora` stays fast."""
-    if name not in _HOMES:
+    if name not in {*_HOMES, *_MODULES}:
         raise AttributeError(f"module 'fedlora' has no attribute '{name}'")
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     return getattr(import_module(_HOMES[name]), name)
 
 

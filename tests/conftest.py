@@ -35,8 +35,8 @@ FIRST = (
     "flows/test_sweep",
     "flows/test_automations",
     "flows/",
-    "fedlora/test_resume",
-    "fedlora/test_loop",
+    "fedlora/run/test_resume",
+    "fedlora/run/test_loop",
 )
 """Files of minutes begin first, so that two workers end together (with xdist's `--no-loadscope-reorder`)."""
 

@@ -14,7 +14,7 @@ from fedlora.config.lora import LoraConfig
 from fedlora.config.run import PARTITIONER_CLASSES, RunConfig, Section, TrainingConfig
 from fedlora.errors import ConfigError
 
-PRESETS = Path(__file__).parents[2] / "deployments" / "presets"
+PRESETS = Path(__file__).parents[3] / "deployments" / "presets"
 KEYS = list(configfile.dotted_keys())
 DEFAULTS = configfile.flatten(RunConfig().model_dump(mode="json"))
 

@@ -16,7 +16,7 @@ from fedlora.model import base as model
 from fedlora.model import provenance
 from fedlora.run.runfolder import RunFolder
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PACKAGES = ("fedlora", "mlflow_tracking", "tasks", "flows", "deployments")
 CODE = """
 from pathlib import Path

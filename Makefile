@@ -43,7 +43,7 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 
 types: setup-dev
-	$(BIN)/mypy fedlora mlflow_tracking tasks flows benchmarks/*.py
+	$(BIN)/mypy fedlora deployments mlflow_tracking tasks flows fedlora_cli benchmarks/*.py
 
 test: lint types
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -36,10 +36,10 @@ from typing import Any
 import httpx
 import psutil
 
+from deployments.shipped import PRESETS
 from fedlora.config import configfile
 from fedlora.run import loop, rounds
 from fedlora.run.runfolder import RunFolder
-from flows.presets import PRESETS
 
 TINY: dict[str, Any] = {
     "model.name": "bert-tiny",

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("prefect", "mlflow", "sqlalchemy", "fastapi", "transformers", "peft", "datasets", "torch")
 """Those whose releases have broken something, or could."""
 TESTS = (
-    "tests/flows/test_automations.py",
-    "tests/flows/test_services.py",
+    "tests/deployments/local/test_automations.py",
+    "tests/deployments/local/test_services.py",
     "tests/flows/test_federated.py",
     "tests/mlflow_tracking/test_tracking.py",
     "tests/fedlora/strategies/test_peft_oracle.py",

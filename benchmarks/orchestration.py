@@ -25,13 +25,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
-from flows import environment
+from deployments.local import environment
 
 environment.prepare("CRITICAL")
 
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from deployments.local import private_server
+from deployments.shipped import PRESETS
 from fedlora.adapter.divergence import measure
 from fedlora.adapter.updates import Update, Updates
 from fedlora.config import RunConfig, configfile
@@ -45,9 +47,8 @@ from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
 from fedlora.strategies.step import advance
 from fedlora.training import client, evaluation, workers
-from flows import federated, private_server
+from flows import federated
 from flows.logbook import Logbook
-from flows.presets import PRESETS
 from flows.progress import Progress
 from tasks.federated import Run, initialise, partition
 

@@ -34,6 +34,8 @@ import transformers.models.bert.modeling_bert  # noqa: F401
 from mlflow import MlflowClient
 from transformers import AutoModel, AutoTokenizer, BertConfig
 
+from deployments.local import registering as deploying
+from deployments.shipped import PRESETS, SWEEPS
 from fedlora.config import configfile
 from fedlora.data import columns, partition, sources, survey  # noqa: F401
 from fedlora.errors import FedloraError
@@ -42,8 +44,7 @@ from fedlora.model import base as model
 from fedlora.run import preflight, runfolder  # noqa: F401
 from fedlora.sweep import plan as sweeps
 from fedlora.training import workers  # noqa: F401
-from flows import checks, deploying
-from flows.presets import PRESETS, SWEEPS
+from flows import checks
 
 Try = Callable[[], object]
 

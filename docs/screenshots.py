@@ -15,9 +15,9 @@ import httpx
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from deployments.local import environment
 from fedlora.files import home
 from fedlora.sweep.folder import SweepFolder
-from flows import environment
 from mlflow_tracking import store
 
 IMAGES = Path(__file__).parent / "images"

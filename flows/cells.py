@@ -13,16 +13,17 @@ from uuid import UUID
 
 from prefect.logging import get_run_logger
 
+from deployments.shipped import PRESETS
 from fedlora.config import configfile
 from fedlora.errors import FedloraError, counted, first_line
 from fedlora.sweep.folder import SweepFolder
 from fedlora.sweep.plan import Cell
 from fedlora.training import workers
-from flows import handover, interruption
+from flows import handover
 from flows.federated import federated
-from flows.presets import PRESETS
 from flows.progress import Progress
 from mlflow_tracking.parents import Parent
+from tasks import interruption
 
 Ended = tuple[Cell, str | None]
 """A cell, and what went wrong with it."""

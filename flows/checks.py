@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows import environment
+from deployments.local import environment
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig

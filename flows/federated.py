@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from flows import environment
+from deployments.local import environment
 
 environment.prepare()
 
@@ -20,6 +20,8 @@ from prefect.futures import PrefectFuture, as_completed  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 from pydantic import Field  # noqa: E402
 
+from deployments import form  # noqa: E402
+from deployments.shipped import DEPLOYMENTS, PRESETS  # noqa: E402
 from fedlora.config import RunConfig, configfile  # noqa: E402
 from fedlora.errors import WorkerError  # noqa: E402
 from fedlora.files import home  # noqa: E402
@@ -30,12 +32,15 @@ from fedlora.run.rounds import unfinished as rounds_to_do  # noqa: E402
 from fedlora.run.runfolder import RunFolder  # noqa: E402
 from fedlora.strategies import registry  # noqa: E402
 from fedlora.training import workers  # noqa: E402
-from flows import checks, form, interruption, names, progress, refusals  # noqa: E402
+from flows import checks, progress, refusals  # noqa: E402
 from flows.logbook import Logbook  # noqa: E402
-from flows.presets import DEPLOYMENTS, PRESETS  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 from mlflow_tracking import store, tracker  # noqa: E402
-from tasks import devices  # noqa: E402
+from tasks import (  # noqa: E402
+    devices,
+    interruption,
+    names,
+)
 from tasks.federated import (  # noqa: E402
     Run,
     aggregate,

@@ -8,11 +8,11 @@ from contextlib import suppress
 from prefect import runtime
 
 from fedlora.errors import FedloraError
-from flows import interruption
-from flows.pages import RunPage
 from flows.progress import Progress
 from mlflow_tracking.tracker import Tracked
+from tasks import interruption
 from tasks.federated import Run, describe, open_tracking, track
+from tasks.pages import RunPage
 
 
 class Logbook:

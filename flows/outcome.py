@@ -16,10 +16,11 @@ from fedlora.sweep import comparison
 from fedlora.sweep.comparison import Result
 from fedlora.sweep.folder import STATE, SweepFolder
 from fedlora.sweep.plan import Sweep
-from flows import progress, report, where
+from flows import progress, report
 from flows.progress import Progress
 from mlflow_tracking import champion, parents, store
 from mlflow_tracking.parents import Parent
+from tasks import where
 
 SHOWN = {
     "report": "report/report.html",

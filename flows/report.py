@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows import environment
+from deployments.local import environment
 
 environment.prepare()
 
@@ -19,9 +19,10 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact  # 
 from fedlora import report  # noqa: E402
 from fedlora.files import home  # noqa: E402
 from fedlora.report import tables, views  # noqa: E402
-from flows import names, refusals, where  # noqa: E402
+from flows import refusals  # noqa: E402
 from mlflow_tracking import compare, store  # noqa: E402
 from mlflow_tracking.compare import LATEST, Source  # noqa: E402
+from tasks import names, where  # noqa: E402
 
 _FOLDER = "report"
 """Of the sweep's folder, and of the parent run's artifacts."""

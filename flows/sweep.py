@@ -8,24 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from flows import environment
+from deployments.local import environment
 
 environment.prepare()
 
 from prefect import flow, runtime  # noqa: E402 (the environment must be ready first)
 from pydantic import Field  # noqa: E402
 
+from deployments import form  # noqa: E402
+from deployments.shipped import DEPLOYMENTS, PRESETS, SWEEPS  # noqa: E402
 from fedlora.config import configfile  # noqa: E402
 from fedlora.errors import FedloraError, counted  # noqa: E402
 from fedlora.files import home, lock  # noqa: E402
 from fedlora.sweep import plan as sweeps  # noqa: E402
 from fedlora.sweep.folder import SweepFolder  # noqa: E402
 from fedlora.sweep.plan import Cell, Sweep  # noqa: E402
-from flows import cells, checks, form, interruption, names, outcome, progress, refusals  # noqa: E402
-from flows.presets import DEPLOYMENTS, PRESETS, SWEEPS  # noqa: E402
+from flows import cells, checks, outcome, progress, refusals  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 from mlflow_tracking import parents  # noqa: E402
 from mlflow_tracking.parents import Parent  # noqa: E402
+from tasks import interruption, names  # noqa: E402
 
 
 @flow(name="sweep", validate_parameters=True)

@@ -24,17 +24,21 @@ from fedlora.config import configfile
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["pipeline"]
+
 
 FIRST = (
     "test_chaos",
-    "flows/test_cli.py",
-    "flows/test_services",
-    "flows/test_outages",
+    "fedlora_cli/test_run.py",
+    "local/test_services",
+    "tasks/test_outages",
     "flows/test_federated",
-    "flows/test_deploying",
+    "local/test_registering",
     "flows/test_sweep",
-    "flows/test_automations",
-    "flows/",
+    "local/test_automations",
+    "tests/deployments/",
+    "tests/fedlora_cli/",
+    "tests/flows/",
     "fedlora/run/test_resume",
     "fedlora/run/test_loop",
 )

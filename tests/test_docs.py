@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 import typer
 
+from deployments.shipped import PRESETS, SWEEPS
 from fedlora.config import configfile
 from fedlora.sweep import plan as sweeps
-from flows.presets import PRESETS, SWEEPS
 
 ROOT = Path(__file__).parent.parent
 HOWTOS = sorted((ROOT / "docs/howto").glob("*.md"))
@@ -68,7 +68,7 @@ def test_commands_in_the_docs_use_keys_presets_and_sweeps_that_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_in_the_docs_have_the_options_that_they_are_given(page):
-    from flows import cli
+    from fedlora_cli import app as cli
 
     commands = typer.main.get_command(cli.app).commands
     for name, rest in re.findall(
@@ -83,7 +83,7 @@ def test_commands_in_the_docs_have_the_options_that_they_are_given(page):
 def test_deployments_named_in_the_docs_are_declared(page):
     from prefect.flows import load_flow_from_entrypoint
 
-    from flows import deploying
+    from deployments.local import registering as deploying
 
     declared = {each["name"]: each["entrypoint"] for each in deploying.declared()}
     for word, rest in re.findall(

@@ -9,11 +9,12 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 \
     OMP_WAIT_POLICY=PASSIVE MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=1
 
 WORKDIR /opt/fedlora
-COPY pyproject.toml constraints.txt README.md LICENSE NOTICE CHANGELOG.md fedlora_cli.py ./
+COPY pyproject.toml constraints.txt README.md LICENSE NOTICE CHANGELOG.md ./
 COPY fedlora ./fedlora
 COPY mlflow_tracking ./mlflow_tracking
 COPY tasks ./tasks
 COPY flows ./flows
+COPY fedlora_cli ./fedlora_cli
 COPY deployments ./deployments
 RUN pip install -c constraints.txt -e . \
  && useradd --system --uid 10001 --user-group --home-dir /var/lib/fedlora --create-home fedlora

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from deployments.form import AS_IN_PRESET
+from deployments.shipped import PRESETS
 from fedlora.strategies import registry
-from flows.form import AS_IN_PRESET
-from flows.presets import PRESETS
 from mlflow_tracking import store
 
 ASKED_ANYWAY = "sr-client-cfg.amplitude.com"

@@ -14,6 +14,7 @@ from prefect.client.schemas.objects import TaskRun
 from safetensors.torch import load_file
 
 import fedlora
+from deployments.shipped import PRESETS
 from fedlora import metrics
 from fedlora.config import configfile
 from fedlora.data import tokens
@@ -22,7 +23,6 @@ from fedlora.errors import ConfigError, DataError, RunAborted
 from fedlora.run import jobs, loop, rounds
 from fedlora.run.runfolder import RunFolder
 from fedlora.training import workers
-from flows.presets import PRESETS
 from mlflow_tracking import tracker
 
 

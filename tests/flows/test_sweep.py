@@ -12,13 +12,13 @@ from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
+from deployments.shipped import PRESETS, SWEEPS
 from fedlora.config import configfile
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.files import home
 from fedlora.sweep import comparison
 from fedlora.sweep import plan as sweeps
 from fedlora.sweep.folder import SweepFolder
-from flows.presets import PRESETS, SWEEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT = str(Path(sys.executable).with_name("prefect"))

@@ -14,7 +14,7 @@ from fedlora.adapter.base_update import BaseUpdate
 from fedlora.exchange import result
 from fedlora.exchange.peftfolder import open_peft_folder
 from fedlora.strategies import registry
-from flows import cli
+from fedlora_cli import app as cli
 from tests.fuzz import campaign, folders
 
 pytestmark = pytest.mark.timeout(0)  # its timer is the one that watches a case

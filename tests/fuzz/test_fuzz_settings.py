@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import strategies as st
 
+from deployments.shipped import PRESETS, SWEEPS
 from fedlora.config import configfile
 from fedlora.sweep import plan as sweeps
-from flows.presets import PRESETS, SWEEPS
 from tests.fuzz import campaign, settings
 
 pytestmark = pytest.mark.timeout(0)  # its timer is the one that watches a case

@@ -2,11 +2,11 @@
 
 import pytest
 
+from deployments.shipped import PRESETS, SWEEPS
 from fedlora.config import configfile
 from fedlora.config.yamltext import parse
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.sweep import plan as sweeps
-from flows.presets import PRESETS, SWEEPS
 
 
 @pytest.mark.parametrize(

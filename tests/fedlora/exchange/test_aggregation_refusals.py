@@ -23,7 +23,7 @@ NAN, INF = float("nan"), float("inf")
 
 DRIVER = """
 import contextlib, io, json, sys, traceback
-from flows import cli
+from fedlora_cli import app as cli
 done = []
 for words in json.load(sys.stdin):
     sys.argv = ["fedlora", *words]

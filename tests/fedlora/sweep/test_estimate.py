@@ -1,4 +1,4 @@
-"""What a run will take: the arithmetic; the trial itself is seen in `fedlora sweep --dry-run` (tests/flows)."""
+"""What a run will take: the arithmetic; the trial itself is seen in `fedlora sweep --dry-run` (tests/fedlora_cli)."""
 
 import pytest
 

@@ -2,11 +2,11 @@
 
 import pytest
 
+from deployments.shipped import PRESETS, SWEEPS
 from fedlora.errors import RunFolderError
 from fedlora.files import lock
 from fedlora.sweep import plan as sweeps
 from fedlora.sweep.folder import SweepFolder
-from flows.presets import PRESETS, SWEEPS
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 import pytest
 
+from deployments.shipped import PRESETS, SWEEPS
 from fedlora.config import configfile
 from fedlora.errors import ConfigError
 from fedlora.sweep import plan as sweeps
-from flows.presets import PRESETS, SWEEPS
 
 
 @pytest.fixture

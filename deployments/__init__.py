@@ -1,0 +1,1 @@
+"""What runs where: deployments, presets and sweeps that are shipped, containers, and servers on this machine."""

@@ -1,0 +1,1 @@
+"""What `fedlora up` and `fedlora down` start and stop."""

@@ -1,0 +1,118 @@
+"""The commands and environments of the processes of `fedlora up`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+
+from deployments.local import authentication, database
+from deployments.local.database import Databases
+from deployments.local.environment import UTF8, Services, defaults, of_server
+from deployments.local.prefect_api import CPU_POOL, GPU_POOL
+from deployments.local.server_log import DATE_FORMAT
+from fedlora.config import addresses
+from fedlora.files import home
+
+WORKERS = {"worker": CPU_POOL, "gpu-worker": GPU_POOL}
+"""The pool that each worker serves."""
+_OF_FLOW_RUNS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+"""Secrets that neither server has a use for."""
+
+
+def commands(services: Services) -> dict[str, list[str]]:
+    """What to start, by name of the process. No secret is among the words: every user of the machine can read them."""
+    module, host = [sys.executable, "-m"], services.host
+    prefect, mlflow = (str(httpx.URL(url).port) for url in (services.prefect_url, services.mlflow_url))
+    worker = [*module, "prefect", "worker", "start", "--type", "process"]
+    asking = ["--app-name", "basic-auth"] if services.authenticated else []
+    return {
+        "prefect": [*module, "prefect", "server", "start", "--host", host, "--port", prefect],
+        # One server process: requests run in its threads, and SQLite has one writer in any case.
+        "mlflow": [*module, "mlflow", "server", "--host", host, "--port", mlflow, "--workers", "1", *asking],
+        **{
+            name: [*worker, "--pool", pool, "--name", f"{name}-{socket.gethostname()}"]
+            for name, pool in WORKERS.items()
+        },
+    }
+
+
+def environments(services: Services, databases: Databases) -> dict[str, dict[str, str]]:
+    """The environment of each process, stores and passwords included; each gets only those that it needs."""
+    common = _common(services)
+    prefect = {
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # without these two, `--watch` shows events and no log
+        "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "2",  # `up` waits for it; 5 by default
+        **DATE_FORMAT,
+        **of_server(),
+        **_writable_ui_folder(),
+        **authentication.without(common, authentication.OF_MLFLOW + _OF_FLOW_RUNS),
+        **authentication.prefect_client(),
+        **databases.prefect,
+    }
+    mlflow = {
+        "MLFLOW_DEFAULT_ARTIFACT_ROOT": _artifacts(),
+        "MLFLOW_ARTIFACTS_DESTINATION": _artifacts(),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # jobs of LLM evaluation: more processes, unused here
+        **authentication.without(common, authentication.OF_PREFECT + _OF_FLOW_RUNS),
+        **databases.mlflow,
+    }
+    if services.authenticated:
+        prefect.setdefault("PREFECT_SERVER_UI_API_URL", "/api")  # of whatever address the browser has called
+        mlflow |= authentication.mlflow_server(services.host, httpx.URL(services.mlflow_url).port or 80)
+    if database.PREFECT_URL in databases.prefect:
+        prefect.pop("PREFECT_API_DATABASE_CONNECTION_URL", None)  # the older name of the same setting
+    if databases.postgres:  # neither server may see the other's
+        prefect.pop(database.MLFLOW_URL, None)
+        mlflow.pop(database.PREFECT_URL, None)
+        common = authentication.without(common, database.SECRETS)
+    mlflow.pop("MLFLOW_TRACKING_URI", None)
+    worker = {
+        "MLFLOW_TRACKING_URI": services.mlflow_url,
+        "PREFECT_WORKER_QUERY_SECONDS": "2",  # by default a run waits up to ten seconds to be picked up
+        **authentication.without(common, authentication.OF_SERVERS),
+        **authentication.prefect_client(),
+        **authentication.mlflow_client(),
+    }
+    return {"prefect": prefect, "mlflow": mlflow, "worker": _without_gpus(worker), "gpu-worker": worker}
+
+
+def _artifacts() -> str:
+    """The folder of artifacts, as an address where its path holds what MLflow would read as part of one."""
+    folder = home.mlflow_artifacts()
+    return str(folder) if quote(str(folder)) == str(folder) else folder.as_uri()
+
+
+def _common(services: Services) -> dict[str, str]:
+    """What all processes get."""
+    common = {
+        **defaults(),
+        **os.environ,
+        **addresses.direct(os.environ, str(httpx.URL(services.prefect_url).host)),
+        **UTF8,
+        "FEDLORA_HOME": str(home.home()),
+        "PREFECT_API_URL": services.prefect_url,
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",  # their console is a log file
+    }
+    common.pop("FEDLORA_NOTIFY_URL", None)  # is kept in a block of the Prefect server
+    return common
+
+
+def _without_gpus(environ: dict[str, str]) -> dict[str, str]:
+    """A pool's limit counts only if its runs keep to its own devices."""
+    return {**environ, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _writable_ui_folder() -> dict[str, str]:
+    """Prefect copies its UI into its own package; where that is read-only, the copy goes under our home."""
+    package = importlib.util.find_spec("prefect")
+    if package and package.origin and os.access(Path(package.origin).parent / "server", os.W_OK):
+        return {}
+    return {"PREFECT_UI_STATIC_DIRECTORY": str(home.home() / "prefect-ui")}

@@ -1,0 +1,177 @@
+"""The commands `fedlora run` and `fedlora resume`; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deployments.local import environment, private_server
+from fedlora.errors import FedloraError, counted
+from fedlora_cli import output
+from flows import checks
+
+if TYPE_CHECKING:
+    from fedlora.config import RunConfig
+    from mlflow_tracking.tracker import Tracked
+
+_CONSOLE = "CRITICAL"
+"""What Prefect may print: the progress and our one line of error say the rest; its own page has the full log."""
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[PRESET|FILE.yaml] [KEY=VALUE]...", help="Where settings come from, and what to change."),
+]
+
+
+def run(
+    words: Words = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run; one that was interrupted is continued.", metavar="DIR")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only see whether the run could begin; start nothing.")
+    ] = False,
+) -> None:
+    """One federated run. DIR/adapter/ is the final adapter.
+
+    For example: fedlora run demo strategy=flora-na lora.rank=4 seed=1
+    """
+    environment.prepare(_CONSOLE)
+    if not check:
+        private_server.begin_imports()
+    from deployments.shipped import PRESETS
+    from fedlora.config import configfile
+    from fedlora.files import home
+
+    source, overrides = _split(words, "demo")
+    config = configfile.load(source, overrides, PRESETS)
+    if not check:
+        output.busy("looking at the settings, the data and the model")
+    folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()
+    found = checks.before_start(config, folder)
+    if check:
+        print(f"OK: {found.line() if found else f'the run in {folder} can be continued'}")
+        return
+    print(f"run folder: {folder}", flush=True)
+    _run_and_show(source, overrides, config, folder)
+
+
+def resume(
+    what: Annotated[
+        str, typer.Argument(metavar="RUN|DIR", help="A run folder or its name, or the run's id in MLflow or Prefect.")
+    ],
+) -> None:
+    """Continue an interrupted run: it ends as if nothing had happened.
+
+    For example: fedlora resume fedit-seed0-20261121-101500-4711
+    """
+    environment.prepare(_CONSOLE)
+    private_server.begin_imports()
+    from fedlora.run import preflight
+    from fedlora.run.runfolder import RunFolder
+    from fedlora_cli import resuming
+
+    folder = resuming.folder_of(what)
+    config = RunFolder.open(folder).config
+    preflight.names(config)
+    environment.check_prefect()
+    print(f"run folder: {folder}", flush=True)
+    _run_and_show(str(folder / "config.yaml"), {}, config, folder)
+
+
+def watch(
+    what: Annotated[
+        str | None, typer.Argument(metavar="[FLOW_RUN]", help="Its id or name. Without it: the one asked for last.")
+    ] = None,
+) -> None:
+    """Follow a flow run that a worker executes: a line per round, its results, or why it failed.
+
+    For example: prefect deployment run federated/demo; fedlora watch
+    """
+    environment.prepare(_CONSOLE)
+    environment.check_prefect()
+    from prefect.settings import get_current_settings
+
+    from fedlora_cli import watching
+
+    if not get_current_settings().api.url:
+        raise FedloraError("there is no Prefect server to ask: `fedlora up`, or set PREFECT_API_URL")
+    watching.follow(what, lambda line: print(line, flush=True))
+
+
+def _run_and_show(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path) -> None:
+    from tasks import where
+
+    try:
+        tracked, flow_run = _run(source, overrides, config, folder)
+    except KeyboardInterrupt:
+        again = shlex.join(["resume", str(folder)])
+        print(f"stopped; what is finished is kept. Continue: {where.command('fedlora')} {again}")
+        raise
+    _print_results(folder, config, tracked, flow_run)
+
+
+def _split(words: list[str] | None, default: str) -> tuple[str, dict[str, Any]]:
+    """The preset or file (the first word without '=') and the overrides."""
+    from fedlora.config import configfile
+
+    given = list(words or [])
+    source = given.pop(0) if given and "=" not in given[0] else default
+    if source.endswith((".yaml", ".yml")):
+        source = str(Path(source).expanduser().absolute())
+    return source, configfile.absolute_paths(configfile.parse_overrides(given))
+
+
+def _new_name(config: RunConfig) -> str:
+    return f"{config.strategy}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path) -> tuple[Tracked, str]:
+    """Run the flow in this process; returns its run in MLflow, and the flow run."""
+    from flows.progress import shown_on
+
+    with shown_on(sys.stdout) as shown:
+        from flows.federated import federated, run_name
+        from tasks import interruption
+
+        with private_server.available(), interruption.marked():
+            federated.with_options(flow_run_name=run_name(config))(
+                preset=source, overrides=overrides, run_dir=str(folder)
+            )
+    from fedlora.run.runfolder import RunFolder
+    from mlflow_tracking import tracker
+
+    tracked = tracker.load(RunFolder(folder))
+    if tracked is None:
+        raise FedloraError(f"{folder} holds no tracked run")
+    return tracked, shown.flow_run
+
+
+def _print_results(folder: Path, config: RunConfig, tracked: Tracked, flow_run: str) -> None:
+    from fedlora.run import recovery
+    from fedlora.run.runfolder import RunFolder
+    from fedlora.sweep.comparison import Result
+    from fedlora_cli import tables
+    from mlflow_tracking import store
+    from tasks import where
+
+    print()
+    tables.compared([Result.of_folder({"strategy": config.strategy}, folder)], ["strategy"], sys.stdout)
+    size = recovery.size(RunFolder(folder)) / 1e6
+    print(f"\nrun folder        {folder} ({size:.1f} MB{_kept(config)})")
+    print(f"adapter           {folder / 'adapter'}\npicture           {folder / 'figures' / 'rounds.png'}")
+    print("\n".join(where.lines(tracked.uri, store.run_page(tracked.experiment, tracked.run), flow_run)))
+
+
+def _kept(config: RunConfig) -> str:
+    """Which rounds can still be gone back to."""
+    keep = config.keep_rounds
+    if keep is None or keep >= config.rounds:
+        return ""
+    return f"; uploads and states of the last {'round' if keep == 1 else counted(keep, 'round')}"

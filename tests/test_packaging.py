@@ -24,7 +24,7 @@ def wheel(tmp_path_factory):
 
 def test_generic_names_stay_out_of_site_packages(wheel):
     top = {path.name for path in wheel.iterdir() if not path.name.endswith(".dist-info")}
-    assert top == {"fedlora", "fedlora_cli.py", "fedlora_pipeline"}
+    assert top == {"fedlora", "fedlora_cli", "fedlora_pipeline"}
     inside = {path.name for path in (wheel / "fedlora_pipeline").iterdir()}
     assert inside == {"flows", "tasks", "mlflow_tracking", "deployments"}
 

@@ -91,6 +91,7 @@ class WorkerProcess:
         # The environment is given along: a process that is forked has that of the one it was forked from.
         given = (theirs, device, threads, dict(os.environ))
         self._process = context.Process(target=_serve, args=given, name="fedlora worker", daemon=True)
+        self._in_use, self._ending, self._ended = threading.Lock(), threading.Lock(), False
         with self._starting, theirs:
             self._process.start()
 
@@ -106,6 +107,10 @@ class WorkerProcess:
         What is ready at that moment counts, however close it was.
         """
         content = bytes(ForkingPickler.dumps((job, args, dict(kwargs))))
+        with self._in_use:
+            return self._answer(content, seconds)
+
+    def _answer(self, content: bytes, seconds: float | None) -> Outcome | Lost:
         try:
             self._pipe.send_bytes(content)
         except OSError:
@@ -132,15 +137,25 @@ class WorkerProcess:
         return bool(wait([self._pipe, self._process.sentinel], seconds))
 
     def end(self, *, now: bool) -> None:
-        """End it; `now` asks it to leave the job under way and kills it after seconds, otherwise it must be idle."""
-        if now:
-            self._process.terminate()
-        else:
-            self._pipe.close()
-        self._process.join(_LEAVE_WITHIN_S)
-        self._process.kill()
-        self._process.join()
-        self._pipe.close()
+        """End it; `now` asks it to leave the job under way and kills it after seconds, otherwise it must be idle.
+
+        Several threads may call this at the same time, as they do when a run is stopped while one waits for a job: the
+        pipe is closed once, and never under somebody who still reads from it.
+        """
+        with self._ending:
+            if self._ended:
+                return
+            if now:
+                self._process.terminate()
+            else:
+                with self._in_use:
+                    self._pipe.close()
+            self._process.join(_LEAVE_WITHIN_S)
+            self._process.kill()
+            self._process.join()
+            with self._in_use:  # whoever waited for a job sees that the process has ended
+                self._pipe.close()
+            self._ended = True
 
 
 # -- in the process

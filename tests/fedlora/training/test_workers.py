@@ -280,6 +280,39 @@ def test_closing_now_ends_a_job_under_way_and_refuses_the_next(jobs, tmp_path):
         slot.run(jobs.pid)
 
 
+class SlowToClose:
+    """A pipe that takes its time to close: whoever closes it meanwhile, or reads from it, is seen."""
+
+    def __init__(self, pipe):
+        self.pipe, self.closed_by = pipe, []
+
+    def __getattr__(self, name):
+        return getattr(self.pipe, name)
+
+    def close(self):
+        self.closed_by.append(threading.current_thread().name)
+        time.sleep(0.2)
+        self.pipe.close()
+
+
+def test_several_threads_that_end_a_worker_at_once_close_its_pipe_once(jobs, tmp_path):
+    """As when a run is stopped: whoever stops it ends the workers, and so do those who waited for a job."""
+    worker = WorkerProcess("cpu", 1)
+    worker._pipe = pipe = SlowToClose(worker._pipe)
+    found = []
+    busy = threading.Thread(target=lambda: found.append(worker.work(None, jobs.sleep, (60, str(tmp_path / "begun")), {})))
+    busy.start()
+    assert until((tmp_path / "begun").exists)
+    ending = [threading.Thread(target=worker.end, kwargs={"now": True}, name=str(index)) for index in range(6)]
+    for thread in ending:
+        thread.start()
+    for thread in (*ending, busy):
+        thread.join(60)
+    assert len(pipe.closed_by) == 1
+    assert [str(outcome.error) for outcome in found] == ["stopped"]
+    assert not worker.alive()
+
+
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     """A parent that can clean up nothing: SIGKILL, while one worker sleeps in a job."""
     (tmp_path / "jobs_in_workers.py").write_text(JOBS)

@@ -41,22 +41,24 @@ from fedlora.data import tokens
 from fedlora.data.partition import Partition
 from fedlora.model.resident import ResidentModel
 from fedlora.run import jobs, participation, rounds
+from fedlora.run.play import play_round
+from fedlora.run.records import Setup
 from fedlora.run.runfolder import RunFolder
+from fedlora.run.server import Server
 from fedlora.seeds import Turn
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
 from fedlora.strategies.step import advance
 from fedlora.training import client, evaluation, workers
-from flows import federated
 from flows.logbook import Logbook
 from flows.progress import Progress
-from tasks.federated import Run, initialise, partition
+from tasks.federated import Run, TaskHands
 
 
 def bare_loop(run: RunFolder, model: ResidentModel) -> Iterator[float]:
     """Rounds by hand, everything in memory; yields the global accuracy after each."""
     config, strategy = run.config, registry.make(run.config.strategy)
-    data = tokens.open_tokens(Path(run.need_json("setup.json")["tokens"]))
+    data = tokens.open_tokens(Setup.read(run).tokens)
     parts = Partition.load(run.path / "partition.npz")
     state = ServerState(run.read_state(0).adapter)
     for number in range(1, config.rounds + 1):
@@ -88,15 +90,14 @@ _TASKS: Any = ThreadPoolTaskRunner(max_workers=16)
 def side_by_side(folder: RunFolder) -> dict[str, list[float]]:
     """A round of the flow, then the same round of the bare loop, and so on; seconds of each."""
     results: dict[str, list[float]] = {"flow_s": [], "bare_s": []}
-    config, run = folder.config, Run(folder.path, folder.config.strategy)
+    config, run = folder.config, Run(Server(folder), folder.config.strategy)
     with workers.open_pool(config.runner) as pool:
-        partition.submit(run).result()
-        initialise.submit(run).result()
-        logbook = Logbook(run, "benchmark", None, Progress())
+        hands, logbook = TaskHands(run, lambda: None), Logbook(run, "benchmark", None, Progress())
+        hands.prepare()
+        hands.initialise()
 
         def play(number: int) -> None:
-            federated.play_round(run, number, Progress(), logbook.catch_up)
-            logbook.enter(number)
+            logbook.round(play_round(run.server, number, hands, logbook))
             logbook.catch_up()  # within the round that is measured
 
         play(0)

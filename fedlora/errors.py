@@ -65,6 +65,12 @@ class WorkerError(FedloraError):
     """A worker process died under a job (out of memory, killed); the job may be tried again."""
 
 
+def worth_retrying(error: BaseException | None) -> bool:
+    """Whether a step may be tried again: after a dead worker or a passing fault of the system, but not after what the
+    user must mend."""
+    return isinstance(error, WorkerError) or not isinstance(error, FedloraError)
+
+
 class RunAborted(FedloraError):
     """A run stopped part-way; what was finished is kept in its folder."""
 

@@ -3,19 +3,23 @@ clients train."""
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
+from typing import Any
 
 from prefect import runtime
 
 from fedlora.errors import FedloraError
+from fedlora.metrics import RoundRecord
+from fedlora.run.play import Observer
 from flows.progress import Progress
 from mlflow_tracking.tracker import Tracked
 from tasks import interruption
-from tasks.federated import Run, describe, open_tracking, track
+from tasks.federated import Run, describe, open_tracking, publish, track
 from tasks.pages import RunPage
 
 
-class Logbook:
+class Logbook(Observer):
     """The record of one run under way, in MLflow and on Prefect's page; both begin with the first score."""
 
     def __init__(self, run: Run, name: str, parent: str | None, told: Progress) -> None:
@@ -26,13 +30,26 @@ class Logbook:
         told: hears when MLflow does not answer, and when it does again.
         """
         self._run, self._name, self._parent, self._told = run, name, parent, told
+        self._begun_ms = int(time.time() * 1000)
         self._tracked: Tracked | None = None
         self._page: RunPage | None = None
         self._waits: int | None = None
 
-    def enter(self, number: int) -> None:
-        """Round `number` is complete; logged by the next `catch_up`."""
-        self._waits = number
+    def round(self, record: RoundRecord) -> None:
+        self._waits = record.round
+
+    def clients(self, number: int, done: int, of: int) -> None:
+        if not done:
+            self.catch_up()
+
+    def trained(self) -> None:
+        self.catch_up()
+
+    def failed(self, error: BaseException) -> None:
+        """What goes wrong is to be seen in MLflow, too, and a score that somebody has stopped at."""
+        if self._tracked is None and (self._waits is not None or not interruption.is_one(error)):
+            with suppress(FedloraError):
+                self._opening().wait()
 
     def catch_up(self) -> None:
         """Log the round that waits, if one does.
@@ -47,6 +64,12 @@ class Logbook:
         self.page.update(self._waits)
         self._waits = None
 
+    def deliver(self) -> None:
+        """Write what the finished run leaves, log it, and close the record."""
+        publish.submit(self._run, self.tracked, self.page.note()).result()
+        self.page.summarise()
+        self._told.results(self.page.address, self._run.folder.path)
+
     @property
     def tracked(self) -> Tracked:
         """The run in MLflow, opened where it is not yet.
@@ -55,8 +78,7 @@ class Logbook:
             TrackingError: it cannot be.
         """
         if self._tracked is None:
-            opened = open_tracking.submit(self._run, self._name, self._parent, _prefect_tags()).result()
-            self._took(*describe.submit(self._run, opened).result())
+            self._took(*describe.submit(self._run, self._opening().result()).result())
         assert self._tracked
         return self._tracked
 
@@ -64,14 +86,11 @@ class Logbook:
     def page(self) -> RunPage:
         """Of Prefect."""
         if self._page is None:
-            self._page = RunPage(self._run.config, self.tracked, self._run.state)
+            self._page = RunPage(self._run.folder.config, self.tracked, self._run.folder)
         return self._page
 
-    def failed(self, error: BaseException) -> None:
-        """The run ends here: what goes wrong is to be seen in MLflow, too, and a score that somebody has stopped at."""
-        if self._tracked is None and (self._waits is not None or not interruption.is_one(error)):
-            with suppress(FedloraError):
-                open_tracking.submit(self._run, self._name, self._parent, _prefect_tags()).wait()
+    def _opening(self) -> Any:
+        return open_tracking.submit(self._run, self._name, self._begun_ms, self._parent, _prefect_tags())
 
     def _took(self, tracked: Tracked, waits: str) -> None:
         self._tracked = tracked

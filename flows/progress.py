@@ -23,6 +23,7 @@ from fedlora import metrics
 from fedlora.config import RunConfig
 from fedlora.errors import counted
 from fedlora.metrics import RoundRecord
+from fedlora.run.play import Observer
 
 
 def round_line(record: RoundRecord, of: int) -> str:
@@ -42,7 +43,7 @@ def _size(config: RunConfig) -> str:
     return f"{counted(config.clients, 'client')}, {counted(config.rounds, 'round')}"
 
 
-class Progress:
+class Progress(Observer):
     """Silent on the terminal; the base of the ones that are not."""
 
     _away = False
@@ -56,9 +57,6 @@ class Progress:
     def begin(self, config: RunConfig, label: str) -> None:
         """A run begins."""
 
-    def say(self, text: str) -> None:
-        """Something worth a line happened."""
-
     def delivery(self, waits: str) -> None:
         """Something was offered to MLflow; `waits` says why not all of it was taken. Told when that changes."""
         if waits and not self._away:
@@ -67,11 +65,8 @@ class Progress:
             self.say("MLflow answers again and has all rounds")
         self._away = bool(waits)
 
-    def clients(self, number: int, done: int, of: int) -> None:
-        """Clients of a round have finished training."""
-
-    def round(self, record: RoundRecord, of: int) -> None:
-        """A round is complete."""
+    def trained(self) -> None:
+        self.say("writing the adapter, tables and figures")
 
     def results(self, page: str, folder: Path) -> None:
         """The run is complete: its page in MLflow, and its folder. A terminal is told of them by the command itself."""
@@ -84,21 +79,21 @@ class LogProgress(Progress):
     """A line per round: for files, pipes and CI."""
 
     def __init__(self, stream: TextIO = sys.stdout) -> None:
-        self._stream, self._begun, self._label = stream, time.monotonic(), ""
+        self._stream, self._begun, self._label, self._rounds = stream, time.monotonic(), "", 0
 
     def for_run(self) -> Progress:
         return copy(self)
 
     def begin(self, config: RunConfig, label: str) -> None:
-        self._label = label
+        self._label, self._rounds = label, config.rounds
         self.say(f"{_size(config)}, {config.model.name} on {config.data.name}")
 
-    def say(self, text: str) -> None:
+    def say(self, line: str) -> None:
         prefix = f"{self._label}: " if self._label else ""
-        print(f"[{time.monotonic() - self._begun:6.1f} s] {prefix}{text}", file=self._stream, flush=True)
+        print(f"[{time.monotonic() - self._begun:6.1f} s] {prefix}{line}", file=self._stream, flush=True)
 
-    def round(self, record: RoundRecord, of: int) -> None:
-        self.say(round_line(record, of))
+    def round(self, record: RoundRecord) -> None:
+        self.say(round_line(record, self._rounds))
 
 
 class BarProgress(Progress):
@@ -114,7 +109,7 @@ class BarProgress(Progress):
             console=console,
         )
         self._task = self._bars.add_task("", visible=False, label="")
-        self._per_round = 1
+        self._per_round, self._rounds = 1, 0
         self._last = ""
         self._bars.start()
 
@@ -122,17 +117,17 @@ class BarProgress(Progress):
         return copy(self)
 
     def begin(self, config: RunConfig, label: str) -> None:
-        self._per_round = config.clients_per_round
+        self._per_round, self._rounds = config.clients_per_round, config.rounds
         self._task = self._bars.add_task("preparing data and model", total=config.rounds * self._per_round, label=label)
 
-    def say(self, text: str) -> None:
-        self._bars.console.print(text, highlight=False)
+    def say(self, line: str) -> None:
+        self._bars.console.print(line, highlight=False)
 
     def clients(self, number: int, done: int, of: int) -> None:
         self._bars.update(self._task, completed=(number - 1) * self._per_round + done)
 
-    def round(self, record: RoundRecord, of: int) -> None:
-        self._bars.update(self._task, description=f"round {record.round}/{of}  {scores(record)}")
+    def round(self, record: RoundRecord) -> None:
+        self._bars.update(self._task, description=f"round {record.round}/{self._rounds}  {scores(record)}")
 
     def end(self) -> None:
         self._bars.stop_task(self._task)
@@ -149,22 +144,23 @@ class Tee(Progress):
     """To the terminal's progress, and to the log of the Prefect flow run."""
 
     def __init__(self, shown: Progress) -> None:
-        self._shown, self._log = shown.for_run(), get_run_logger()
+        self._shown, self._log, self._rounds = shown.for_run(), get_run_logger(), 0
 
     def begin(self, config: RunConfig, label: str) -> None:
+        self._rounds = config.rounds
         self._log.info("%s: %s", label, _size(config))
         self._shown.begin(config, label)
 
-    def say(self, text: str) -> None:
-        self._log.info("%s", text)
-        self._shown.say(text)
+    def say(self, line: str) -> None:
+        self._log.info("%s", line)
+        self._shown.say(line)
 
     def clients(self, number: int, done: int, of: int) -> None:
         self._shown.clients(number, done, of)
 
-    def round(self, record: RoundRecord, of: int) -> None:
-        self._log.info("%s", round_line(record, of))
-        self._shown.round(record, of)
+    def round(self, record: RoundRecord) -> None:
+        self._log.info("%s", round_line(record, self._rounds))
+        self._shown.round(record)
 
     def results(self, page: str, folder: Path) -> None:
         self._log.info("results: %s", page)

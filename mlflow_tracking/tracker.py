@@ -22,6 +22,7 @@ from fedlora.metrics import RoundRecord
 from fedlora.model import provenance
 from fedlora.report import plots
 from fedlora.run import export, rounds
+from fedlora.run.records import Setup
 from fedlora.run.runfolder import RunFolder
 from mlflow_tracking import store
 
@@ -69,7 +70,13 @@ def load(run: RunFolder) -> Tracked | None:
     return Tracked(**content) if content else None
 
 
-def start(run: RunFolder, name: str, parent: str | None = None, tags: Mapping[str, str] | None = None) -> Tracked:
+def start(
+    run: RunFolder,
+    name: str,
+    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    begun_ms: int | None = None,
+) -> Tracked:
     """Open the MLflow run of a run folder, or go on with the one it already has (also while the store is away).
 
     Args:
@@ -77,18 +84,19 @@ def start(run: RunFolder, name: str, parent: str | None = None, tags: Mapping[st
         name: shown in MLflow.
         parent: MLflow run id of the sweep that this run belongs to.
         tags: further tags.
+        begun_ms: when a new run began, in ms since 1970; now without it.
 
     Raises:
         TrackingError: the store does not answer and the run is new, or its experiment was deleted.
     """
-    config, existing = run.config, load(run)
-    uri = store.resolve_uri(config.tracking.uri)
+    existing, uri = load(run), store.resolve_uri(run.config.tracking.uri)
+    given = {**_tags(run, parent), **(tags or {})}
     if existing and existing.uri == uri:
         try:
-            return _again(run, existing) or _new(run, uri, name, parent, tags or {})
+            return _again(run, existing) or _new(run, uri, name, begun_ms, given)
         except TrackingError:
             return existing
-    return _new(run, uri, name, parent, tags or {})
+    return _new(run, uri, name, begun_ms, given)
 
 
 def _again(run: RunFolder, existing: Tracked) -> Tracked | None:
@@ -104,16 +112,15 @@ def _again(run: RunFolder, existing: Tracked) -> Tracked | None:
     return existing
 
 
-def _new(run: RunFolder, uri: str, name: str, parent: str | None, tags: Mapping[str, str]) -> Tracked:
+def _new(run: RunFolder, uri: str, name: str, begun_ms: int | None, tags: Mapping[str, str]) -> Tracked:
     """A new run; or the one that was opened before the folder could take note of it."""
     config = run.config
     store.check(uri)
     with store.errors(uri):
         client = store.client(uri)
         experiment = store.experiment_id(client, uri, config.tracking.experiment)
-        given = {**_tags(run, parent), **tags}
         opened = store.search_runs(client, [experiment], f"tags.`{_RUN_ID}` = '{run.id}'")
-        created = opened[0] if opened else client.create_run(experiment, tags=given, run_name=name)
+        created = opened[0] if opened else client.create_run(experiment, begun_ms, tags, name)
         tracked = Tracked(uri, experiment, created.info.run_id)
         _log_params(client, tracked, run)
         tracked.save(run)
@@ -250,15 +257,15 @@ def _log_data(client: Any, tracked: Tracked, run: RunFolder) -> None:
     """The data set as an MLflow input, and the partition's hash as a tag: runs with equal hashes can be compared."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    setup, partition = run.need_json("setup.json"), run.need_json("partition.json")
-    data = setup["data"]
-    profile = {"examples": setup["examples"], "labels": len(setup["labels"]), "partition": partition["hash"]}
+    setup, partition = Setup.read(run), run.need_json("partition.json")
+    data = setup.data
+    profile = {"examples": setup.examples, "labels": len(setup.labels), "partition": partition["hash"]}
     dataset = Dataset(
         name=data["name"],
         digest=data["digest"][:16],
         source_type=data["origin"],
         source=json.dumps({"name": data["name"], "origin": data["origin"], "read": data.get("read", [])}),
-        schema=json.dumps({"labels": setup["labels"]}),
+        schema=json.dumps({"labels": setup.labels}),
         profile=json.dumps(profile),
     )
     client.log_inputs(tracked.run, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
@@ -266,7 +273,7 @@ def _log_data(client: Any, tracked: Tracked, run: RunFolder) -> None:
     head = (run.read_record(run.state_stem(0)) or {}).get("head")
     tags = {
         "data.digest": data["digest"],
-        **provenance.tags(setup.get("model")),
+        **provenance.tags(setup.model),
         **({"model.head": head} if head else {}),
     }
     for name, value in tags.items():

@@ -1,27 +1,28 @@
 """The steps of a federated run as Prefect tasks.
 
-Each takes a `Run` (its folder and strategy) and small numbers, works in the run folder, and returns small numbers. What
-is done is found in the folder and not done again, so results need no store of Prefect's.
+Each takes a `Run` and small numbers, works in the run folder, and returns small values. What is done is found in the
+folder and not done again, so results need no store of Prefect's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import as_completed
 from prefect.tasks import exponential_backoff
 
-from fedlora.config import RunConfig
 from fedlora.data import picture
-from fedlora.errors import ClientFailed, FedloraError, WorkerError
-from fedlora.run import export, jobs, participation, recovery, rounds
+from fedlora.errors import ClientFailed, WorkerError, worth_retrying
+from fedlora.run import export, jobs, recovery
 from fedlora.run.participation import Ask, Roll
+from fedlora.run.play import Trained
+from fedlora.run.records import ClientRecord, Part
 from fedlora.run.runfolder import RunFolder
+from fedlora.run.server import Server
 from fedlora.training import workers
 from fedlora.training.evaluation import Scores
 from mlflow_tracking import tracker
@@ -31,24 +32,18 @@ from tasks.devices import held
 
 @dataclass(frozen=True)
 class Run:
-    """What a task needs to find a run."""
+    """What a task needs of a run: the server's side of it, and the strategy by which Prefect's pages call its tasks."""
 
-    folder: Path
+    server: Server
     strategy: str
 
-    @cached_property
-    def state(self) -> RunFolder:
-        return RunFolder(self.folder)
-
     @property
-    def config(self) -> RunConfig:
-        return self.state.config
+    def folder(self) -> RunFolder:
+        return self.server.run
 
 
 def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
-    """A dead worker or a passing fault of the system is tried again; what the user must mend is not."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, WorkerError) or not isinstance(error, FedloraError)
+    return worth_retrying(state.result(raise_on_failure=False))
 
 
 def _step(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -71,81 +66,132 @@ def _round_step(name: str, detail: str = "") -> Callable[[Callable[..., Any]], A
 @_step("partition")
 def partition(run: Run) -> dict[str, Any]:
     """Read, tokenise and partition the data; the partition's summary."""
-    return _in_pool(run, jobs.prepare_data)
+    summary: dict[str, Any] = _in_pool(run, jobs.prepare_data)
+    return summary
 
 
 @_step("initialise")
 def initialise(run: Run) -> dict[str, Any]:
     """Attach a fresh adapter to the base model: the state before training; its size."""
-    return _in_pool(run, jobs.initialise)
+    size: dict[str, Any] = _in_pool(run, jobs.initialise)
+    return size
 
 
 @_round_step("fine-tune", " client {client}")
 def fine_tune(run: Run, number: int, client: int, attempt: int) -> dict[str, Any]:
     """Train one client in the next free slot; its mean loss, local accuracy and seconds, or why it could not."""
-    runner = run.config.runner
+    runner, path = run.folder.config.runner, run.folder.path
     try:
         with workers.current_pool(runner).slot() as slot, held(runner, slot.device):
-            record = slot.run_within(runner.timeout_s, jobs.fine_tune, run.folder, number, client, attempt)
+            record: ClientRecord | None = slot.run_within(
+                runner.timeout_s, jobs.fine_tune, path, number, client, attempt
+            )
     except ClientFailed as error:
         return {"client": client, "failed": str(error)}
     if record is None:
         return {"client": client, "sent": False}
-    local = Scores.from_json(record["local"]) if record["local"] else None
     return {
         "client": client,
-        "loss": record["losses"][-1],
-        "accuracy": local.accuracy if local and local.examples else None,
-        "seconds": record["seconds"],
+        "loss": record.losses[-1],
+        "accuracy": record.local.accuracy if record.local and record.local.examples else None,
+        "seconds": record.seconds,
     }
 
 
 @_round_step("receive")
 def receive(run: Run, number: int, ask: Ask, failed: dict[int, str]) -> Roll:
     """Inspect what the clients have sent, and write down what became of each."""
-    return participation.receive(run.state, ask, failed)
+    return run.server.receive(ask, failed)
 
 
 @_round_step("aggregate")
 def aggregate(run: Run, number: int) -> float:
     """Combine the updates, save the new state, measure its divergence; the seconds that aggregation took."""
-    return float(rounds.aggregate(run.state, number)["seconds"])
+    return run.server.aggregate(number).seconds
 
 
 @_round_step("evaluate", " part {index}")
-def evaluate(run: Run, number: int, index: int, part: dict[str, Any]) -> dict[str, Any]:
+def evaluate(run: Run, number: int, index: int, part: Part) -> Scores:
     """Score the broadcast model on one part of the test set."""
-    return _in_pool(run, jobs.evaluate, number, part)
+    scores: Scores = _in_pool(run, jobs.evaluate, number, part)
+    return scores
 
 
 @_step("open-tracking")
-def open_tracking(run: Run, name: str, parent: str | None, tags: dict[str, str]) -> Tracked:
-    """Open (or continue) the MLflow run."""
-    return tracker.start(run.state, name, parent, tags)
+def open_tracking(run: Run, name: str, begun_ms: int, parent: str | None, tags: dict[str, str]) -> Tracked:
+    """Open (or continue) the MLflow run, which began when the flow did."""
+    return tracker.start(run.folder, name, parent, tags, begun_ms)
 
 
 @_step("describe")
 def describe(run: Run, tracked: Tracked) -> tuple[Tracked, str]:
     """Draw the partition; log configuration, data set and partition. How far that got, and why it got no further."""
-    picture.draw_once(run.folder)
-    return tracker.offer(run.state, tracked)
+    picture.draw_once(run.folder.path)
+    return tracker.offer(run.folder, tracked)
 
 
 @_round_step("track")
 def track(run: Run, number: int, tracked: Tracked) -> tuple[Tracked, str]:
     """Log a round that is complete, with every earlier one that MLflow has not got yet; why it waits, if it does."""
-    tracked, waits = tracker.offer(run.state, tracked)
-    recovery.prune(run.state, tracked.logged)  # what MLflow has not got may be needed for it
+    tracked, waits = tracker.offer(run.folder, tracked)
+    recovery.prune(run.folder, tracked.logged)  # what MLflow has not got may be needed for it
     return tracked, waits
 
 
 @_step("publish")
 def publish(run: Run, tracked: Tracked, note: str) -> None:
     """Write the final adapter, tables and figures, log them, and close the MLflow run."""
-    export.final(run.state)
-    tracker.finish(run.state, tracked, note)
+    export.final(run.folder)
+    tracker.finish(run.folder, tracked, note)
 
 
-def _in_pool(run: Run, job: Any, *args: Any) -> dict[str, Any]:
-    result: dict[str, Any] = workers.current_pool(run.config.runner).run(job, run.folder, *args)
-    return result
+def _in_pool(run: Run, job: Any, *args: Any) -> Any:
+    return workers.current_pool(run.folder.config.runner).run(job, run.folder.path, *args)
+
+
+class TaskHands:
+    """The hands of a flow: each piece of work is a task of Prefect's, on its page, tried again after a passing fault.
+
+    Args:
+        run: which run.
+        deliver: called to publish what the run has made.
+    """
+
+    def __init__(self, run: Run, deliver: Callable[[], None]) -> None:
+        self._run, self._deliver = run, deliver
+
+    def prepare(self) -> None:
+        partition.submit(self._run).result()
+
+    def initialise(self) -> str | None:
+        head: str | None = initialise.submit(self._run).result().get("head")
+        return head
+
+    def fine_tune(self, ask: Ask, trained: Trained) -> Mapping[int, str]:
+        train = fine_tune.with_options(retries=self._run.folder.config.runner.retries)
+        answers = {train.submit(self._run, ask.round, client, ask.attempt): client for client in ask.clients}
+        trained(0)
+        failed = {}
+        for done, future in enumerate(as_completed(list(answers)), start=1):
+            try:
+                why = future.result().get("failed")
+            except WorkerError as error:  # after the retries
+                why = str(error)
+            if why:
+                failed[answers[future]] = why
+            trained(done)
+        return failed
+
+    def receive(self, ask: Ask, failed: Mapping[int, str]) -> Roll:
+        roll: Roll = receive.submit(self._run, ask.round, ask, dict(failed)).result()
+        return roll
+
+    def aggregate(self, number: int) -> None:
+        aggregate.submit(self._run, number).result()
+
+    def evaluate(self, number: int, parts: Sequence[Part]) -> Sequence[Scores]:
+        scoring = [evaluate.submit(self._run, number, index, part) for index, part in enumerate(parts)]
+        return [future.result() for future in scoring]
+
+    def publish(self) -> None:
+        self._deliver()

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from fedlora.adapter.weights import Adapter, check_shapes
+from fedlora.errors import AdapterError
 from fedlora.files.limits import UPLOAD, Limits
 from fedlora.files.tensorfile import StoredTensors
 
@@ -13,11 +17,18 @@ SENT = frozenset({"F32"})
 """Adapters and heads are sent in fp32."""
 
 
-def inspect(path: Path, like: Adapter, who: str, dtypes: frozenset[str] = SENT, limits: Limits = UPLOAD) -> Adapter:
+def inspect(
+    path: Path,
+    like: Adapter,
+    who: str,
+    dtypes: frozenset[str] = SENT,
+    limits: Limits = UPLOAD,
+    in_memory: bool = True,
+) -> Adapter:
     """The adapter in a client's file, if it is one like that which the client was sent.
 
     First the header alone is looked at: its size, the names, types and shapes of the tensors, where a module may be of
-    a lower rank than in `like`. Only then are the tensors read, and their values looked at.
+    a lower rank than in `like`. Only then are the tensors read, once, and their values looked at.
 
     Args:
         path: the safetensors file.
@@ -25,6 +36,7 @@ def inspect(path: Path, like: Adapter, who: str, dtypes: frozenset[str] = SENT, 
         who: whose file it is, for the message.
         dtypes: the types in which it may be, as safetensors names them.
         limits: the largest header, and the largest file.
+        in_memory: keep what was read; otherwise the adapter lives in its file (`Adapter.stored`).
 
     Raises:
         AdapterError: names `who` and the tensor: one that is missing, not expected, of another shape or type, or with
@@ -32,6 +44,10 @@ def inspect(path: Path, like: Adapter, who: str, dtypes: frozenset[str] = SENT, 
     """
     stored = StoredTensors(path, replace(limits, dtypes=dtypes))
     check_shapes(stored.shapes, like.shapes(), who, lower_rank=True)
-    adapter = Adapter.from_tensors(dict(stored.items()))
-    adapter.check_finite(who, "training diverged?")
-    return adapter
+    kept: dict[str, Tensor] = {}
+    for name, tensor in stored.each():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{who}: tensor '{name}' has values that are not finite (training diverged?)")
+        if in_memory:
+            kept[name] = tensor
+    return Adapter.from_tensors(kept) if in_memory else Adapter.stored(stored)

@@ -14,6 +14,7 @@ from fedlora.exchange.alignment import ratios_of
 from fedlora.exchange.peftconfig import KEYS, Treatment
 from fedlora.exchange.peftfolder import PeftFolder
 from fedlora.files.limits import short
+from fedlora.strategies import registry
 from fedlora.strategies.base import Strategy
 
 
@@ -135,10 +136,9 @@ def check_possible(strategy: Strategy, clients: Sequence[PeftFolder], ranks: Seq
         raise ConfigError(f"strategy {strategy.name} gives every client its own adapter back; leave the ranks out")
     kinds = {tuple(rank for _, rank, _ in client.shapes.values()) for client in clients}
     mixed = len(kinds) > 1 or any(rank != clients[0].rank for rank in ranks or ())
-    reason = strategy.refusal(clients[0].variant, mixed, False)
-    if reason:
+    if refused := registry.refusal(strategy, clients[0].variant, mixed, False):
         found = f"clients of rank {sorted({client.rank for client in clients})}" if mixed else clients[0].variant
-        raise ConfigError(f"strategy {strategy.name} cannot aggregate these adapters ({found}): {reason}")
+        raise ConfigError(f"strategy {strategy.name} cannot aggregate these adapters ({found}): {refused.reason}")
     _check_scalings(strategy, clients)
     if strategy.changes_base:
         _check_base(strategy, clients[0])

@@ -73,6 +73,15 @@ class StoredTensors(Mapping[str, Tensor]):
         """All tensors, with the file opened once."""
         return dict(zip(self.shapes, self.read(list(self.shapes)), strict=True)).items()
 
+    def each(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors one after the other, with the file opened once and one of them in memory at a time."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                for name in self.shapes:
+                    yield name, file.get_tensor(name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise _unreadable(self.path, error) from None
+
     def read(self, names: Sequence[str]) -> list[Tensor]:
         """Several tensors, with the file opened once."""
         try:

@@ -15,8 +15,8 @@ from fedlora.files.atomic import write_atomic
 from fedlora.model import base as model
 from fedlora.report import plots
 from fedlora.run import rounds
+from fedlora.run.records import Setup
 from fedlora.run.runfolder import RunFolder
-from fedlora.strategies import registry
 
 
 def final(run: RunFolder) -> None:
@@ -39,8 +39,7 @@ def adapter(run: RunFolder, number: int, folder: Path) -> None:
 
     Where clients keep adapters of their own, each has a folder `client-NNN/` instead.
     """
-    state, config = run.read_state(number), run.config
-    strategy = registry.make(config.strategy, config.strategy_options)
+    state, strategy = run.read_state(number), run.strategy
     if not strategy.personal:
         _adapter_folder(run, number, state.adapter, folder, state.scaling)
     if state.base:
@@ -51,14 +50,14 @@ def adapter(run: RunFolder, number: int, folder: Path) -> None:
 
 
 def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path, scaling: float) -> None:
-    setup = run.need_json("setup.json")
+    setup = Setup.read(run)
     weights = weights.folded()
     ranks = {module: weights.factors[module].rank for module in weights.modules}
     peft_config = config_at_ranks(run.need_json("adapter_config.json"), ranks, scaling)
     write_peft_folder(weights, folder, peft_config, _card(run, number, peft_config))
-    content = {"model": run.config.model.model_dump(mode="json"), "labels": setup["labels"], "round": number}
+    content = {"model": run.config.model.model_dump(mode="json"), "labels": list(setup.labels), "round": number}
     content |= {"max_length": run.config.data.max_length, "strategy": run.config.strategy}
-    content["provenance"] = {"model": setup.get("model"), "data": setup["data"]}
+    content["provenance"] = {"model": setup.model, "data": setup.data}
     write_atomic(folder / DESCRIPTION, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -71,13 +70,13 @@ def _card(run: RunFolder, number: int, peft_config: Mapping[str, Any]) -> str:
         if "/" in name and name.split("/")[0] in ("global", "local", "gap", "rho")
     )
     base = ""
-    if registry.find(config.strategy).changes_base:
+    if run.strategy.changes_base:
         base = (
             "\n\n**The strategy also changed the base.** `base_delta.safetensors` holds what is added to its weights:"
             '\ncall `fedlora.apply_base_update(base, "this folder")` before `PeftModel.from_pretrained`, or make a'
             "\nplain model with `fedlora merge`. `fedlora.load_adapter` does it for you."
         )
-    labels = len(run.need_json("setup.json")["labels"])
+    labels = len(Setup.read(run).labels)
     return f"""---
 library_name: peft
 base_model: {config.model.name}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,18 +13,31 @@ from fedlora.adapter import Adapter
 from fedlora.channel import faults as channel
 from fedlora.channel import uploads
 from fedlora.errors import AdapterError, UpdateRejected
+from fedlora.files.limits import clean
+from fedlora.run.records import ClientRecord
 from fedlora.run.runfolder import RunFolder
 from fedlora.seeds import Turn
 
 
-def inspect(run: RunFolder, turn: Turn, start: Adapter, most_examples: int) -> Adapter:
-    """The adapter that a client sent, if it is one that was asked for.
+@dataclass(frozen=True)
+class Accepted:
+    """An update that was inspected: what the client says of its training, and its adapter."""
+
+    record: ClientRecord
+    digest: str
+    """Of the adapter's file."""
+    adapter: Adapter
+
+
+def inspect(run: RunFolder, turn: Turn, start: Adapter, most_examples: int, in_memory: bool = True) -> Accepted:
+    """The update that a client sent, if it is one that was asked for. Its files are read once.
 
     Args:
         run: where the update is.
         turn: what the client was asked for.
         start: what it was sent; the update has its modules and shapes, in ranks at most as high.
         most_examples: that the client can have trained on.
+        in_memory: keep the tensors; otherwise the adapter lives in its file.
 
     Raises:
         UpdateRejected: a stale round, a replayed ticket, a file that is not what was sent, a module, shape, rank or
@@ -37,12 +51,19 @@ def inspect(run: RunFolder, turn: Turn, start: Adapter, most_examples: int) -> A
     if run.digest_of(f"{stem}.safetensors") != record["digest"]:
         raise UpdateRejected(f"{turn}: the file does not have the digest it was sent with")
     try:
-        upload = uploads.inspect(run.path / f"{stem}.safetensors", start, str(turn))
+        upload = uploads.inspect(run.path / f"{stem}.safetensors", start, str(turn), in_memory=in_memory)
     except AdapterError as error:
         said = str(error)
         raise UpdateRejected(said if said.startswith(str(turn)) else f"{turn}: {said}") from None
     _check_norm(upload, start, run.config.channel.max_norm, turn)
-    return upload
+    return Accepted(_read(record, turn), record["digest"], upload)
+
+
+def _read(record: Mapping[str, Any], turn: Turn) -> ClientRecord:
+    try:
+        return ClientRecord.from_json(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UpdateRejected(f"{turn}: the update does not say what it should ({clean(repr(error))})") from None
 
 
 def _check_record(record: Mapping[str, Any], turn: Turn, most_examples: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,14 @@ from fedlora.model import outline, provenance
 from fedlora.model.base import check_length, load_tokenizer
 from fedlora.model.resident import ResidentModel
 from fedlora.run import ranks
+from fedlora.run.records import ClientRecord, Part, Setup
 from fedlora.run.rounds import examples_of
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.traffic import crossing
 from fedlora.seeds import Turn
-from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
 from fedlora.training import client, evaluation
+from fedlora.training.evaluation import Scores
 from fedlora.training.workers import Workbench
 
 
@@ -60,8 +60,9 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
     run = RunFolder(folder)
     config = run.config
     summary = run.read_json("partition.json")
-    if isinstance(summary, dict) and (run.path / "partition.npz").is_file() and _data_is_there(run):
-        provenance.check(config.model, run.need_json("setup.json").get("model"))
+    known = Setup.known(run)
+    if isinstance(summary, dict) and (run.path / "partition.npz").is_file() and known and _data_is_there(known):
+        provenance.check(config.model, known.model)
         return summary
     check_length(config.model, config.data.max_length)
     text = sources.load(config.data, config.seed)
@@ -84,36 +85,30 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
         tokens.client_array(data.test),
     )
     parts.save(run.path / "partition.npz")
-    run.write_json(
-        "setup.json",
-        {
-            "tokens": str(path),
-            "labels": list(data.labels),
-            "pad_token_id": data.pad_token_id,
-            "padding_side": tokenizer.padding_side,
-            "data": {"name": data.name, "origin": data.origin, "digest": data.digest, "read": list(text.notes)},
-            "model": origin,
-            "examples": {"train": len(data.train), "test": len(data.test)},
-            "notes": parts.notes(),
-        },
-    )
+    Setup(
+        tokens=path,
+        labels=tuple(data.labels),
+        pad_token_id=data.pad_token_id,
+        padding_side=tokenizer.padding_side,
+        data={"name": data.name, "origin": data.origin, "digest": data.digest, "read": list(text.notes)},
+        examples={"train": len(data.train), "test": len(data.test)},
+        model=origin,
+        notes=tuple(parts.notes()),
+    ).write(run)
     run.write_json("partition.json", parts.summary())
     return parts.summary()
 
 
 def told_of_data(run: RunFolder) -> list[str]:
     """What a person should know of the data once `prepare_data` is done, a line each; nothing of a packaged set."""
-    setup = run.need_json("setup.json")
-    read = "" if setup["data"]["origin"] == "packaged" else "; ".join(setup["data"].get("read", []))
-    return [line for line in (read, *setup.get("notes", [])) if line]
+    setup = Setup.read(run)
+    read = "" if setup.data["origin"] == "packaged" else "; ".join(setup.data.get("read", []))
+    return [line for line in (read, *setup.notes) if line]
 
 
-def _data_is_there(run: RunFolder) -> bool:
-    setup = run.read_json("setup.json")
-    if not isinstance(setup, dict):
-        return False
+def _data_is_there(setup: Setup) -> bool:
     try:
-        tokens.open_tokens(Path(setup["tokens"]))
+        tokens.open_tokens(setup.tokens)
     except DataError:
         return False
     return True
@@ -145,10 +140,9 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
     config = run.config
     dealt = ranks.at_start(config.lora, config.clients, config.seed)
     fresh = ServerState(adapter, scaling=config.lora.scaling, seed=config.seed, ranks=dealt)
-    strategy = registry.make(config.strategy, config.strategy_options)
-    if strategy.changes_base:
+    if run.strategy.changes_base:
         model.check_untied()
-    begun = strategy.begin(fresh, model.base_weight)
+    begun = run.strategy.begin(fresh, model.base_weight)
     model.load(begun.adapter)  # what does not fit the model is refused now, not when the first client trains
     return run.write_state(
         begun,
@@ -163,7 +157,7 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
     )
 
 
-def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attempt: int = 0) -> dict[str, Any] | None:
+def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attempt: int = 0) -> ClientRecord | None:
     """Train one client in round `number` (from 1) and score its model on its own test examples; returns its record, or
     None where its update would not arrive in time (`channel.faults`), so that there is no use in training it.
 
@@ -172,14 +166,13 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
     """
     run = RunFolder(folder)
     stem = run.client_stem(number, client_id)
-    if record := run.read_record(stem):
-        return record
+    if known := run.read_record(stem):
+        return ClientRecord.from_json(known)
     config, turn = run.config, Turn(run.config.seed, number, client_id, attempt)
     fate = channel.fate(config, turn)
     if not fate.arrives(config.channel.deadline_s):
         return None
-    state = _state(run, bench, number - 1)
-    strategy = registry.make(config.strategy, config.strategy_options)
+    state, strategy = _state(run, bench, number - 1), run.strategy
     start, plan = strategy.broadcast(state, client_id), strategy.plan(number)
     data, model = _data(run, bench), _model(run, bench, state, number - 1)
     own = examples_of(strategy, _partition(run, bench), client_id)
@@ -196,57 +189,54 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
         strategy.penalty,
     )
     upload = strategy.after_training(start, trained.adapter)
-    message = channel.Message(
-        upload.tensors(),
-        {
-            "round": number,
-            "client": client_id,
-            "ticket": channel.ticket(turn),
-            "examples": len(rows),
-            "rank": upload.rank,
-            "losses": trained.losses,
-            "seconds": trained.seconds,
-            "bytes": asdict(crossing(run, strategy, turn, start, upload)),
-            "validation": _score(bench, run, data.train, held_out) if len(held_out) else None,
-            "local": _score(bench, run, data.test, own.test) if config.evaluation.local else None,
-        },
+    record = ClientRecord(
+        round=number,
+        client=client_id,
+        ticket=channel.ticket(turn),
+        examples=len(rows),
+        rank=upload.rank,
+        losses=trained.losses,
+        seconds=trained.seconds,
+        bytes=crossing(run, turn, start, upload),
+        validation=_score(bench, run, data.train, held_out) if len(held_out) else None,
+        local=_score(bench, run, data.test, own.test) if config.evaluation.local else None,
     )
+    message = channel.Message(upload.tensors(), record.to_json())
     if fate.damage:
         message = channel.damaged(message, fate.damage, start, turn)
-    return run.write_tensors(stem, message.tensors, message.record, message.on_the_way)
+    run.write_tensors(stem, message.tensors, message.record, message.on_the_way)
+    return record
 
 
-def evaluate(bench: Workbench, folder: Path, number: int, part: dict[str, Any]) -> dict[str, Any]:
+def evaluate(bench: Workbench, folder: Path, number: int, part: Part) -> Scores:
     """Score the broadcast after round `number` on one part of the test set (see `rounds.evaluation_parts`)."""
     run = RunFolder(folder)
-    config, test = run.config, _data(run, bench).test
-    strategy = registry.make(config.strategy, config.strategy_options)
-    if part["split"] == "probe":  # before the round's broadcast: on the base that the clients trained on
+    test = _data(run, bench).test
+    if part.split == "probe":  # before the round's broadcast: on the base that the clients trained on
         state = _state(run, bench, number - 1)
-        _model(run, bench, state, number - 1).load(Adapter.from_tensors(run.read_tensors(part["stem"])))
+        _model(run, bench, state, number - 1).load(Adapter.from_tensors(run.read_tensors(part.stem)))
     else:
         state = _state(run, bench, number)
-        chosen = state.adapter if part["client"] is None else strategy.broadcast(state, part["client"])
+        chosen = state.adapter if part.client is None else run.strategy.broadcast(state, part.client)
         _model(run, bench, state, number).load(chosen)
-    if part["split"] == "local":
-        rows = _partition(run, bench).test[part["client"]]
+    if part.split == "local":
+        assert part.client is not None
+        rows = _partition(run, bench).test[part.client]
     else:
-        rows = np.arange(len(test), dtype=np.int64)[part["start"] :: part["step"]]
+        rows = np.arange(len(test), dtype=np.int64)[part.start :: part.step]
     return _score(bench, run, test, rows)
 
 
-def _score(bench: Workbench, run: RunFolder, split: Any, rows: np.ndarray) -> dict[str, Any]:
+def _score(bench: Workbench, run: RunFolder, split: Any, rows: np.ndarray) -> Scores:
     """Scores of the model as it is loaded, on some rows of a split."""
     data, batch_size = _data(run, bench), run.config.evaluation.batch_size
     examples = tokens.examples(split, rows)
     model = _loaded(run, bench)
-    return evaluation.evaluate(
-        model, examples, len(data.labels), batch_size, data.pad_token_id, data.padding_side
-    ).to_json()
+    return evaluation.evaluate(model, examples, len(data.labels), batch_size, data.pad_token_id, data.padding_side)
 
 
 def _data(run: RunFolder, bench: Workbench) -> tokens.TokenisedData:
-    path = Path(_setup(run, bench)["tokens"])
+    path = _setup(run, bench).tokens
     return bench.keep("data", path, lambda: tokens.open_tokens(path))
 
 
@@ -254,8 +244,8 @@ def _partition(run: RunFolder, bench: Workbench) -> Partition:
     return bench.keep("partition", run.id, lambda: Partition.load(run.path / "partition.npz"))
 
 
-def _setup(run: RunFolder, bench: Workbench) -> dict[str, Any]:
-    return bench.keep("setup", run.id, lambda: run.need_json("setup.json"))
+def _setup(run: RunFolder, bench: Workbench) -> Setup:
+    return bench.keep("setup", run.id, lambda: Setup.read(run))
 
 
 def _state(run: RunFolder, bench: Workbench, number: int) -> ServerState:
@@ -278,7 +268,7 @@ def _model_key(run: RunFolder, bench: Workbench) -> str:
     config = run.config
     adapter = {**config.lora.model_dump(mode="json"), "ranks": config.lora.highest_rank, "truncation": None}
     setup = _setup(run, bench)
-    return f"{config.model.model_dump_json()} {setup.get('model')} {adapter} {setup['labels']}"
+    return f"{config.model.model_dump_json()} {setup.model} {adapter} {list(setup.labels)}"
 
 
 def _build(run: RunFolder, bench: Workbench) -> ResidentModel:
@@ -286,5 +276,5 @@ def _build(run: RunFolder, bench: Workbench) -> ResidentModel:
 
     transformers_logging.disable_progress_bar()  # it would break the lines of a log, or an error's one line
     config, setup, device = run.config, _setup(run, bench), torch.device(bench.device)
-    base = provenance.pinned(config.model, setup.get("model"))
-    return ResidentModel.build(base, config.lora, setup["labels"], setup["pad_token_id"], config.seed, device)
+    base = provenance.pinned(config.model, setup.model)
+    return ResidentModel.build(base, config.lora, list(setup.labels), setup.pad_token_id, config.seed, device)

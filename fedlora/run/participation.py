@@ -6,7 +6,7 @@ The answers are in the round's `roll.json`, so that a run that was interrupted g
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -15,14 +15,12 @@ from fedlora import seeds
 from fedlora.adapter import Adapter
 from fedlora.channel import faults as channel
 from fedlora.config import RunConfig
-from fedlora.data.partition import Partition
 from fedlora.errors import RunAborted, UpdateRejected, counted
-from fedlora.run.inspection import inspect
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.traffic import crossing
 from fedlora.seeds import Turn
 from fedlora.strategies import registry
-from fedlora.strategies.base import Strategy
+from fedlora.strategies.base import ServerState
 
 Status = Literal["completed", "crashed", "late", "surplus", "rejected", "failed"]
 """`crashed`: sent nothing (a fault made on purpose); `late`: after the deadline; `surplus`: not needed any more, of an
@@ -153,7 +151,11 @@ def _too_few(config: RunConfig, number: int, roll: Roll) -> str:
     )
 
 
-def receive(run: RunFolder, ask: Ask, failed: Mapping[int, str]) -> Roll:
+Inspect = Callable[[Turn, Adapter], str]
+"""Looks at the update of a client that was sent an adapter, and takes it in; its digest. Raises UpdateRejected."""
+
+
+def receive(run: RunFolder, ask: Ask, failed: Mapping[int, str], state: ServerState, inspect: Inspect) -> Roll:
     """Take in what the clients of an attempt have sent, in the order of arrival, until there are as many as a round
     needs; each is inspected before it counts.
 
@@ -161,23 +163,23 @@ def receive(run: RunFolder, ask: Ask, failed: Mapping[int, str]) -> Roll:
         run: where the updates are.
         ask: who was asked.
         failed: why clients could not train, by client.
+        state: after the round before.
+        inspect: an update.
     """
     before = read(run, ask.round)
     if before.attempts > ask.attempt:
         return before
-    config, state = run.config, run.read_state(ask.round - 1)
-    strategy = registry.make(config.strategy, config.strategy_options)
+    config = run.config
     missing = max(0, config.clients_per_round - len(before.completed))
-    partition = Partition.load(run.path / "partition.npz")
     entries = []
     for turn, fate in _by_arrival(config, ask):
-        start = strategy.broadcast(state, turn.client)
+        start = run.strategy.broadcast(state, turn.client)
         if turn.client in failed:
             entry = Entry(turn.client, turn.attempt, "failed", failed[turn.client])
         else:
-            entry = _taken(run, turn, fate, start, _most_examples(strategy, partition, turn.client), missing)
+            entry = _taken(run, turn, fate, start, inspect, missing)
         missing -= entry.status == "completed"
-        entries.append(entry if entry.status == "completed" else _with_bytes(run, strategy, start, turn, entry))
+        entries.append(entry if entry.status == "completed" else _with_bytes(run, start, turn, entry))
     roll = Roll(before.entries + tuple(sorted(entries, key=lambda entry: entry.client)))
     run.write_json(run.roll_name(ask.round), {"entries": [asdict(entry) for entry in roll.entries]})
     return roll
@@ -189,7 +191,7 @@ def _by_arrival(config: RunConfig, ask: Ask) -> list[tuple[Turn, channel.Fate]]:
     return sorted(fates, key=lambda pair: (pair[1].delay_s, pair[1].place, pair[0].client))
 
 
-def _taken(run: RunFolder, turn: Turn, fate: channel.Fate, start: Adapter, most: int, missing: int) -> Entry:
+def _taken(run: RunFolder, turn: Turn, fate: channel.Fate, start: Adapter, inspect: Inspect, missing: int) -> Entry:
     """What becomes of a client that could train."""
     at = partial(Entry, turn.client, turn.attempt, delay_s=fate.delay_s)
     deadline = run.config.channel.deadline_s
@@ -201,12 +203,10 @@ def _taken(run: RunFolder, turn: Turn, fate: channel.Fate, start: Adapter, most:
     if not missing:
         return at("surplus", reason=f"{turn}: enough had arrived before")
     try:
-        inspect(run, turn, start, most)
+        return at("completed", digest=inspect(turn, start))
     except UpdateRejected as error:
         _put_aside(run, turn)
         return at("rejected", reason=str(error))
-    record = run.need_json(f"{run.client_stem(turn.round, turn.client)}.json")
-    return at("completed", digest=record["digest"])
 
 
 def _put_aside(run: RunFolder, turn: Turn) -> None:
@@ -218,14 +218,10 @@ def _put_aside(run: RunFolder, turn: Turn) -> None:
             file.replace(file.with_name(f"rejected-{turn.client:03d}-{turn.attempt}{suffix}"))
 
 
-def _most_examples(strategy: Strategy, partition: Partition, client: int) -> int:
-    return sum(partition.sizes) if strategy.pools_data else partition.sizes[client]
-
-
-def _with_bytes(run: RunFolder, strategy: Strategy, start: Adapter, turn: Turn, entry: Entry) -> Entry:
+def _with_bytes(run: RunFolder, start: Adapter, turn: Turn, entry: Entry) -> Entry:
     """The entry with what was sent in vain: the broadcast, and an update of the size asked for by whoever sent one."""
     sent = start if entry.status in ("late", "surplus", "rejected") else None
-    return replace(entry, bytes=asdict(crossing(run, strategy, turn, start, sent)))
+    return replace(entry, bytes=asdict(crossing(run, turn, start, sent)))
 
 
 def virtual_seconds(config: RunConfig, roll: Roll) -> float:

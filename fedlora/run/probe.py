@@ -6,10 +6,9 @@ strategy of the run.
 
 from __future__ import annotations
 
-from typing import Any
-
 from fedlora import metrics
 from fedlora.adapter.updates import Updates
+from fedlora.run.records import Part
 from fedlora.run.runfolder import RunFolder
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
@@ -35,14 +34,15 @@ def prepare(run: RunFolder, number: int, state: ServerState, updates: Updates) -
     run.write_json(_FILE, {"round": number, "client": client})
 
 
-def parts(run: RunFolder, number: int) -> list[dict[str, Any]]:
+def parts(run: RunFolder, number: int) -> list[Part]:
     """What must be scored for it after round `number`."""
     known = run.read_json(_FILE)
     if not known or known["round"] != number:
         return []
-    before = {"stem": run.client_stem(number, known["client"]), "metric": metrics.PROBE_BEFORE}
-    after = [{"stem": _stem(run, number, name), "metric": metric} for name, metric in _PADDINGS.items()]
-    return [{"split": "probe", "start": 0, "step": 1, "client": known["client"], **each} for each in (before, *after)]
+    client = known["client"]
+    before = Part("probe", client, stem=run.client_stem(number, client), metric=metrics.PROBE_BEFORE)
+    after = [Part("probe", client, stem=_stem(run, number, name), metric=metric) for name, metric in _PADDINGS.items()]
+    return [before, *after]
 
 
 def _stem(run: RunFolder, number: int, name: str) -> str:

@@ -9,8 +9,7 @@ import numpy as np
 
 from fedlora.metrics import Bytes
 from fedlora.run.participation import Entry, Roll
-from fedlora.run.runfolder import RunFolder
-from fedlora.training.evaluation import Scores
+from fedlora.run.records import ClientRecord
 
 _DIVERGENCE = ("rho", "floor", "excess", "effective_clients", "R", "P", "Q", "dispersion")
 
@@ -23,25 +22,27 @@ def of_divergence(number: int, divergence: Mapping[str, Mapping[str, Any]]) -> l
     ]
 
 
-def of_clients(run: RunFolder, number: int, roll: Roll) -> list[dict[str, Any]]:
+def of_clients(number: int, roll: Roll, records: Mapping[int, ClientRecord]) -> list[dict[str, Any]]:
     """A row per client that was asked: examples, rank, first and last loss, local accuracy, seconds, bytes, what became
     of it and why."""
-    return [_of_client(run, number, entry) for entry in roll.entries]
+    return [
+        _of_client(number, entry, records[entry.client] if entry.status == "completed" else None)
+        for entry in roll.entries
+    ]
 
 
-def _of_client(run: RunFolder, number: int, entry: Entry) -> dict[str, Any]:
-    known = run.need_json(f"{run.client_stem(number, entry.client)}.json") if entry.status == "completed" else {}
-    losses, scores = known.get("losses"), Scores.from_json(known["local"]) if known.get("local") else None
-    sent = Bytes(**(known.get("bytes") or entry.bytes))
+def _of_client(number: int, entry: Entry, known: ClientRecord | None) -> dict[str, Any]:
+    losses, scores = (known.losses, known.local) if known else (None, None)
+    sent = known.bytes if known else Bytes(**entry.bytes)
     return {
         "round": number,
         "client": entry.client,
-        "examples": known.get("examples"),
-        "rank": known.get("rank"),
+        "examples": known.examples if known else None,
+        "rank": known.rank if known else None,
         "loss_first": losses[0] if losses else None,
         "loss": float(np.mean(losses[-5:])) if losses else None,
         "accuracy": scores.accuracy if scores and scores.examples else None,
-        "seconds": known.get("seconds"),
+        "seconds": known.seconds if known else None,
         "bytes": sent.total,
         "bytes_up": sent.up_adapter + sent.up_head,
         "bytes_down": sent.down_adapter + sent.down_head + sent.down_base,

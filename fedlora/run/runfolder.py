@@ -29,8 +29,9 @@ from fedlora.errors import AdapterError, ConfigError, RunFolderError
 from fedlora.files import limits, lock
 from fedlora.files.atomic import check_writable, write_atomic
 from fedlora.files.tensorfile import read_tensors, serialise
+from fedlora.strategies import registry
 from fedlora.strategies import state as states
-from fedlora.strategies.base import ServerState
+from fedlora.strategies.base import ServerState, Strategy
 
 FORMAT = 3
 """Version of this layout, written to `run.json`."""
@@ -139,7 +140,8 @@ class RunFolder:
         known = self.read_json(_RUN) or {"format": FORMAT, "id": uuid.uuid4().hex, "versions": _versions()}
         self.write_json(_RUN, {**known, "config": config.model_dump(mode="json")})
         write_atomic(self.path / _CONFIG, configfile.to_yaml(config).encode())
-        self.__dict__.pop("config", None)
+        for name in ("config", "strategy"):
+            self.__dict__.pop(name, None)
 
     @property
     def id(self) -> str:
@@ -169,6 +171,15 @@ class RunFolder:
             return configfile.load(self.path / _CONFIG)
         except ConfigError as error:
             raise RunFolderError(f"{self.path}: {_RUN} and {_CONFIG} are both damaged ({error}); start anew") from None
+
+    @cached_property
+    def strategy(self) -> Strategy:
+        """The strategy of the run, with its options.
+
+        Raises:
+            ConfigError: it is not installed here.
+        """
+        return registry.make(self.config.strategy, self.config.strategy_options)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file; a mapping gets a seal, by which damage is found."""
@@ -243,13 +254,18 @@ class RunFolder:
         Raises:
             RunFolderError: missing or damaged.
         """
+        return self._read_whole(stem)[1]
+
+    def _read_whole(self, stem: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The record and the tensors of `<stem>`, each looked at once."""
         path = self.path / f"{stem}.safetensors"
-        if self.read_record(stem) is None:
+        record = self.read_record(stem)
+        if record is None:
             raise RunFolderError(
                 f"{path} is missing or damaged; `fedlora resume` goes back to the last point that is whole"
             )
         try:
-            return read_tensors(path)
+            return record, read_tensors(path)
         except AdapterError as error:
             raise RunFolderError(str(error)) from None
 
@@ -278,9 +294,8 @@ class RunFolder:
         Raises:
             RunFolderError: missing or damaged.
         """
-        stem = self.state_stem(number)
-        tensors = self.read_tensors(stem)
-        return states.from_tensors(tensors, self.need_json(f"{stem}.json")["state"])
+        record, tensors = self._read_whole(self.state_stem(number))
+        return states.from_tensors(tensors, record["state"])
 
     def write_state(self, state: ServerState, record: Mapping[str, Any]) -> dict[str, Any]:
         complete = {

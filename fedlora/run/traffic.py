@@ -18,18 +18,19 @@ from fedlora.seeds import Turn
 from fedlora.strategies.base import NOTHING, Strategy
 
 
-def crossing(run: RunFolder, strategy: Strategy, turn: Turn, start: Adapter, upload: Adapter | None) -> Bytes:
+def crossing(run: RunFolder, turn: Turn, start: Adapter, upload: Adapter | None) -> Bytes:
     """What a client must receive to hold the broadcast `start` and its base, and its `upload` where it sends one."""
-    down = wire_size(start, parts_down(run, strategy, turn, start))
-    up = wire_size(upload, strategy.plan(turn.round).up) if upload is not None else (0, 0)
+    down = wire_size(start, parts_down(run, turn, start))
+    up = wire_size(upload, run.strategy.plan(turn.round).up) if upload is not None else (0, 0)
     base = missed_base(run, turn)
     return Bytes(up_adapter=up[0], up_head=up[1], down_adapter=down[0], down_head=down[1], down_base=base)
 
 
-def parts_down(run: RunFolder, strategy: Strategy, turn: Turn, start: Adapter) -> frozenset[Part]:
+def parts_down(run: RunFolder, turn: Turn, start: Adapter) -> frozenset[Part]:
     """The parts of `start` that a client is sent: those of the round's plan, and of the plans of all rounds since it
     was last asked; of all rounds so far where its rank has risen since, because it never held the new indices.
     """
+    strategy = run.strategy
     now = strategy.plan(turn.round).down
     if _travelled(strategy, 1, turn.round) <= now:
         return now

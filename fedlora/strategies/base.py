@@ -15,8 +15,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from importlib import import_module
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from fedlora.errors import AdapterError
 from fedlora.sections import Section
 from fedlora.strategies.state import ServerState
 
-__all__ = ["NOTHING", "ONLY_A", "ONLY_B", "Family", "Plan", "ServerState", "Strategy", "with_shared"]
+__all__ = ["NOTHING", "ONLY_A", "ONLY_B", "Family", "Plan", "Refusal", "ServerState", "Strategy", "with_shared"]
 
 NOTHING: frozenset[Part] = frozenset()
 ONLY_B: frozenset[Part] = frozenset({"B", "magnitude", "head"})
@@ -40,6 +41,14 @@ class Family(StrEnum):
     SUM_PRODUCT = "SP"
     PRODUCT_SUM = "PS"
     CONTROL = "control"
+
+
+class Refusal(NamedTuple):
+    """Why a strategy does not go with a setting of the adapter."""
+
+    setting: str
+    """Below `lora`: `variant=dora`, `ranks`, `truncation=svd`."""
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -90,20 +99,24 @@ class Strategy(ABC):
         """What a user may set under `strategy_options`."""
 
     @classmethod
-    def refusal(cls, variant: str, mixed_ranks: bool, svd_order: bool) -> str | None:
+    def refusal(cls, variant: str, mixed_ranks: bool, svd_order: bool) -> Refusal | None:
         """Why the strategy cannot be combined with a variant, with clients of several ranks, or with SVD-ordered
         truncation; None where it can."""
+        with_variant = partial(Refusal, f"variant={variant}")
         if variant in ("dora", "hira") and cls.trains_core:
-            return f"it trains a matrix between A and B, which {variant} has no place for"
+            return with_variant(f"it trains a matrix between A and B, which {variant} has no place for")
         if variant in ("dora", "hira") and cls.changes_base:
             what = "DoRA's norm" if variant == "dora" else "HiRA's gate"
-            return f"it changes the base, and {what} depends on the base, so the update would not be exact"
+            return with_variant(
+                f"it changes the base, and {what} depends on the base, so the update would not be exact"
+            )
         if variant == "dora" and cls.exact and not cls.pools_data:
-            return "it is exact only for products B·A, and DoRA's norm is not linear in them"
+            return with_variant("it is exact only for products B·A, and DoRA's norm is not linear in them")
         if mixed_ranks and cls.one_rank:
-            return f"it needs clients of one rank: {cls.one_rank}"
+            return Refusal("ranks", f"it needs clients of one rank: {cls.one_rank}")
         if svd_order and cls.keeps_gauge:
-            return "its clients hold a factor that must stay as it is, so the server cannot turn the factors"
+            held = "its clients hold a factor that must stay as it is, so the server cannot turn the factors"
+            return Refusal("truncation=svd", held)
         return None
 
     def __init__(self, options: Section | None = None) -> None:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from fedlora.errors import ConfigError, StrategyRefusal, did_you_mean
 
 if TYPE_CHECKING:
-    from fedlora.strategies.base import Strategy
+    from fedlora.strategies.base import Refusal, Strategy
 
 GROUP = "fedlora.strategies"
 
@@ -118,17 +118,17 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
 
 def check_combination(name: str, variant: str, mixed_ranks: bool, svd_order: bool) -> None:
     """Raise a StrategyRefusal when a strategy cannot be exact, or not be carried out, with these settings."""
-    reason = find(name).refusal(variant, mixed_ranks, svd_order)
-    if reason:
-        setting = _setting(variant, mixed_ranks, reason)
-        raise StrategyRefusal(f"strategy={name} does not go with lora.{setting}: {reason}")
+    if refused := refusal(find(name), variant, mixed_ranks, svd_order):
+        about = f"lora.{refused.setting}" if refused.setting else "these settings of lora"
+        raise StrategyRefusal(f"strategy={name} does not go with {about}: {refused.reason}")
 
 
-def _setting(variant: str, mixed_ranks: bool, reason: str) -> str:
-    """Which setting of the adapter a refusal is about."""
-    if "turn the factors" in reason:
-        return "truncation=svd"
-    return "ranks" if mixed_ranks and "one rank" in reason else f"variant={variant}"
+def refusal(strategy: Strategy | type[Strategy], variant: str, mixed_ranks: bool, svd_order: bool) -> Refusal | None:
+    """What a strategy says of some settings; a plug-in may still give its reason alone, without the setting."""
+    from fedlora.strategies.base import Refusal
+
+    found: Any = strategy.refusal(variant, mixed_ranks, svd_order)
+    return Refusal("", found) if isinstance(found, str) else found
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:

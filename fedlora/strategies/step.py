@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fedlora.adapter import Adapter, Factors
 from fedlora.adapter.base_update import BaseUpdate
@@ -12,6 +13,26 @@ from fedlora.adapter.factors import truncated_svd
 from fedlora.adapter.updates import Updates
 from fedlora.strategies.base import Strategy
 from fedlora.strategies.state import ServerState
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of a server step: the new state, the divergence of what clients will hold, and the seconds of each."""
+
+    state: ServerState
+    divergence: Divergence
+    seconds: float
+    divergence_seconds: float
+
+
+def step(strategy: Strategy, state: ServerState, updates: Updates, svd_order: bool = False) -> Step:
+    """Aggregate the updates of a round and measure the divergence; depends on nothing but its arguments (see `advance`
+    and `measure_round`)."""
+    begun = time.perf_counter()
+    new = advance(strategy, state, updates, svd_order)
+    aggregated = time.perf_counter()
+    divergence = measure_round(strategy, new, updates)
+    return Step(new, divergence, aggregated - begun, time.perf_counter() - aggregated)
 
 
 def advance(strategy: Strategy, state: ServerState, updates: Updates, svd_order: bool = False) -> ServerState:

@@ -13,6 +13,7 @@ from pathlib import Path
 from fedlora.config import RunConfig
 from fedlora.config.channel import ChannelConfig
 from fedlora.run import jobs
+from fedlora.run.records import Part, Setup
 from fedlora.run.runfolder import RunFolder
 from fedlora.sweep.plan import Cell
 from fedlora.training import workers
@@ -104,9 +105,10 @@ def pace(config: RunConfig) -> Pace:
         trained = [pool.run(jobs.fine_tune, run.path, 1, client) for client in range(min(2, trial.clients))]
         examples, scoring = _score(pool, run)
         memory = pool.run(jobs.peak_memory)
-        test = run.need_json("setup.json")["examples"]["test"]
-    last = trained[-1] or {}
-    step = last["seconds"] / len(last["losses"])
+        test = Setup.read(run).examples["test"]
+    last = trained[-1]
+    assert last is not None, "a trial has no faults"
+    step = last.seconds / len(last.losses)
     local = sum(summary["test_sizes"]) / len(summary["test_sizes"])
     return Pace(setup, step, scoring / examples, memory, test, sum(summary["sizes"]), local)
 
@@ -133,9 +135,9 @@ def _trial(config: RunConfig) -> RunConfig:
 
 def _score(pool: Pool, run: RunFolder) -> tuple[int, float]:
     """Score some examples twice; their number, and the seconds of the second time."""
-    test = run.need_json("setup.json")["examples"]["test"]
+    test = Setup.read(run).examples["test"]
     step = math.ceil(test / _EXAMPLES)
-    part = {"split": "global", "client": None, "start": 0, "step": step}
+    part = Part("global", step=step)
     pool.run(jobs.evaluate, run.path, 0, part)
     begun = time.perf_counter()
     pool.run(jobs.evaluate, run.path, 0, part)

@@ -22,6 +22,7 @@ from fedlora.data.batches import evaluation_batches
 from fedlora.errors import ConfigError, DataError, RunAborted
 from fedlora.run import jobs, loop, rounds
 from fedlora.run.runfolder import RunFolder
+from fedlora.run.server import Server
 from fedlora.training import workers
 from mlflow_tracking import tracker
 
@@ -171,11 +172,11 @@ def test_running_again_in_the_same_folder_adds_nothing(finished_flow, run_flow, 
 def test_mlflow_is_opened_after_the_first_score_while_clients_train(run_flow, monkeypatch):
     """Seconds that a person who waits for it need not wait."""
     seen = []
-    for owner, name in ((jobs, "fine_tune"), (tracker, "start"), (rounds, "finish")):
+    for owner, name in ((jobs, "fine_tune"), (tracker, "start"), (Server, "close")):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, name=name, real=real, **k: (seen.append(name), real(*a, **k))[1])
     run_flow({"strategy": "svd", "rounds": 1, "runner.kind": "threads", "runner.slots": 1})
-    assert seen.index("finish") < seen.index("start") < len(seen) - 1 - seen[::-1].index("fine_tune")
+    assert seen.index("close") < seen.index("start") < len(seen) - 1 - seen[::-1].index("fine_tune")
 
 
 def test_what_fails_before_there_is_a_score_is_in_mlflow_too(run_flow, monkeypatch, tmp_path):
@@ -222,7 +223,7 @@ def test_a_run_that_is_interrupted_is_marked_killed_and_can_be_continued(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("flows.federated.participation.next_ask", interrupt)
+        patched.setattr("fedlora.run.participation.next_ask", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_flow({"strategy": "fedit"}, run_dir=tmp_path / "run")
     tracked = tracker.load(RunFolder(tmp_path / "run"))

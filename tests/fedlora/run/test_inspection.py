@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Factors
+from fedlora.adapter import Adapter, Factors, weights
 from fedlora.channel import faults as channel
 from fedlora.errors import UpdateRejected
 from fedlora.run import inspection
@@ -31,12 +31,16 @@ def run(configure, tmp_path):
     return RunFolder.create(tmp_path / "run", configure({"channel.max_norm": 10}))
 
 
+SAID = {"rank": 4, "losses": [0.5], "seconds": 1.0, "bytes": {}, "validation": None, "local": None}
+"""What else a client says of its training."""
+
+
 @pytest.fixture
 def send(run, upload):
     """`send(round=1)`: the update written as client 1 would in round 2, with changes to what it says of itself."""
 
     def write(adapter=upload, **changes):
-        record = {"round": 2, "client": 1, "ticket": channel.ticket(TURN), "examples": 50, **changes}
+        record = {"round": 2, "client": 1, "ticket": channel.ticket(TURN), "examples": 50, **SAID, **changes}
         run.write_tensors(
             run.client_stem(2, 1), adapter.tensors(), {k: v for k, v in record.items() if v != "left out"}
         )
@@ -59,13 +63,26 @@ def refusal(run, start):
 
 def test_what_was_asked_for_is_accepted_as_it_was_sent(send, run, start, upload):
     send()
-    found = inspection.inspect(run, TURN, start, 60).tensors()
+    found = inspection.inspect(run, TURN, start, 60).adapter.tensors()
     assert all(torch.equal(found[name], tensor) for name, tensor in upload.tensors().items())
+
+
+def test_an_update_that_lives_in_its_file_is_the_same(send, run, start, upload):
+    send()
+    found = inspection.inspect(run, TURN, start, 60, in_memory=False).adapter
+    assert isinstance(found.factors, weights._StoredFactors)
+    assert all(torch.equal(found.tensors()[name], tensor) for name, tensor in upload.tensors().items())
+
+
+@pytest.mark.parametrize("missing", SAID)
+def test_a_record_that_does_not_say_what_it_should(send, refusal, missing):
+    send(**{missing: "left out"})
+    assert f"the update does not say what it should (KeyError('{missing}'))" in refusal()
 
 
 def test_a_lower_rank_is_accepted(send, run, start, upload):
     send(upload.cut(2))
-    assert inspection.inspect(run, TURN, start, 60).rank == 2
+    assert inspection.inspect(run, TURN, start, 60).adapter.rank == 2
 
 
 SAYINGS = {
@@ -167,7 +184,7 @@ class TestNorm:
         norm = inspection.change_norm(upload, start)
         for bound, fits in ((norm, True), (norm * 0.999, False)):
             run = RunFolder.create(tmp_path / str(bound), configure({"channel.max_norm": bound}))
-            record = {"round": 2, "client": 1, "ticket": channel.ticket(TURN), "examples": 50}
+            record = {"round": 2, "client": 1, "ticket": channel.ticket(TURN), "examples": 50, **SAID}
             run.write_tensors(run.client_stem(2, 1), upload.tensors(), record)
             if fits:
                 inspection.inspect(run, TURN, start, 60)

@@ -23,10 +23,10 @@ from fedlora.data.partition import Partition
 from fedlora.errors import ModelError
 from fedlora.model import base as model
 from fedlora.model.resident import ResidentModel
-from fedlora.run import loop, participation, rounds
+from fedlora.run import inspection, loop, participation, probe, rounds, server
 from fedlora.run.loop import train
 from fedlora.run.runfolder import RunFolder
-from fedlora.strategies import registry
+from fedlora.strategies import registry, step
 from fedlora.training import client
 from fedlora.training.evaluation import evaluate
 from fedlora.training.workers import open_pool
@@ -76,8 +76,45 @@ def test_the_metrics_are_those_of_the_design(finished):
         assert values["time/round_s"] >= sum(values[f"time/{phase}_s"] for phase in phases)
 
 
+def test_an_update_is_read_once_and_the_state_is_not_read_by_who_made_it(configure, monkeypatch, tmp_path):
+    """By the server; a worker reads the state that it trains on. After a restart, both are read again."""
+    parsed, opened, states = [], [], []
+    real_json, real_state = RunFolder.read_json, RunFolder.read_state
+
+    def read_json(run, name):
+        content = real_json(run, name)
+        if content is not None and "client-" in name:
+            parsed.append(name)
+        return content
+
+    class Stored(inspection.uploads.StoredTensors):
+        def each(self):
+            opened.append(self.path.name)
+            return super().each()
+
+        def read(self, names):
+            raise AssertionError("read a second time")
+
+    monkeypatch.setattr(RunFolder, "read_json", read_json)
+    monkeypatch.setattr(inspection.uploads, "StoredTensors", Stored)
+    monkeypatch.setattr(
+        RunFolder, "read_state", lambda run, number: (states.append(number), real_state(run, number))[1]
+    )
+    train(configure(), tmp_path / "run")
+    assert sorted(parsed) == sorted({*parsed})
+    assert sorted(opened) == sorted(f"client-{client:03d}.safetensors" for client in range(3) for _ in range(2))
+    assert sorted(states) == [0, 0, 1, 2, 2]  # by the worker each, by the server at the start, for the final adapter
+
+
+def test_uploads_beyond_the_memory_of_a_round_live_in_their_files(configure, finished, monkeypatch, tmp_path):
+    monkeypatch.setattr(server, "_IN_MEMORY", 1)
+    train(configure({"strategy": "svd"}), tmp_path / "run")
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (finished({"strategy": "svd"}) / name).read_bytes()
+
+
 def test_seconds_of_aggregation_are_those_of_the_strategy_alone(configure, monkeypatch, tmp_path):
-    """Reading takes 100 virtual seconds a file, an aggregation 7, measuring 1000; the probe aggregates twice more."""
+    """Reading takes 100 virtual seconds an update, aggregation 7, measuring 1000; the probe aggregates twice more."""
     now = [0.0]
 
     def costs(seconds, function):
@@ -87,11 +124,11 @@ def test_seconds_of_aggregation_are_those_of_the_strategy_alone(configure, monke
 
         return slow
 
-    monkeypatch.setattr(rounds.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(rounds, "read_tensors", costs(100.0, rounds.read_tensors))
-    monkeypatch.setattr(rounds, "advance", costs(7.0, rounds.advance))
-    monkeypatch.setattr(rounds, "measure_round", costs(1000.0, rounds.measure_round))
-    monkeypatch.setattr(rounds.probe, "advance", costs(50.0, rounds.probe.advance))
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(inspection, "inspect", costs(100.0, inspection.inspect))
+    monkeypatch.setattr(step, "advance", costs(7.0, step.advance))
+    monkeypatch.setattr(step, "measure_round", costs(1000.0, step.measure_round))
+    monkeypatch.setattr(probe, "advance", costs(50.0, probe.advance))
     train(configure({"strategy": "replication", "lora.ranks": [2, 4, 7], "rounds": 1}), tmp_path / "run")
     values = measured(tmp_path / "run")[1]
     seconds = tuple(values[f"time/{phase}_s"] for phase in ("read", "aggregate", "divergence"))
@@ -188,8 +225,8 @@ def test_without_local_evaluation_nothing_local_is_measured(finished):
 def test_a_personal_strategy_scores_each_test_example_once(finished):
     run = RunFolder(finished({"strategy": "local"}))
     parts = rounds.evaluation_parts(run, 2)
-    assert [part["client"] for part in parts] == [0, 1, 2]
-    rows = np.concatenate([np.arange(120)[part["start"] :: part["step"]] for part in parts])
+    assert [part.client for part in parts] == [0, 1, 2]
+    rows = np.concatenate([np.arange(120)[part.start :: part.step] for part in parts])
     assert sorted(rows) == list(range(120))
 
 
@@ -457,16 +494,16 @@ def test_an_interruption_does_not_wait_for_a_worker_that_hangs(configure, tmp_pa
     (tmp_path / "jobs_that_hang.py").write_text(HANG)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("fedlora.run.jobs.fine_tune", importlib.import_module("jobs_that_hang").hang)
-    real = loop._why_failed
+    real = loop.LocalHands._why_failed
 
-    def interrupted(run, pool, ask, client):
+    def interrupted(hands, ask, client):
         if client:
-            return real(run, pool, ask, client)
-        while not (run.path / "hangs").exists():
+            return real(hands, ask, client)
+        while not (tmp_path / "run/hangs").exists():
             time.sleep(0.02)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedlora.run.loop._why_failed", interrupted)
+    monkeypatch.setattr(loop.LocalHands, "_why_failed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(configure({"runner.kind": "processes", "runner.slots": 2}), tmp_path / "run")
     assert (tmp_path / "run/hangs").exists()

@@ -9,6 +9,7 @@ from fedlora.errors import RunAborted, RunFolderError
 from fedlora.run import rounds
 from fedlora.run.loop import train
 from fedlora.run.runfolder import RunFolder
+from fedlora.run.server import Server
 
 
 def without_times(folder) -> list[dict]:
@@ -175,7 +176,7 @@ def test_a_flipped_byte_in_a_clients_upload_is_noticed_and_the_client_trained_ag
     flip(folder / upload)
     assert RunFolder(folder).read_record("rounds/002/client-001") is None
     with pytest.raises(RunAborted, match="client 1 in round 2 is missing or was damaged after it was accepted"):
-        rounds.aggregate(RunFolder(folder), 2)
+        Server(RunFolder(folder)).aggregate(2)
     said = []
     train(configure(), folder, say=said.append)
     assert [line for line in said if "the update of client 1 of round 2" in line and "made again" in line]

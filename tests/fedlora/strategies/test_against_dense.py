@@ -101,27 +101,28 @@ TURNED = {"ffa-lora", "fedsa-lora", "rolora", "local"}
 )
 class TestRefusals:
     def test_clients_of_several_ranks(self, name):
-        reason = registry.find(name).refusal("lora", True, False)
-        assert bool(reason) == (name in ONE_RANK)
-        if reason:
-            assert f"it needs clients of one rank: {ONE_RANK[name]}" in reason
+        refused = registry.find(name).refusal("lora", True, False)
+        assert bool(refused) == (name in ONE_RANK)
+        if refused:
+            assert refused.setting == "ranks"
+            assert f"it needs clients of one rank: {ONE_RANK[name]}" in refused.reason
             with pytest.raises(ValueError, match=f"strategy={name} does not go with lora.ranks: it needs clients of"):
                 registry.check_combination(name, "lora", True, False)
 
     @pytest.mark.parametrize(("variant", "part"), [("dora", "DoRA's norm"), ("hira", "HiRA's gate")])
     def test_variants_that_depend_on_the_base(self, name, variant, part):
-        reason = registry.find(name).refusal(variant, False, False)
+        refused = registry.find(name).refusal(variant, False, False)
         if name in CHANGES_BASE:
-            assert f"changes the base, and {part} depends on the base" in reason
+            assert f"changes the base, and {part} depends on the base" in refused.reason
         elif name in EXACT and variant == "dora":
-            assert "exact only for products B·A, and DoRA's norm is not linear" in reason
+            assert "exact only for products B·A, and DoRA's norm is not linear" in refused.reason
         else:
-            assert reason is None
+            assert refused is None
 
     def test_svd_ordered_truncation(self, name):
-        reason = registry.find(name).refusal("lora", False, True)
-        assert bool(reason) == (name in TURNED)
-        if reason:
+        refused = registry.find(name).refusal("lora", False, True)
+        assert bool(refused) == (name in TURNED)
+        if refused:
             with pytest.raises(
                 ValueError, match=f"strategy={name} does not go with lora.truncation=svd: .*cannot turn"
             ):

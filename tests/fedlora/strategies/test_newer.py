@@ -92,8 +92,8 @@ class TestCores:
     @pytest.mark.parametrize("name", ["fed-sb", "ravan"])
     @pytest.mark.parametrize("variant", ["dora", "hira"])
     def test_refused_where_there_is_no_place_for_it(self, name, variant):
-        assert "trains a matrix between A and B" in registry.find(name).refusal(variant, False, False)
-        assert "one rank" in registry.find(name).refusal("lora", True, False)
+        assert "trains a matrix between A and B" in registry.find(name).refusal(variant, False, False).reason
+        assert "one rank" in registry.find(name).refusal("lora", True, False).reason
 
     def test_ravan_divides_its_rank(self):
         assert registry.make("ravan").refuses_rank(8) is None

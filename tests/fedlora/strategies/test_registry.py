@@ -8,7 +8,7 @@ import torch
 
 from fedlora.adapter.divergence import measure
 from fedlora.config import configfile
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, StrategyRefusal
 from fedlora.strategies import registry
 from fedlora.strategies.base import Strategy
 from fedlora.strategies.step import advance
@@ -86,6 +86,15 @@ def test_a_plugin_works_from_name_to_divergence(plugin, dense, uploads):
         hat, ideal = 0.25 * dense.product_of_means(pairs, w), dense.mean_product(pairs, w)
         assert divergence.modules[module].rho == pytest.approx(dense.rho([hat] * 3, ideal, w), abs=1e-6)
     torch.testing.assert_close(new.adapter.head, {k: t.float() for k, t in updates.mean_head().items()})
+
+
+def test_a_plugin_may_refuse_settings_with_its_reason_alone(plugin, monkeypatch):
+    """As the contract was before a refusal named its setting."""
+    said = classmethod(lambda cls, variant, mixed_ranks, svd_order: "it is shy" if mixed_ranks else None)
+    monkeypatch.setattr(registry.find("damped"), "refusal", said)
+    registry.check_combination("damped", "lora", False, False)
+    with pytest.raises(StrategyRefusal, match="strategy=damped does not go with these settings of lora: it is shy"):
+        registry.check_combination("damped", "lora", True, False)
 
 
 def test_a_plugin_cannot_take_a_builtin_name(plugin):

@@ -15,11 +15,10 @@ from fedlora.adapter.divergence import Divergence, ModuleDivergence
 from fedlora.adapter.updates import Update, Updates
 from fedlora.adapter.weights import Adapter, wire_size
 from fedlora.metrics import Bytes
-from fedlora.run import rounds as server
 from fedlora.run import traffic
 from fedlora.run.participation import Entry
-from fedlora.run.rounds import Timings
 from fedlora.run.runfolder import RunFolder
+from fedlora.run.server import Server, Timings
 from fedlora.seeds import Turn
 from fedlora.strategies.flora import fresh_factors
 from fedlora.strategies.step import advance
@@ -53,7 +52,7 @@ class World:
         self.run = RunFolder.create(path, config)
         self.state = rounds.state(self.strategy, mixed, learned=0.0, modules=MODULES)
         self.run.write_state(self.state, {})
-        server.finish(self.run, 0, [], [], Timings())
+        Server(self.run).close(0, [], [], Timings())
         start = self.state
         self.clients = [Client(self.strategy.broadcast(start, u).tensors()) for u in range(4)]
         self.steps: list[BaseUpdate] = []
@@ -76,14 +75,14 @@ class World:
         self.run.write_state(self.state, outcome)
         roll = [asdict(Entry(client, 0, "crashed")) for client in present]
         self.run.write_json(self.run.roll_name(number), {"entries": roll})
-        server.finish(self.run, number, [], [], Timings())
+        Server(self.run).close(number, [], [], Timings())
         return counted
 
     def _receive(self, number, client) -> Bytes:
         start = self.strategy.broadcast(self.state, client)
         turn = Turn(self.run.config.seed, number, client)
-        counted = traffic.crossing(self.run, self.strategy, turn, start, None)
-        parts = traffic.parts_down(self.run, self.strategy, turn, start)
+        counted = traffic.crossing(self.run, turn, start, None)
+        parts = traffic.parts_down(self.run, turn, start)
         assert (counted.down_adapter, counted.down_head) == wire_size(start, parts)
         assert (counted.up_adapter, counted.up_head) == (0, 0)
         mine = self.clients[client]
@@ -162,9 +161,9 @@ class TestRoLoRA:
         world.play([0, 1])
         world.play([0])
         start, turn = world.strategy.broadcast(world.state, 1), Turn(world.run.config.seed, 3, 1)
-        first = traffic.parts_down(world.run, world.strategy, turn, start)
+        first = traffic.parts_down(world.run, turn, start)
         world.run.write_json(world.run.roll_name(3), {"entries": [asdict(Entry(1, 0, "crashed"))]})
-        again = traffic.parts_down(world.run, world.strategy, replace(turn, attempt=1), start)
+        again = traffic.parts_down(world.run, replace(turn, attempt=1), start)
         assert ({"A", "B"} <= first, {"A", "B"} & again) == (True, {"A"})
 
     def test_a_client_whose_rank_has_risen_is_sent_the_new_indices_of_both(self, rounds, configure, tmp_path):
@@ -182,7 +181,7 @@ def test_a_base_update_is_sent_once_to_who_is_asked_again(rounds, configure, tmp
     world = World(rounds, configure, tmp_path / "run", "flora")
     world.play([0, 1])
     start, turn = world.strategy.broadcast(world.state, 0), Turn(world.run.config.seed, 2, 0)
-    first = traffic.crossing(world.run, world.strategy, turn, start, None)
+    first = traffic.crossing(world.run, turn, start, None)
     world.run.write_json(world.run.roll_name(2), {"entries": [asdict(Entry(0, 0, "crashed"))]})
-    again = traffic.crossing(world.run, world.strategy, replace(turn, attempt=1), start, None)
+    again = traffic.crossing(world.run, replace(turn, attempt=1), start, None)
     assert (first.down_base, again.down_base) == (world.state.base_step.wire_bytes(), 0)

@@ -300,7 +300,8 @@ def test_several_threads_that_end_a_worker_at_once_close_its_pipe_once(jobs, tmp
     worker = WorkerProcess("cpu", 1)
     worker._pipe = pipe = SlowToClose(worker._pipe)
     found = []
-    busy = threading.Thread(target=lambda: found.append(worker.work(None, jobs.sleep, (60, str(tmp_path / "begun")), {})))
+    given = (None, jobs.sleep, (60, str(tmp_path / "begun")), {})
+    busy = threading.Thread(target=lambda: found.append(worker.work(*given)))
     busy.start()
     assert until((tmp_path / "begun").exists)
     ending = [threading.Thread(target=worker.end, kwargs={"now": True}, name=str(index)) for index in range(6)]

@@ -1,0 +1,146 @@
+"""What the JSON files of a run folder say, as values: written and read here, and nowhere else a dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedlora.adapter.divergence import Divergence
+from fedlora.metrics import Bytes
+from fedlora.training.evaluation import Scores
+
+if TYPE_CHECKING:
+    from fedlora.run.runfolder import RunFolder
+
+_SETUP = "setup.json"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known once the data is prepared (`setup.json`)."""
+
+    tokens: Path
+    """The tokenised data."""
+    labels: tuple[str, ...]
+    pad_token_id: int
+    padding_side: str
+    data: dict[str, Any]
+    """Name, origin and digest of the data, and how it was read."""
+    examples: dict[Literal["train", "test"], int]
+    model: dict[str, Any] | None = None
+    """Where the base model's files are from, where that is known."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the data was dealt."""
+
+    @classmethod
+    def read(cls, run: RunFolder) -> Setup:
+        """Raises:
+        RunFolderError: it is missing or damaged.
+        """
+        return cls._of(run.need_json(_SETUP))
+
+    @classmethod
+    def known(cls, run: RunFolder) -> Setup | None:
+        """The same, or None where it is missing or damaged."""
+        content = run.read_json(_SETUP)
+        return cls._of(content) if isinstance(content, dict) else None
+
+    def write(self, run: RunFolder) -> None:
+        content = {**asdict(self), "tokens": str(self.tokens), "labels": list(self.labels), "notes": list(self.notes)}
+        run.write_json(_SETUP, content)
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any]) -> Setup:
+        known = _known(cls, content)
+        return cls(**known | {"tokens": Path(known["tokens"]), "labels": tuple(known["labels"])})
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """What a client says of its training, beside its adapter (`client-NNN.json`)."""
+
+    round: int
+    client: int
+    ticket: str
+    """What the server gave it with the request: of another round, the update is a replay."""
+    examples: int
+    """Rows that it trained on."""
+    rank: int
+    """The highest of the modules that it uploads."""
+    losses: list[float]
+    """Mean cross-entropy of every step, in nats."""
+    seconds: float
+    bytes: Bytes
+    validation: Scores | None
+    """On rows held out of its training, where ranks grow by them."""
+    local: Scores | None
+    """On its own test rows, after training."""
+
+    def to_json(self) -> dict[str, Any]:
+        scores = {name: found and found.to_json() for name, found in self._scores().items()}
+        return {**{each.name: getattr(self, each.name) for each in fields(self)}, "bytes": asdict(self.bytes), **scores}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ClientRecord:
+        """Raises:
+        KeyError, TypeError, ValueError: it does not say what it should.
+        """
+        scores = {name: content[name] and Scores.from_json(content[name]) for name in ("validation", "local")}
+        plain = {each.name: content[each.name] for each in fields(cls)}
+        return cls(**plain | {"bytes": Bytes(**content["bytes"]), **scores})
+
+    def _scores(self) -> dict[str, Scores | None]:
+        return {"validation": self.validation, "local": self.local}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a round on the server (`state.json`, beside the strategy's state)."""
+
+    divergence: Divergence
+    bytes: Bytes
+    """Everything that crossed the wire in the round, in vain or not."""
+    read_seconds: float = 0.0
+    """Reading and verifying the updates, and the state where this process has not made it."""
+    seconds: float = 0.0
+    """Aggregation alone."""
+    divergence_seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        times = {name: getattr(self, name) for name in ("read_seconds", "seconds", "divergence_seconds")}
+        return {"divergence": self.divergence.to_json(), "bytes": asdict(self.bytes), **times}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Outcome:
+        """Seconds that an earlier version did not measure are 0."""
+        divergence = Divergence.from_json(content["divergence"])
+        return cls(**_known(cls, content) | {"divergence": divergence, "bytes": Bytes(**content["bytes"])})
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of what is scored after a round: rows of the test set from `start` on, every `step`-th, by one model."""
+
+    split: Literal["global", "local", "probe"]
+    client: int | None = None
+    """Whose model; empty for the global one."""
+    start: int = 0
+    step: int = 1
+    stem: str = ""
+    """Of a probe: where its adapter is."""
+    metric: str = ""
+    """Of a probe: the metric that its accuracy is."""
+
+
+def total(parts: Iterable[Bytes]) -> Bytes:
+    """What crossed the wire, all together."""
+    found = [asdict(part) for part in parts]
+    return Bytes(**{each.name: sum(part[each.name] for part in found) for each in fields(Bytes)})
+
+
+def _known(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass's fields, without what a file says besides."""
+    names = {each.name for each in fields(kind)}
+    return {name: value for name, value in content.items() if name in names}

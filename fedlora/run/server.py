@@ -1,0 +1,231 @@
+"""The server's side of a run in this process: updates come in, are combined, and rounds are closed.
+
+What it has accepted and computed stays with it; it is read from the run folder only after a restart. Everything is in
+the folder before it counts, and may be repeated without harm.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedlora import metrics
+from fedlora.adapter import Adapter
+from fedlora.adapter.updates import Update, Updates
+from fedlora.data.partition import Partition
+from fedlora.errors import RunAborted
+from fedlora.files.tensorfile import StoredTensors
+from fedlora.metrics import Bytes, RoundRecord
+from fedlora.run import inspection, participation, probe, ranks, rounds, rows
+from fedlora.run.inspection import Accepted
+from fedlora.run.participation import Ask, Entry, Roll
+from fedlora.run.records import ClientRecord, Outcome, Part, total
+from fedlora.run.runfolder import RunFolder
+from fedlora.seeds import Turn
+from fedlora.strategies.base import ServerState
+from fedlora.strategies.step import step
+from fedlora.training.evaluation import Scores
+from fedlora.training.workers import use_threads
+
+_IN_MEMORY = 2**28
+"""Bytes of a round's uploads that are kept as they were read; those beyond live in their files, a module at a time, so
+that memory does not grow with the number of clients."""
+_SECONDS = {
+    metrics.TIME_READ: "read_seconds",
+    metrics.TIME_AGGREGATE: "seconds",
+    metrics.TIME_DIVERGENCE: "divergence_seconds",
+}
+"""Metrics of the server's own work, and the fields of an `Outcome`."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall time of the phases of a round, in seconds; what the server does between them it times itself."""
+
+    train: float = 0.0
+    evaluate: float = 0.0
+    round: float = 0.0
+    resumed: bool = False
+    """Whether another process had begun the round, so that these are the seconds of what was left of it."""
+
+
+class Server:
+    """Who receives, combines and measures in one run."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self._state: ServerState | None = None
+        self._accepted: dict[tuple[int, int], Accepted] = {}
+        self._kept_bytes, self._read_seconds = 0, 0.0
+        self._most_examples: Sequence[int] = ()
+
+    def state(self, number: int) -> ServerState:
+        """The strategy's state after a round (0: before training).
+
+        Raises:
+            RunFolderError: it is missing or damaged.
+        """
+        if self._state is None or self._state.round != number:
+            with self._reading():
+                self._state = self.run.read_state(number)
+        return self._state
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What is done within are seconds of the round's reading."""
+        begun = time.perf_counter()
+        yield
+        self._read_seconds += time.perf_counter() - begun
+
+    def receive(self, ask: Ask, failed: Mapping[int, str]) -> Roll:
+        """Take in what the clients of an attempt have sent; each update is verified once, and kept.
+
+        Args:
+            ask: who was asked.
+            failed: why clients could not train, by client.
+        """
+        return participation.receive(self.run, ask, failed, self.state(ask.round - 1), self._inspect)
+
+    def _inspect(self, turn: Turn, start: Adapter) -> str:
+        in_memory = self._kept_bytes < _IN_MEMORY
+        with self._reading():
+            accepted = inspection.inspect(self.run, turn, start, self._most(turn.client), in_memory)
+        if in_memory:
+            self._kept_bytes += sum(tensor.nbytes for tensor in accepted.adapter.tensors().values())
+        self._accepted[turn.round, turn.client] = accepted
+        return accepted.digest
+
+    def _most(self, client: int) -> int:
+        """Examples that a client can have trained on."""
+        self._most_examples = self._most_examples or Partition.load(self.run.path / "partition.npz").sizes
+        return sum(self._most_examples) if self.run.strategy.pools_data else self._most_examples[client]
+
+    def aggregate(self, number: int) -> Outcome:
+        """Combine the updates that round `number` has accepted, save the new state, and measure the divergence of its
+        broadcast. The clients' weights add up to one over those who completed.
+
+        Raises:
+            RunAborted: an update is missing, or was damaged after it was accepted.
+        """
+        run, config = self.run, self.run.config
+        if record := run.read_record(run.state_stem(number)):
+            return Outcome.from_json(record)
+        use_threads(config.runner.threads)
+        state, roll = self.state(number - 1), participation.read(run, number)
+        with self._reading():
+            accepted = [self._of(number, entry) for entry in roll.having("completed")]
+        sent = (Update(each.record.client, each.record.examples, each.adapter) for each in accepted)
+        updates = Updates.collect(sent, config.weighting)
+        made = step(run.strategy, state, updates, config.lora.truncation == "svd")
+        probe.prepare(run, number, state, updates)
+        validation = {each.record.client: each.record.validation.loss for each in accepted if each.record.validation}
+        risen = ranks.after_round(config.lora, number, validation, config.clients)
+        crossed = total([*(each.record.bytes for each in accepted), *(Bytes(**entry.bytes) for entry in roll.entries)])
+        outcome = Outcome(made.divergence, crossed, self._read_seconds, made.seconds, made.divergence_seconds)
+        self._state = replace(made.state, ranks={**made.state.ranks, **risen})
+        run.write_state(self._state, outcome.to_json())
+        return outcome
+
+    def _of(self, number: int, entry: Entry) -> Accepted:
+        """An update that was accepted when it arrived; after a restart the same files, by their digest."""
+        known = self._accepted.get((number, entry.client))
+        if known is not None and known.digest == entry.digest:
+            return known
+        stem = self.run.client_stem(number, entry.client)
+        record = self.run.read_record(stem)
+        if record is None or record["digest"] != entry.digest:
+            raise RunAborted(
+                f"the update of client {entry.client} in round {number} is missing or was damaged after it was "
+                f"accepted; `fedlora resume {self.run.path}` has the client train again"
+            )
+        adapter = Adapter.stored(StoredTensors(self.run.path / f"{stem}.safetensors"))
+        return Accepted(ClientRecord.from_json(record), record["digest"], adapter)
+
+    def close(self, number: int, parts: Sequence[Part], scores: Sequence[Scores], timings: Timings) -> RoundRecord:
+        """Gather a round's metrics and close it: `record.json` is the mark that it is complete.
+
+        Args:
+            number: of the round.
+            parts: what was scored (`rounds.evaluation_parts`).
+            scores: of each part.
+            timings: of the round.
+
+        Raises:
+            RunAborted: something of the round is missing.
+        """
+        values: dict[str, float] = {}
+        roll = participation.read(self.run, number)
+        by_split: dict[str, list[Scores]] = {"global": [], "local": []}
+        for part, found in zip(parts, scores, strict=True):
+            if part.split == "probe":
+                values[part.metric] = found.accuracy
+            else:
+                by_split[part.split].append(found)
+        if by_split["global"]:
+            values |= metrics.of_global(sum(by_split["global"][1:], by_split["global"][0]))
+        records = self._records(number, roll)
+        if number == 0:
+            values |= metrics.of_local(by_split["local"]) | metrics.of_bytes(Bytes(), 0) | dict.fromkeys(_SECONDS, 0.0)
+        else:
+            values |= self._of_training(number, roll, records)
+        values |= metrics.gap(values)
+        values |= {
+            metrics.TIME_TRAIN: timings.train,
+            metrics.TIME_EVALUATE: timings.evaluate,
+            metrics.TIME_ROUND: timings.round,
+            **({metrics.TIME_RESUMED: 1.0} if timings.resumed else {}),
+        }
+        record = RoundRecord(number, int(time.time() * 1000), tuple(roll.completed), values)
+        self.run.write_json(self.run.record_name(number), {**record.to_json(), **self._kept(number, roll, records)})
+        self._accepted, self._kept_bytes, self._read_seconds = {}, 0, 0.0
+        return record
+
+    def _records(self, number: int, roll: Roll) -> dict[int, ClientRecord]:
+        """What the clients that completed say of their training."""
+        known = {client: self._accepted.get((number, client)) for client in roll.completed}
+        return {client: each.record if each else self._record(number, client) for client, each in known.items()}
+
+    def _record(self, number: int, client: int) -> ClientRecord:
+        content = self.run.read_json(f"{self.run.client_stem(number, client)}.json")
+        if content is None:
+            raise RunAborted(
+                f"the record of client {client} in round {number} is missing or damaged in {self.run.path}"
+            )
+        return ClientRecord.from_json(content)
+
+    def _of_training(self, number: int, roll: Roll, records: Mapping[int, ClientRecord]) -> dict[str, float]:
+        content = self.run.read_json(f"{self.run.state_stem(number)}.json")
+        before = rounds.read_record(self.run, number - 1)
+        if content is None or before is None:
+            raise RunAborted(f"round {number} in {self.run.path} is incomplete")
+        outcome = Outcome.from_json(content)
+        virtual = {}
+        if self.run.config.channel.faults.delay != "none":
+            virtual[metrics.TIME_VIRTUAL] = participation.virtual_seconds(self.run.config, roll)
+        return (
+            metrics.of_local([record.local for record in records.values() if record.local is not None])
+            | metrics.of_divergence(outcome.divergence)
+            | metrics.of_bytes(outcome.bytes, before.metrics[metrics.BYTES_TOTAL])
+            | metrics.of_participation(roll.counts())
+            | {name: getattr(outcome, key) for name, key in _SECONDS.items() if key in content}
+            | virtual
+        )
+
+    def _kept(self, number: int, roll: Roll, records: Mapping[int, ClientRecord]) -> dict[str, Any]:
+        """What is needed of a round when its uploads and state are gone: rows of the tables, who was asked (at which
+        rank, where it was not the highest), base bytes."""
+        content = self.run.need_json(f"{self.run.state_stem(number)}.json")
+        asked = sorted({entry.client for entry in roll.entries})
+        lower = self.run.need_json(f"{self.run.state_stem(number - 1)}.json")["state"]["ranks"] if asked else {}
+        return {
+            "asked": asked,
+            "ranks": {str(client): lower[str(client)] for client in asked if str(client) in lower},
+            "base_bytes": content["base_bytes"],
+            "rows": {
+                "clients": rows.of_clients(number, roll, records),
+                "divergence": rows.of_divergence(number, content.get("divergence", {})),
+            },
+        }

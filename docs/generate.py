@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,7 +22,7 @@ from fedlora.config.lora import LoraConfig
 from fedlora.exchange.peftconfig import KEYS, Treatment
 from fedlora.seeds import torch_generator
 from fedlora.strategies import registry
-from fedlora.strategies.base import ServerState, Strategy
+from fedlora.strategies.base import Refusal, ServerState, Strategy
 from fedlora.strategies.step import advance, measure_round
 
 DOCS = Path(__file__).parent
@@ -335,8 +337,8 @@ def _aggregates(found: type[Strategy]) -> str:
     return "refused: PEFT folders hold no core" if found.trains_core else "yes"
 
 
-def _or_refused(reason: str | None) -> str:
-    return f"refused: {reason}" if reason else "yes"
+def _or_refused(refused: Refusal | None) -> str:
+    return f"refused: {refused.reason}" if refused else "yes"
 
 
 def _yes(flag: bool) -> str:
@@ -364,6 +366,27 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def rooms() -> str:
+    """The library from the ground, a row per module; the floors are those that `tests/test_house.py` holds it to."""
+    house = runpy.run_path(str(DOCS.parent / "tests" / "test_house.py"))
+    rows = ["| floor | room | module | what it is |", "|---|---|---|---|"]
+    for floor, names in enumerate(house["ROOMS"]):
+        for name in names:
+            folder = DOCS.parent / "fedlora" / name
+            if not folder.is_dir():
+                rows.append(f"| {floor} | `{name}.py` | | {_first_sentence(folder.with_suffix('.py'))} |")
+                continue
+            rows.append(f"| {floor} | **`{name}/`** | | **{_first_sentence(folder / '__init__.py')}** |")
+            modules = sorted(path for path in folder.glob("*.py") if path.stem != "__init__")
+            rows += [f"| | | `{path.stem}` | {_first_sentence(path)} |" for path in modules]
+    return "\n".join(rows)
+
+
+def _first_sentence(path: Path) -> str:
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split())
+    return re.split(r"(?<=[a-z\)0-9`])[.](?= |$)", text)[0].replace("|", "\\|")
+
+
 def between(text: str, mark: str, content: str) -> str:
     """The text with new content between `<!-- mark -->` and `<!-- end of mark -->`."""
     begin, end = f"<!-- {mark} -->\n", f"\n<!-- end of {mark} -->"
@@ -379,8 +402,10 @@ def pages() -> dict[Path, str]:
         text = between(text, mark, content())
     aggregating = DOCS / "aggregate.md"
     folders = between(aggregating.read_text(), "keys", peft_keys())
+    house = DOCS / "architecture.md"
     return {
         DOCS / "configuration.md": configuration(),
+        house: between(house.read_text(), "rooms", rooms()),
         path: text,
         aggregating: between(folders, "any scaling", scalings()),
         **{

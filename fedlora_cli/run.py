@@ -87,7 +87,10 @@ def resume(
 
 def watch(
     what: Annotated[
-        str | None, typer.Argument(metavar="[FLOW_RUN]", help="Its id or name. Without it: the one asked for last.")
+        str | None,
+        typer.Argument(
+            metavar="[FLOW_RUN]", help="Its id or name, also its first. Without it: the one asked for last."
+        ),
     ] = None,
 ) -> None:
     """Follow a flow run that a worker executes: a line per round, its results, or why it failed.

@@ -18,6 +18,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterExpectedStartTime,
     FlowRunFilterName,
     FlowRunFilterParentTaskRunId,
+    FlowRunFilterTags,
     LogFilter,
     LogFilterFlowRunId,
 )
@@ -25,6 +26,7 @@ from prefect.client.schemas.objects import FlowRun, Log
 from prefect.client.schemas.sorting import FlowRunSort, LogSort
 
 from fedlora.errors import ConfigError, FedloraError
+from tasks import names
 
 _OURS = "prefect.flow_runs"
 """The logger of flows; workers and tasks have others."""
@@ -46,7 +48,7 @@ def follow(what: str | None, show: Callable[[str], None]) -> None:
     """Show what a flow run logs until it ends.
 
     Args:
-        what: its id or name; None: the run that was asked for last.
+        what: its id, its name, or the one it was created with; None: the run that a person asked for last.
         show: called with every line.
 
     Raises:
@@ -98,21 +100,34 @@ def _new_logs(client: SyncPrefectClient, run: UUID, told: set[UUID]) -> Iterator
 
 def _find(client: SyncPrefectClient, what: str | None) -> FlowRun:
     if what is None:
-        alone = FlowRunFilter(  # a run of a sweep is not what was asked for, nor are the nights that are planned
-            parent_task_run_id=FlowRunFilterParentTaskRunId(is_null_=True),
-            expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
-        )
-        found = client.read_flow_runs(flow_run_filter=alone, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=20)
-        found = [run for run in found if run.state and not (run.auto_scheduled and run.state.is_scheduled())]
+        found = _asked_for(client)
     else:
-        found = _by_id(client, what) or client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[what])),
-            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-            limit=1,
-        )
+        named = FlowRunFilter(name=FlowRunFilterName(any_=[what]))
+        was_named = FlowRunFilter(tags=FlowRunFilterTags(all_=[names.former(what)]))
+        found = _by_id(client, what) or _latest(client, named) or _latest(client, was_named)
     if not found:
         raise ConfigError(f"no flow run '{what}'" if what else "no flow run was asked for yet")
     return found[0]
+
+
+def _asked_for(client: SyncPrefectClient) -> list[FlowRun]:
+    """The last that a person asked for: neither a run of a sweep nor what a schedule planned or ran."""
+    alone = FlowRunFilter(
+        parent_task_run_id=FlowRunFilterParentTaskRunId(is_null_=True),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
+    )
+    offset = 0
+    while page := _latest(client, alone, _PAGE, offset):
+        found = [run for run in page if run.state and not run.auto_scheduled]
+        if found:
+            return found
+        offset += _PAGE
+    return []
+
+
+def _latest(client: SyncPrefectClient, wanted: FlowRunFilter, limit: int = 1, offset: int = 0) -> list[FlowRun]:
+    order = FlowRunSort.EXPECTED_START_TIME_DESC
+    return client.read_flow_runs(flow_run_filter=wanted, sort=order, limit=limit, offset=offset)
 
 
 def _by_id(client: SyncPrefectClient, what: str) -> list[FlowRun]:

@@ -12,10 +12,21 @@ from prefect.client.orchestration import get_client
 
 
 def replace_generated(name: str) -> None:
-    """Name the flow run under way, unless a person named it: Prefect draws two words ("placid-walrus")."""
-    if runtime.flow_run.id and is_generated(str(runtime.flow_run.name)):
+    """Name the flow run under way, unless a person named it: Prefect draws two words ("placid-walrus").
+
+    The old name stays as a tag: `prefect deployment run` has printed it, and a person may ask for it.
+    """
+    drawn = str(runtime.flow_run.name)
+    if runtime.flow_run.id and is_generated(drawn):
+        run = UUID(str(runtime.flow_run.id))
         with get_client(sync_client=True) as client:
-            client.update_flow_run(UUID(str(runtime.flow_run.id)), name=name)
+            tags = {*client.read_flow_run(run).tags, former(drawn)}
+            client.update_flow_run(run, name=name, tags=sorted(tags))
+
+
+def former(name: str) -> str:
+    """The tag of a flow run that had this name before."""
+    return f"created as {name}"
 
 
 def is_generated(name: str) -> bool:

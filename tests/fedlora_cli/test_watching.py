@@ -1,10 +1,16 @@
 """Following a flow run: what it says of itself, and how it ended; nothing of its tasks."""
 
+import sqlite3
+from contextlib import closing
+
 import pytest
+from prefect import flow, runtime, settings
 from prefect.client.orchestration import get_client
+from prefect.utilities.names import generate_slug
 
 from fedlora.errors import ConfigError, DataError, FedloraError
 from fedlora_cli import watching
+from tasks import names
 
 
 @pytest.fixture
@@ -50,6 +56,37 @@ def test_a_run_that_could_not_begin_says_why_once(follow, run_flow, tmp_path):
         logged = client.read_logs(limit=200)
     assert not any("Traceback" in log.message for log in logged if log.flow_run_id == run.id)
     assert not (tmp_path / "run").exists()
+
+
+@flow
+def renamed(to):
+    names.replace_generated(to)
+    return runtime.flow_run.id
+
+
+def test_the_name_with_which_prefect_created_a_run_still_finds_it(follow):
+    """`prefect deployment run` has printed it."""
+    drawn = generate_slug(2)
+    run = renamed.with_options(flow_run_name=drawn)("a name of its own")
+    assert follow(drawn) == follow("a name of its own") == [f"a name of its own ({run})"]
+
+
+def test_a_name_that_somebody_chose_leaves_no_tag(follow):
+    run = renamed.with_options(flow_run_name="chosen")("a name of its own")
+    assert follow("chosen") == [f"chosen ({run})"]
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(run).tags == []
+
+
+def test_what_a_schedule_began_since_is_not_what_was_asked_for_last(follow):
+    asked = renamed.with_options(flow_run_name="asked for")("")
+    scheduled = renamed.with_options(flow_run_name="of a schedule")("")
+    assert run_id(follow(None)) == scheduled
+    database = settings.PREFECT_API_DATABASE_CONNECTION_URL.value().partition(":///")[2]
+    with closing(sqlite3.connect(database)) as connection, connection:  # Prefect alone may say so in its API
+        done = connection.execute("UPDATE flow_run SET auto_scheduled = 1 WHERE id = ?", [scheduled])
+        assert done.rowcount == 1
+    assert run_id(follow(None)) == asked
 
 
 @pytest.mark.parametrize("what", ["nobody", "00000000-0000-4000-8000-000000000000"])

@@ -19,7 +19,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact  # 
 from fedlora import report  # noqa: E402
 from fedlora.files import home  # noqa: E402
 from fedlora.report import tables, views  # noqa: E402
-from flows import refusals  # noqa: E402
+from flows import progress, refusals  # noqa: E402
 from mlflow_tracking import compare, store  # noqa: E402
 from mlflow_tracking.compare import LATEST, Source  # noqa: E402
 from tasks import names, where  # noqa: E402
@@ -90,6 +90,7 @@ def make_report(source: str = LATEST, out: str | None = None) -> str:
     """
     written = write_report(source, out)
     names.replace_generated(f"report {written.source.instance}")
+    progress.current().results(written.link, written.page.parent)
     create_markdown_artifact(summary(written), key="report", description=written.comparison.title)
     create_link_artifact(written.link, key="report-page", link_text="report.html", description=written.comparison.title)
     return str(written.page)

@@ -6,6 +6,7 @@ from prefect.client.orchestration import get_client
 
 from fedlora.errors import RunFolderError, TrackingError
 from fedlora.files import home
+from fedlora_cli import watching
 from mlflow_tracking import store
 
 
@@ -46,6 +47,24 @@ def test_the_page_is_written_logged_and_linked(parent, store_uri, prefect_server
     assert "/artifacts/report/report.html" in summary["data"]
     (link,) = artifacts("report-page")
     assert f"{parent}/artifacts/report/report.html" in link["data"]
+    results, folder = said("report pair-1")
+    assert results.startswith("results: http")
+    assert f"{parent}/artifacts/report/report.html" in results
+    assert folder == f"folder: {home.sweeps() / 'pair-1' / 'report'}"
+
+
+def said(flow_run):
+    """The lines that `fedlora watch` shows of it."""
+    shown = []
+    watching.follow(flow_run, shown.append)
+    return [line.split("  ", 1)[1] for line in shown[1:]]
+
+
+def test_of_an_experiment_the_flow_says_where_on_disk_the_page_is(parent, prefect_server):
+    from flows.report import make_report
+
+    page = make_report(source="experiment:tests")
+    assert said("report tests")[0] == f"results: file://{page}"
 
 
 def _tables():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TextIO
@@ -24,7 +23,6 @@ _LEGEND = """gap: local minus global accuracy. ρ: relative error of the aggrega
 first and the last round (blank where one client took part); its floor: the least
 that the rank allows in the last. Clients used: whose updates entered, mean of
 rounds. MB: adapters, heads and base updates, up and down."""
-_DIGITS = {"clients used": 1, "MB": 1, "seconds": 0}
 
 
 def console(stream: TextIO) -> Console:
@@ -50,19 +48,11 @@ def compared(results: Sequence[comparison.Result], settings: Sequence[str], stre
         table.add_column(said(name).replace(" ", "\n"), justify="right")
     for (index, row), (_, spread) in zip(means.iterrows(), spreads.iterrows(), strict=True):
         names = index if isinstance(index, tuple) else (index,)
-        cells = (_cell(name, row[name], spread[name]) for name in comparison.COLUMNS)
+        cells = (comparison.cell(name, row[name], spread[name]) for name in comparison.COLUMNS)
         table.add_row(*map(said, map(str, names)), *map(said, cells))
     console(stream).print(table)
     print(_LEGEND, file=stream)
     print(comparison.shared(runs), file=stream)
-
-
-def _cell(name: str, value: float, spread: float) -> str:
-    digits = _DIGITS.get(name, 3)
-    if value is None or math.isnan(value):
-        return "–"
-    text = f"{value:.{digits}f}"
-    return text if math.isnan(spread) else f"{text} ± {spread:.{digits}f}"
 
 
 def planned(plan: Sweep, stands: Mapping[str, str], costs: Mapping[str, Cost], parallel: int, stream: TextIO) -> None:

@@ -121,17 +121,14 @@ def _leaderboard(varied: Sequence[str], table: pd.DataFrame) -> list[str]:
     for place, position in enumerate(best_first, start=1):
         index = means.index[position]
         names = index if isinstance(index, tuple) else (index,)
-        values = [_number(means[name].iloc[position], spreads[name].iloc[position]) for name in comparison.COLUMNS]
+        values = [
+            comparison.cell(name, means[name].iloc[position], spreads[name].iloc[position])
+            for name in comparison.COLUMNS
+        ]
         links = _links(table, keys, names)
         words = [str(name).replace("|", "\\|") for name in names]
         rows.append(f"| {place} | {' | '.join([*words, links, *values])} |")
     return rows
-
-
-def _number(mean: float, spread: float) -> str:
-    if pd.isna(mean):
-        return "–"
-    return f"{mean:.3g}" if pd.isna(spread) else f"{mean:.3g} ± {spread:.2g}"
 
 
 def _links(table: pd.DataFrame, keys: Sequence[str], values: Sequence[Any]) -> str:

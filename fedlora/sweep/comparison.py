@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from fedlora.run.runfolder import RunFolder
 from fedlora.sweep.plan import label
 
 COLUMNS = ("accuracy", "macro-F1", "gap", "ρ first", "ρ last", "ρ floor", "clients used", "MB", "seconds")
-
+_DIGITS = {"clients used": 1, "MB": 1, "seconds": 0}
+"""Decimals of a column; of the others three."""
 
 DETAILS = {
     "mean R": metrics.ABO_R,
@@ -90,6 +92,15 @@ def over_seeds(table: pd.DataFrame, settings: Sequence[str]) -> tuple[pd.DataFra
     order in which they first appear; settings become the index."""
     grouped = _by_setting(table, settings)[list(COLUMNS)]
     return grouped.mean(), grouped.std()
+
+
+def cell(column: str, mean: float | None, spread: float) -> str:
+    """What a table shows: `mean ± spread` with the column's decimals, the mean where no spread is known, or a dash."""
+    digits = _DIGITS.get(column, 3)
+    if mean is None or math.isnan(mean):
+        return "–"
+    text = f"{mean:.{digits}f}"
+    return text if math.isnan(spread) else f"{text} ± {spread:.{digits}f}"
 
 
 def runs_of_each(table: pd.DataFrame, settings: Sequence[str]) -> list[int]:

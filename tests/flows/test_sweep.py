@@ -242,3 +242,4 @@ def test_of_equals_on_the_leaderboard_the_first_stays_first_and_each_links_to_it
     assert [line.split(" | ")[:3] for line in lines] == [
         ["| 1", "a\\|b", "[0](#d)"], ["| 2", "fedit", "[0](#a)"], ["| 3", "svd", "[0](#b) [1](#c)"]
     ]  # fmt: skip
+    assert [line.split(" | ")[3] for line in lines] == ["0.900", "0.500", "0.500 ± 0.283"]

@@ -54,6 +54,20 @@ def test_a_frame_has_settings_results_partition_and_run(cells):
     assert table["partition"][0] == table["partition"][2] != table["partition"][1]
 
 
+@pytest.mark.parametrize(
+    ("column", "mean", "spread", "shown"),
+    [
+        ("accuracy", 0.43, math.nan, "0.430"),
+        ("accuracy", 0.4125, 0.01, "0.412 ± 0.010"),
+        ("MB", 1234.56, 0.04, "1234.6 ± 0.0"),
+        ("seconds", 38.2, math.nan, "38"),
+        ("gap", None, math.nan, "–"),
+    ],
+)
+def test_a_column_has_the_same_decimals_in_every_row(column, mean, spread, shown):
+    assert comparison.cell(column, mean, spread) == shown
+
+
 def test_over_seeds_is_the_mean_and_the_sample_deviation(cells):
     table = comparison.frame(cells)
     mean, std = comparison.over_seeds(table, ["strategy", "seed"])

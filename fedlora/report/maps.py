@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -13,18 +15,22 @@ from fedlora.report.frames import Comparison, Setting
 from fedlora.report.marks import Figure, Trace
 
 _ROW_PX, _AROUND_PX, _HIGHEST_PX = 22, 130, 1100
+_SIGN_PX, _HALF_PX, _WIDE_PX = 7, 280, 900
+"""Width of a letter, and of the columns of a heat map in a figure that stands beside another or alone."""
+_LINE_PX, _SHORT_LINE = 17, 24
+"""Height of a line of text; letters in a line of a column's label below which nothing is gained by wrapping."""
 _MOST_CLIENTS = 500
 """Of more clients the partition's picture shows the first so many."""
 _MOST_GAPS = 30
 _SCALE = "Viridis"
 
 
-def final_accuracy(rows: Sequence[tables.Row]) -> Figure | None:
-    """Final accuracy with its interval, a line per setting, the best on top."""
+def final_accuracy(rows: Sequence[tables.Row], settings: Sequence[Setting]) -> Figure | None:
+    """Final accuracy with its interval, a line per setting, the best on top; `settings` in the page's order."""
     known = [row for row in rows if not math.isnan(row.results["accuracy"].mean)]
     if not known:
         return None
-    looks = marks.looks([row.setting for row in known])
+    looks = marks.looks([row.setting for row in known], settings)
     traces = []
     for look, row in zip(looks, known, strict=True):
         found = row.results["accuracy"]
@@ -66,14 +72,41 @@ def _last_round(modules: pd.DataFrame, names: Mapping[str, str], settings: Seque
     ]
     columns = [(look, values) for look, values in found if len(values)]
     rows = [[marks.number(values.get(module), 4) for _, values in columns] for module in names]
-    labels = [marks.safe(look.setting.label) for look, _ in columns]
-    trace = _heat(labels, list(names.values()), rows)
+    labels = _Labels.of([look.setting.label for look, _ in columns])
+    trace = _heat(labels.texts, list(names.values()), rows)
     trace |= {
         "meta": {"columns": [look.meta for look, _ in columns]},
         "hovertemplate": "%{x}<br>%{y}<br>ρ %{z}<extra></extra>",
     }
     caption = "ρ of each adapted module in the last round, mean over seeds; a column per setting."
-    return _heat_figure("layers-last", "ρ by layer and setting", caption, [trace], "setting", names.values())
+    x = marks.axis("setting", type="category", showgrid=False, **({"tickangle": -90} if labels.turned else {}))
+    figure = _heat_figure("layers-last", "ρ by layer and setting", caption, [trace], x, names.values())
+    return replace(figure, wide=labels.wide, height=figure.height + labels.room)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The labels of columns, in lines, and the room they take below a map."""
+
+    texts: Sequence[str]
+    wide: bool
+    """They need the page's whole width."""
+    turned: bool
+    room: int
+
+    @classmethod
+    def of(cls, labels: Sequence[str]) -> _Labels:
+        """Side by side as long as that is wide enough, turned by a right angle otherwise."""
+        column, longest = _WIDE_PX // len(labels), max(map(len, labels))
+        turned = _SIGN_PX * min(_SHORT_LINE, longest) > column
+        most = max(1, column // _LINE_PX) if turned else 3
+        widths = range(_SHORT_LINE, longest + 1)
+        width = next((w for w in widths if all(len(textwrap.wrap(label, w)) <= most for label in labels)), longest)
+        lines = [textwrap.wrap(label, width) or [""] for label in labels]
+        longest = max(len(line) for own in lines for line in own)
+        wide = turned or len(labels) * _SIGN_PX * longest > _HALF_PX
+        texts = ["<br>".join(map(marks.safe, own)) for own in lines]
+        return cls(texts, wide, turned, _SIGN_PX * longest if turned else 100 if wide else 60)
 
 
 def _by_round(modules: pd.DataFrame, names: Mapping[str, str], settings: Sequence[Setting]) -> Figure:
@@ -91,7 +124,8 @@ def _by_round(modules: pd.DataFrame, names: Mapping[str, str], settings: Sequenc
         traces.append(trace | {"meta": {"choice": len(choices)}, "hovertemplate": words})
         choices.append(setting.label)
     caption = "ρ of each adapted module, round by round, mean over seeds, for one setting at a time."
-    return _heat_figure("layers-rounds", "ρ by layer and round", caption, traces, "round", names.values(), choices)
+    x = marks.axis("round", **({"dtick": 1} if len(traces[0]["x"]) <= 12 else {}), showgrid=False)
+    return _heat_figure("layers-rounds", "ρ by layer and round", caption, traces, x, names.values(), choices)
 
 
 def _heat(x: Sequence[Any], y: Sequence[str], z: Sequence[Sequence[float | None]], title: str = "ρ") -> Trace:
@@ -116,17 +150,13 @@ def _heat_figure(
     title: str,
     caption: str,
     traces: Sequence[Trace],
-    x: str,
+    x: dict[str, Any],
     rows: Any,
     choices: Sequence[str] = (),
 ) -> Figure:
     order = [marks.safe(row) for row in reversed(list(rows))]
-    x_axis = marks.axis(x, **({"dtick": 1} if choices and len(traces[0]["x"]) <= 12 else {}), showgrid=False)
-    if not choices:
-        x_axis |= {"type": "category"}
-    y_axis = marks.axis("module", type="category", categoryorder="array", categoryarray=order, showgrid=False)
-    height = _height(len(order)) + (0 if choices else 60)
-    return Figure(key, title, caption, traces, marks.layout(x_axis, y_axis), choices, height=height)
+    y = marks.axis("module", type="category", categoryorder="array", categoryarray=order, showgrid=False)
+    return Figure(key, title, caption, traces, marks.layout(x, y), choices, height=_height(len(order)))
 
 
 def _height(rows: int) -> int:

@@ -14,7 +14,9 @@ from fedlora.report.frames import Setting
 Trace = dict[str, Any]
 
 _DASHES = ("solid", "dot", "dash", "longdash", "dashdot", "longdashdot")
-_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "star")
+_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "star", "cross", "triangle-down", "pentagon", "hexagram",
+    "hourglass")  # fmt: skip
+"""Their number and that of the dashes have no divisor in common: 66 settings are told apart before a pair repeats."""
 _GRID = "#e3e6ea"
 
 
@@ -79,15 +81,22 @@ class Look:
         }
 
 
-def looks(settings: Sequence[Setting]) -> list[Look]:
-    """The look of every setting, in order."""
-    rests = list(dict.fromkeys(setting.rest for setting in settings))
+def looks(settings: Sequence[Setting], among: Sequence[Setting] = ()) -> list[Look]:
+    """The look of every setting, in order.
+
+    Args:
+        settings: what is drawn.
+        among: the settings of the whole page, where a figure draws them in another order, or not all: the place of a
+            setting among these is what gives it the same look everywhere.
+    """
+    rests = list(dict.fromkeys(setting.rest for setting in (*among, *settings)))
+    places = {rest: place for place, rest in enumerate(rests)}
     return [
         Look(
             setting,
             plots.colour(setting.strategy),
-            _DASHES[rests.index(setting.rest) % len(_DASHES)],
-            _SYMBOLS[rests.index(setting.rest) % len(_SYMBOLS)],
+            _DASHES[places[setting.rest] % len(_DASHES)],
+            _SYMBOLS[places[setting.rest] % len(_SYMBOLS)],
         )
         for setting in settings
     ]

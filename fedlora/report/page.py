@@ -89,7 +89,8 @@ def render(comparison: Comparison, rows: Sequence[tables.Row]) -> str:
 
 def _figures(comparison: Comparison, rows: Sequence[tables.Row]) -> dict[str, list[Figure]]:
     by_key = {figure.key: figure for figure in curves.all_curves(comparison)}
-    final, partition = maps.final_accuracy(rows), maps.partitions(comparison)
+    final = maps.final_accuracy(rows, frames.settings(comparison.runs))
+    partition = maps.partitions(comparison)
     chosen = {
         "accuracy": ("accuracy-rounds", "accuracy-megabytes"),
         "rho": ("rho-rounds",),

@@ -107,8 +107,8 @@ def verdict(rows: Sequence[Row]) -> str:
         most = max(len(row.setting.seeds) for row in rows)
         if most == 1:
             return (
-                f"{best} has the highest accuracy, but with one seed there is neither an interval nor a test: "
-                "differences of this size may be what seeds make. Add seeds to the grid."
+                f"{best} has the highest accuracy. Each setting ran with one seed, so there is neither an interval nor "
+                "a test: these runs do not say how large a difference seeds alone make; several seeds of each would."
             )
         return f"{best} has the highest mean accuracy; no difference from it could be tested (see the notes below)."
     worse = [row for row in tested if row.holm < ALPHA]

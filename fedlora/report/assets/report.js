@@ -38,6 +38,18 @@
     return layout;
   }
 
+  // Turned labels in several lines need columns wider than a phone's: there each is one line, and the figure higher.
+  function unwrap(figure) {
+    if (figure.layout.xaxis.tickangle !== -90) return;
+    const length = label => Math.max(...label.split("<br>").map(line => line.length));
+    for (const trace of figure.data) {
+      const lines = trace.x.map(label => label.replaceAll("<br>", " "));
+      figure.layout.height += 7 * (Math.max(...lines.map(length)) - Math.max(...trace.x.map(length)));
+      trace.x = lines;
+    }
+  }
+  if (narrow()) Object.values(figures).forEach(unwrap);
+
   async function draw(div) {
     const key = div.dataset.key;
     const data = figures[key].data.map(trace => ({ ...trace, ...columns(trace), visible: visible(trace, key) }));

@@ -9,7 +9,7 @@ import pytest
 
 from fedlora import report
 from fedlora.errors import FedloraError, RunFolderError
-from fedlora.report import curves, maps, page, plots
+from fedlora.report import curves, maps, page, plots, tables
 
 
 def figures(text):
@@ -101,6 +101,45 @@ def test_layers_have_a_column_per_setting_and_a_choice_of_one(comparison):
     assert [column["strategy"] for column in heat["meta"]["columns"]] == heat["x"]
     assert rounds.choices == ["svd", "fedit", "local"]
     assert rounds.traces[1]["z"][0] == [0.4, 0.2]
+
+
+LONG = [f"{strategy} clients={n} data.train_size=2000" for n in (2, 4, 10) for strategy in ("fedit", "flora-na", "svd")]
+
+
+@pytest.mark.parametrize(
+    ("labels", "wide", "turned"),
+    [(["fedit", "svd"], False, False), (LONG[:3], True, False), (LONG, True, True), (LONG * 3, True, True)],
+)
+def test_labels_of_columns_have_room(labels, wide, turned):
+    found = maps._Labels.of(labels)
+    assert (found.wide, found.turned) == (wide, turned)
+    assert [text.replace("<br>", " ") for text in found.texts] == labels
+    lines = [text.split("<br>") for text in found.texts]
+    longest = maps._SIGN_PX * max(len(line) for own in lines for line in own)
+    across = maps._LINE_PX * max(map(len, lines)) if turned else longest
+    assert across <= maps._WIDE_PX / len(labels)
+    assert found.room >= (longest if turned else 60)
+
+
+def test_the_map_grows_with_its_labels_and_its_colours_keep_their_length(make):
+    clients = {f"a-strategy-with-a-long-name-{n}": {0: 0.5} for n in range(9)}
+    last, rounds = maps.layers(make(clients))
+    assert last.layout["xaxis"]["tickangle"] == -90
+    assert last.height - maps._Labels.of(list(clients)).room == rounds.height
+
+
+def test_a_setting_looks_the_same_in_every_figure(make):
+    """Whatever the order in which a figure draws them; here the best has the last rank."""
+    made = make({"svd": {0: 0.6}, "fedit": {0: 0.5}}, ranks=(2, 4, 8, 16))
+    seen = {}
+    for figure in figures(page.render(made, tables.leaderboard(made))).values():
+        for trace in figure["data"]:
+            if trace["type"] == "scatter" and "rest" in trace["meta"] and "symbol" in trace.get("marker", {}):
+                look = trace["marker"]["color"], trace["marker"]["symbol"]
+                seen.setdefault(trace["legendgroup"], set()).add(look)
+    assert len(seen) == 8
+    assert all(len(looks) == 1 for looks in seen.values())
+    assert len(set.union(*seen.values())) == 8
 
 
 def test_a_single_module_keeps_its_name():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,12 +251,12 @@ def _artifact_location(uri: str, name: str) -> str | None:
 
 def run_page(experiment: str, run: str) -> str:
     """The page of a run, below a server's address."""
-    return f"#/experiments/{experiment}/runs/{run}"
+    return f"{_run(experiment, run)}?{_query({})}"
 
 
 def artifact_page(experiment: str, run: str, path: str) -> str:
     """The page that shows an artifact of a run, below a server's address."""
-    return f"{run_page(experiment, run)}/artifacts/{path}"
+    return f"{_run(experiment, run)}/artifacts/{path}?{_query({})}"
 
 
 def sweep_page(experiment: str, parent: str) -> str:
@@ -270,7 +270,16 @@ def sweep_page(experiment: str, parent: str) -> str:
         "orderByAsc": "false",
         "compareRunsMode": "CHART",
     }
-    return f"#/experiments/{experiment}/runs?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote)}"
+    return f"#/experiments/{experiment}/runs?{_query(query)}"
+
+
+def _run(experiment: str, run: str) -> str:
+    return f"#/experiments/{experiment}/runs/{run}"
+
+
+def _query(wanted: Mapping[str, str]) -> str:
+    """What a page is asked for; always to stand in "Model training", for MLflow's side bar is else that of traces."""
+    return urllib.parse.urlencode({"workflowType": "machine_learning", **wanted}, quote_via=urllib.parse.quote)
 
 
 @contextmanager

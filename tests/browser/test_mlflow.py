@@ -28,10 +28,17 @@ def chart_page(site) -> str:
     return str(re.search(rf"{re.escape(site.mlflow)}/#\S+", site.printed)[0])  # type: ignore[index]
 
 
+def in_model_training(mlflow: Page) -> None:
+    """The side bar is that of runs and models; on a first visit it would be that of traces and prompts."""
+    expect(mlflow.get_by_role("link", name="Model registry")).to_be_visible()
+    expect(mlflow.get_by_text("AI Gateway")).to_be_hidden()
+
+
 @pytest.mark.parametrize(("section", "metric"), [("global", "global/accuracy"), ("rho", "rho/model")])
 def test_a_section_has_one_line_per_strategy_in_its_colour(site, mlflow, called, section, metric):
     mlflow.goto(chart_page(site))
     expect(mlflow.get_by_text(f"{len(site.children)} matching runs")).to_be_visible()
+    in_model_training(mlflow)
     for strategy in site.children:
         expect(mlflow.get_by_role("link", name=strategy, exact=True)).to_be_visible()
     mlflow.get_by_placeholder("Search metric charts").fill(f"^{metric}$")
@@ -61,6 +68,7 @@ def test_the_sweeps_description_leads_to_its_runs(site, mlflow, called):
     mlflow.goto(f"{site.mlflow}/{store.run_page(site.experiment, site.parent)}")
     for shown in ("partition.hash", "data.digest", "wordnet-nouns"):
         expect(mlflow.get_by_text(shown).first).to_be_visible()
+    in_model_training(mlflow)
     mlflow.get_by_text("Show more", exact=True).click()
     board = mlflow.get_by_test_id("note-editor-preview-content").get_by_role("table")
     expect(board.get_by_role("row")).to_have_count(1 + len(site.children))
@@ -79,8 +87,19 @@ def test_the_report_is_alive_in_the_artifact_viewer(site, mlflow, called):
     expect(report.get_by_role("heading", name="Sweep seen")).to_be_visible()
     plot = report.locator("#plot-accuracy-rounds")
     expect(plot.locator(".scatterlayer .trace")).to_have_count(len(site.children))
+    in_model_training(mlflow)
     report.get_by_role("checkbox", name="svd").uncheck()
     expect(plot.locator(".scatterlayer .trace")).to_have_count(len(site.children) - 1)
+    assert called.foreign == []
+
+
+def test_the_sweeps_run_is_found_without_a_link(site, mlflow, called):
+    """As the first comparison's how-to says."""
+    mlflow.add_locator_handler(mlflow.get_by_role("button", name="Got it"), lambda button: button.click())
+    mlflow.goto(f"{site.mlflow}/#/experiments/{site.experiment}")
+    mlflow.get_by_text("Model training", exact=True).click()
+    mlflow.get_by_role("link", name="sweep seen", exact=True).click()
+    expect(mlflow.get_by_role("heading", name="sweep seen", exact=True)).to_be_visible()
     assert called.foreign == []
 
 

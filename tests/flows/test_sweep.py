@@ -19,6 +19,7 @@ from fedlora.files import home
 from fedlora.sweep import comparison
 from fedlora.sweep import plan as sweeps
 from fedlora.sweep.folder import SweepFolder
+from mlflow_tracking import store
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT = str(Path(sys.executable).with_name("prefect"))
@@ -74,7 +75,8 @@ def test_one_bad_cell_loses_nothing_and_is_tried_again_on_demand(run, write, sto
     parent = MlflowClient(store_uri).get_run(mended.parent["run"])
     assert parent.info.status == "FINISHED"
     note = parent.data.tags["mlflow.note.content"]
-    assert all(f"[run](#/experiments/{mended.parent['experiment']}/runs/{cell.run})" in note for cell in mended.cells)
+    pages = [store.run_page(mended.parent["experiment"], str(cell.run)) for cell in mended.cells]
+    assert all(f"[run]({page})" in note for page in pages)
 
 
 def test_a_run_that_could_not_begin_left_no_trace_and_is_looked_at_anew(run, write, store_uri, labelled, tmp_path):

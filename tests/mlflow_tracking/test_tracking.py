@@ -4,6 +4,7 @@ import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 from mlflow import MlflowClient
@@ -185,3 +186,15 @@ def test_the_page_of_a_sweep_is_not_sorted_by_date():
     page = store.sweep_page("1", "abc")
     assert "orderByKey=metrics.%60final%2Faccuracy%60" in page
     assert "parentRunId%60%20%3D%20%27abc%27" in page
+
+
+def test_every_page_opens_in_model_training():
+    """On a first visit MLflow's side bar is that of traces and prompts, and an experiment looks empty."""
+    pages = [store.run_page("1", "abc"), store.artifact_page("1", "abc", "report/a.html"), store.sweep_page("1", "abc")]
+    assert [page.partition("?")[0] for page in pages] == [
+        "#/experiments/1/runs/abc",
+        "#/experiments/1/runs/abc/artifacts/report/a.html",
+        "#/experiments/1/runs",
+    ]
+    for page in pages:
+        assert parse_qs(page.partition("?")[2])["workflowType"] == ["machine_learning"]

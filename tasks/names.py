@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 from uuid import UUID
@@ -9,6 +10,12 @@ from uuid import UUID
 from coolname.data import config as word_lists
 from prefect import runtime
 from prefect.client.orchestration import get_client
+
+_OF_THE_FORM = re.compile(
+    "(Awesome|Rustic|Small|Gorgeous|Fantastic|Sleek|Intelligent|Unbranded|Refined|Licensed|Generic|Practical|Ergonomic|"
+    r"Handcrafted|Tasty|Handmade|Incredible)-[A-Z].{1,5}"
+)
+"""What the second UI of Prefect 3.8.8 writes into the field for the name: one of these and a short animal."""
 
 
 def replace_generated(name: str) -> None:
@@ -30,7 +37,9 @@ def former(name: str) -> str:
 
 
 def is_generated(name: str) -> bool:
-    """Whether a name is two words of the vocabulary that Prefect draws from."""
+    """Whether a name is two words of the vocabulary that Prefect draws from: its server, or the form in its browser."""
+    if _OF_THE_FORM.fullmatch(name):
+        return True
     words = name.split("-")
     return len(words) == 2 and all(word in _vocabulary() for word in words)
 

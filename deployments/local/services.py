@@ -331,7 +331,7 @@ def _status(name: str, services: Services) -> ServiceStatus:
 
 def _announce(services: Services, report: Report) -> None:
     page = services.prefect_url.removesuffix("/api")
-    report(f"Prefect  {page}  (a form for every deployment: {page}/deployments)")
+    report(f"Prefect  {page}  (a form for every deployment: {page}/v2/deployments)")
     report(f"MLflow   {services.mlflow_url}")
     if services.database:
         report(f"database {services.database}")

@@ -69,6 +69,15 @@ def test_a_sweep_shows_its_runs_and_leaderboard(site, page, called):
     assert_private(called)
 
 
+def test_the_address_of_the_forms_that_up_prints_lists_the_deployments(site, page, called):
+    page.goto(f"{site.prefect}/v2/deployments")
+    page.get_by_role("link", name="custom", exact=True).click()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Custom run").click()
+    expect(page.get_by_text("Where the settings come from")).to_be_visible()
+    assert_private(called)
+
+
 @pytest.mark.parametrize(("ui", "opened_by"), [("", "keyboard"), ("v2/", "mouse")])
 def test_the_form_offers_choices_and_says_what_they_mean(site, page, called, ui, opened_by):
     """The first UI's lists close again at once under a mouse (Prefect 3.8.8)."""

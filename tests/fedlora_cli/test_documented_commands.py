@@ -176,9 +176,12 @@ def test_adapters_are_aggregated_and_merged_as_shown(reader, fedlora):
 
 
 def _export(command):
-    known = "".join(
-        path.read_text("utf-8") for path in (*(ROOT / "flows").glob("*.py"), ROOT / "mlflow_tracking/store.py")
+    ours = (
+        path
+        for package in ("deployments", "tasks", "flows", "mlflow_tracking")
+        for path in (ROOT / package).rglob("*.py")
     )
+    known = "".join(path.read_text("utf-8") for path in ours)
     for word in command.words[1:]:
         assert word.partition("=")[0] in known, f"{word}: nothing of ours knows this variable"
 

@@ -129,25 +129,43 @@ PathFinder.find_spec = staticmethod(
 TEXTS = ["a small dog", "the capital of a country far away"]
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "head"])
-def test_the_readme_of_a_merged_model_loads_it_where_neither_peft_nor_fedlora_is(finished, tmp_path, pooling):
-    adapter = finished({"strategy": "flora", "model.pooling": pooling}) / "adapter"
-    fedlora.merge(adapter, tmp_path / "plain")
-    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "plain" / "README.md").read_text(), flags=re.S)
-    told = snippet.replace("this folder", str(tmp_path / "plain")).replace('["one text", "another text"]', repr(TEXTS))
-    code = f"{ALONE}{told}\nprint(logits.tolist())"
+POOLINGS = ("mean", "cls", "head")
+
+
+@pytest.fixture(scope="module")
+def alone(finished, tmp_path_factory):
+    """By pooling: the adapter, the folder of the merged model, and what the code of its README prints in a process of
+    neither package."""
+    place, told = tmp_path_factory.mktemp("alone"), []
+    adapters = {each: finished({"strategy": "flora", "model.pooling": each}) / "adapter" for each in POOLINGS}
+    for pooling, adapter in adapters.items():
+        fedlora.merge(adapter, place / pooling)
+        (snippet,) = re.findall(r"```python\n(.*?)```", (place / pooling / "README.md").read_text(), flags=re.S)
+        snippet = snippet.replace("this folder", str(place / pooling))
+        told.append(snippet.replace('["one text", "another text"]', repr(TEXTS)) + "\nprint(logits.tolist())")
+    code = f"{ALONE}\nfor told in {told!r}:\n    exec(told, {{}})\n"
     environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=place, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
-    names, numbers = map(ast.literal_eval, done.stdout.splitlines()[-2:])
+    lines = done.stdout.splitlines()
+    return {
+        pooling: (adapters[pooling], place / pooling, lines[2 * number : 2 * number + 2])
+        for number, pooling in enumerate(POOLINGS)
+    }
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_the_readme_of_a_merged_model_loads_it_where_neither_peft_nor_fedlora_is(alone, pooling):
+    adapter, plain, lines = alone[pooling]
+    names, numbers = map(ast.literal_eval, lines)
     model, tokenizer, labels = fedlora.load_adapter(adapter)
     with torch.no_grad():
         wanted = model(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
     same(torch.tensor(numbers), wanted)
     assert names == [labels[index] for index in wanted.argmax(1).tolist()]
-    declared = json.loads((tmp_path / "plain" / "config.json").read_text())["id2label"]
+    declared = json.loads((plain / "config.json").read_text())["id2label"]
     assert list(declared.values()) == labels
 
 

@@ -39,7 +39,7 @@ def test_columns_stay_straight():
 @pytest.mark.parametrize(
     "environ",
     [
-        {"PYTHONIOENCODING": "latin-1"},
+        pytest.param({"PYTHONIOENCODING": "latin-1"}, marks=pytest.mark.system),  # and test_run.py
         {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"},
     ],
     ids=["latin-1", "C"],

@@ -75,8 +75,28 @@ BACK = {  # what is said of a damaged file; nothing where it is simply made agai
 }
 
 
+ONE_OF_EACH = {
+    ("partition.json", "flipped"),
+    ("partition.npz", "truncated"),
+    ("rounds/000/record.json", "deleted"),
+    ("rounds/000/state.json", "flipped"),
+    ("rounds/001/record.json", "truncated"),
+    ("rounds/002/record.json", "flipped"),
+    ("rounds/002/state.json", "truncated"),
+    ("rounds/002/state.safetensors", "deleted"),
+    ("rounds/003/roll.json", "flipped"),
+    ("rounds/003/roll.json", "deleted"),
+    ("rounds/003/client-001.json", "flipped"),
+    ("rounds/003/client-001.safetensors", "truncated"),
+    ("run.json", "truncated"),
+    ("config.yaml", "deleted"),
+    ("setup.json", "flipped"),
+    ("adapter_config.json", "truncated"),
+    ("figures/partition.png", "deleted"),
+}
+"""Of what is noticed and mended in the same way; all others are `make test-system`."""
 CASES = [
-    (name, kind)
+    pytest.param(name, kind, marks=[] if (name, kind) in ONE_OF_EACH else pytest.mark.system)
     for name in BACK
     for kind in DAMAGE
     if (name, kind) != ("run.json", "deleted") and (kind == "deleted" or not name.endswith("png"))

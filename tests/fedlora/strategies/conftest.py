@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from rosters import NAMES, entries
 
 from fedlora.adapter import Adapter, Factors
 from fedlora.adapter.updates import Update, Updates
@@ -14,7 +15,6 @@ from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState, Strategy
 from fedlora.strategies.step import advance, measure_round
 
-NAMES = list(registry._BUILTIN)
 RANKS = (2, 3, 1)
 """Of clients in turn, where they are mixed; 3 is the highest."""
 SCALING = {"lora": 12 / 3, "rslora": 12 / 3**0.5}
@@ -254,19 +254,13 @@ def name(request) -> str:
     return request.param
 
 
-def _allowed(names) -> list:
-    every = [(name, mixed) for name in names for mixed in (False, True)]
-    allowed = [(name, mixed) for name, mixed in every if not (mixed and registry.find(name).one_rank)]
-    return [pytest.param(each, id=f"{each[0]}-{'mixed' if each[1] else 'equal'}") for each in allowed]
-
-
-@pytest.fixture(params=_allowed(NAMES))
+@pytest.fixture(params=entries())
 def entry(request) -> tuple[str, bool]:
     """Every strategy with clients of one rank, and of several where it is not refused."""
     return request.param
 
 
-@pytest.fixture(params=_allowed(EXPECTED))
+@pytest.fixture(params=entries(of=EXPECTED))
 def table(request) -> tuple[str, bool]:
     """As `entry`, of the strategies with an oracle here."""
     return request.param

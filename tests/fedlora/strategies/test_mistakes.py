@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rosters import ALONE, TRAIN_A_CORE, entries, names
 
 from fedlora.adapter import Adapter, Factors
 from fedlora.adapter.updates import Update, Updates
@@ -13,7 +14,6 @@ from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
 
 CHANGES_BASE = ["flora", "fedex-lora", "oracle"]
-ALONE = {"local", "centralised"}
 
 
 def moved(updates: Updates, position: int) -> Updates:
@@ -29,11 +29,9 @@ def moved(updates: Updates, position: int) -> Updates:
 class TestTransposed:
     """A residual added transposed to a linear layer: hidden where q and v are square."""
 
-    def test_the_update_that_clients_hold(self, rounds, entry):
+    @pytest.mark.parametrize("name", names(but=TRAIN_A_CORE))
+    def test_the_update_that_clients_hold(self, rounds, name):
         """Two different clients on a square module, by hand: W*/s has 3/4·3 at (0, 4), 1/4·8 at (1, 5)."""
-        name, _ = entry
-        if registry.find(name).trains_core:
-            return
         d, r = 6, 2
         state = rounds.state(rounds.make(name), scaling=3.0, learned=0.0, modules={"square": (d, d)}, rank=r)
         A = torch.zeros(r, d)
@@ -71,11 +69,10 @@ class TestOnlyTheFirstClient:
     """A typo kept only the first client's adapter in the mean."""
 
     @pytest.mark.parametrize("position", [0, 1, 2])
+    @pytest.mark.parametrize("entry", entries(but=ALONE))
     def test_everybody_counts(self, rounds, entry, position):
         name, mixed = entry
         strategy, state, given = rounds.situation(name, 3, mixed)
-        if name in ALONE:
-            return
         updates = Updates.collect(given)
         before, after = (rounds.run(strategy, state, each) for each in (updates, moved(updates, position)))
         other = (position + 1) % 3
@@ -111,12 +108,10 @@ class TestScalingAndWeights:
             assert torch.equal(pair.B, other.B)
             assert torch.equal(pair.A, other.A)
 
-    def test_nine_shares_are_nine_clients(self, rounds, entry):
+    @pytest.mark.parametrize("name", names(but={*ALONE, "hetlora"}))  # which replaces the shares, see test_hetlora.py
+    def test_nine_shares_are_nine_clients(self, rounds, name):
         """Weights 9 : 1 are ten clients with one share each, nine of them the same; 1 : 1 is something else."""
-        name, _ = entry
         strategy, state, given = rounds.situation(name, 2)
-        if name in ALONE or name == "hetlora":  # hetlora replaces the shares, see test_hetlora.py
-            return
         one, two = (update.adapter for update in given)
         weighted = rounds.run(strategy, state, [Update(0, 90, one), Update(1, 10, two)])
         copies = rounds.run(strategy, state, [*(Update(u, 10, one) for u in range(9)), Update(9, 10, two)])
@@ -167,11 +162,11 @@ class TestPaddingKeepsTheScaling:
             assert lora.alpha_at(rank) / divisor == pytest.approx(scaling)
 
     @pytest.mark.parametrize("count", [1, 4])
-    def test_a_padded_upload_is_the_upload(self, rounds, table, count):
+    @pytest.mark.parametrize(
+        "name", ["svd", "flexlora", "flora", "oracle", "zero-padding", "hetlora", "lora-fair", "flora-na"]
+    )
+    def test_a_padded_upload_is_the_upload(self, rounds, name, count):
         """A client of rank 1 that sends its factors padded with zeros must change nothing for products."""
-        name, _ = table
-        if name not in {"svd", "flexlora", "flora", "oracle", "zero-padding", "hetlora", "lora-fair", "flora-na"}:
-            return
         strategy, state, given = rounds.situation(name, count, True)
         updates = Updates.collect(given)
         padded = replace(

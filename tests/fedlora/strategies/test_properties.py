@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rosters import CHANGE_THE_BASE, entries
 
 from fedlora.adapter import Factors
 from fedlora.adapter.updates import Update, Updates
@@ -28,10 +29,9 @@ class TestOneOrIdenticalClients:
         played = rounds.run(strategy, state, [Update(u, 3 + 5 * u, one.adapter) for u in range(copies)])
         self.check(rounds, played)
 
+    @pytest.mark.parametrize("entry", entries(mixed_but=KEEPS_WHAT_NOBODY_SENT))
     def test_of_a_lower_rank(self, rounds, entry):
         name, mixed = entry
-        if mixed and name in KEEPS_WHAT_NOBODY_SENT:
-            return
         played = rounds.play(name, 1, mixed)
         assert played.updates.adapters[0].rank == (2 if mixed else 3)
         self.check(rounds, played)
@@ -65,10 +65,9 @@ class TestOrder:
 
 
 @pytest.mark.parametrize("chosen", [0, 2])
+@pytest.mark.parametrize("entry", entries(mixed_but=KEEPS_WHAT_NOBODY_SENT))
 def test_a_client_with_all_the_weight_decides(rounds, entry, chosen):
     """Property 2: with weights (1, 0, …) it is that client's, also where the others have other ranks."""
-    if entry[1] and entry[0] in KEEPS_WHAT_NOBODY_SENT:
-        return
     strategy, state, given = rounds.situation(entry[0], 3, entry[1])
     chosen = min(chosen, len(given) - 1)
     played = rounds.run(strategy, state, [Update(u.client, 50 * (u.client == chosen), u.adapter) for u in given])
@@ -99,11 +98,10 @@ def test_divergences_are_ordered(rounds, count, drift):
 
 
 @pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("entry", entries(but=CHANGE_THE_BASE))
 def test_nobody_is_below_the_floor(rounds, entry, count):
     """Property 3, for every strategy that only broadcasts an adapter: SVD's is the smallest divergence."""
     name, mixed = entry
-    if registry.find(name).changes_base:
-        return
     played = rounds.play(name, count, mixed)
     before = replace(played.before, adapter=played.before.adapter.folded())
     optimum = rounds.run("svd", before, played.sent).measured()

@@ -17,10 +17,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from filelock import FileLock
-from matplotlib.figure import Figure
 from PIL import Image
+from xdist.scheduler import LoadFileScheduling
 
 from fedlora.config import configfile
+from fedlora.data import picture
+from fedlora.errors import saving
+from fedlora.report import plots
 
 torch.set_num_threads(1)
 
@@ -28,14 +31,15 @@ pytest_plugins = ["pipeline"]
 
 
 FIRST = (
-    "test_chaos",
-    "fedlora_cli/test_run.py",
     "local/test_services",
+    "local/test_automations",
+    "local/test_stopping",
+    "local/test_registering",
+    "test_chaos",
     "tasks/test_outages",
     "flows/test_federated",
-    "local/test_registering",
+    "fedlora_cli/test_run.py",
     "flows/test_sweep",
-    "local/test_automations",
     "tests/deployments/",
     "tests/fedlora_cli/",
     "tests/flows/",
@@ -43,10 +47,24 @@ FIRST = (
     "fedlora/run/test_loop",
 )
 """Files of minutes begin first, so that two workers end together (with xdist's `--no-loadscope-reorder`)."""
+TOGETHER = FIRST[:3]
+"""Files that one worker gets: they look at the same servers, one after the other."""
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: next((n for n, name in enumerate(FIRST) if name in str(item.path)), len(FIRST)))
+
+
+class ByFiles(LoadFileScheduling):
+    """xdist's `--dist loadfile`, with some files together."""
+
+    def _split_scope(self, nodeid):
+        return TOGETHER[0] if any(name in nodeid for name in TOGETHER) else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return ByFiles(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_unconfigure():
@@ -70,24 +88,33 @@ TINY = {
 }
 
 
+FIGURES = ((picture, "draw"), (plots, "rounds_figure"), (plots, "conditions_figure"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def drawn():
     """`with drawn():` figures are drawn. Elsewhere one pixel stands in: drawing is half the time of a tiny run."""
-    real = Figure.savefig
+    real = {place: getattr(*place) for place in FIGURES}
+
+    def put(functions):
+        for place, function in functions.items():
+            setattr(*place, function)
 
     @contextmanager
     def really():
-        Figure.savefig = real
+        put(real)
         yield
-        Figure.savefig = _one_pixel
+        put(dict.fromkeys(FIGURES, _one_pixel))
 
-    Figure.savefig = _one_pixel
+    put(dict.fromkeys(FIGURES, _one_pixel))
     yield really
-    Figure.savefig = real
+    put(real)
 
 
-def _one_pixel(figure, path, **settings):
-    Image.new("RGB", (1, 1)).save(path, format="png")
+def _one_pixel(what, path, *how):
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (1, 1)).save(path, format="png")
 
 
 @pytest.fixture
@@ -172,26 +199,31 @@ def with_databases(tmp_path_factory):
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
-    made = shared / "databases"
 
-    def copy(folder):
-        with FileLock(shared / "databases.lock"):
-            if not made.exists():
-                _make_databases(shared / "databases-begun")
-                (shared / "databases-begun").rename(made)
-        for file in made.iterdir():
-            shutil.copy(file, folder)
+    def copy(folder, *names):
+        for name in names or DATABASES:
+            with FileLock(shared / f"{name}.lock"):
+                if not (shared / name).exists():
+                    (shared / "begun").mkdir(exist_ok=True)
+                    DATABASES[name](shared / "begun" / name)
+                    (shared / "begun" / name).rename(shared / name)
+            shutil.copy(shared / name, folder)
         return folder
 
     return copy
 
 
-def _make_databases(folder):
-    from mlflow import MlflowClient
-
-    folder.mkdir()
+def _of_prefect(file):
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
-    environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = f"sqlite+aiosqlite:///{folder / 'prefect.db'}"
+    environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = f"sqlite+aiosqlite:///{file}"
     command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
     subprocess.run(command, env=environ, check=True, capture_output=True, timeout=240)
-    MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+
+
+def _of_mlflow(file):
+    from mlflow import MlflowClient
+
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+
+
+DATABASES = {"prefect.db": _of_prefect, "mlflow.db": _of_mlflow}

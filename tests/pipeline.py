@@ -9,35 +9,41 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pandas as pd
 import pytest
-from prefect import settings
-from prefect.settings import temporary_settings
-from prefect.testing.utilities import prefect_test_harness
 
+from deployments.local import environment, private_server
 from fedlora.run.runfolder import RunFolder
 from fedlora_cli import app as cli
 
 
 @pytest.fixture(scope="session")
-def prefect_server():
+def prefect_server(with_databases, tmp_path_factory):
     """Prefect with a database of its own; without heartbeats, whose end costs a second per flow."""
-    with (
-        prefect_test_harness(server_startup_timeout=120),
-        temporary_settings({settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-    ):
+    from prefect import context, settings
+
+    folder = with_databases(tmp_path_factory.mktemp("prefect"), "prefect.db")
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # for the server, and for nobody else
+            patch.setenv("FEDLORA_HOME", str(folder))
+            for name, value in environment.defaults().items():
+                patch.setenv(name, value)
+            stack.enter_context(private_server.available())
+        stack.enter_context(settings.temporary_settings({settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}))
+        stack.enter_context(context._temporary_global_settings_context(context.get_settings_context()))  # for threads
         yield
 
 
 @pytest.fixture(scope="session")
-def store_uri(tmp_path_factory):
-    """An MLflow store in a SQLite file, its schema made once."""
+def store_uri(with_databases, tmp_path_factory):
+    """An MLflow store in a SQLite file."""
     from mlflow_tracking import store
 
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    uri = f"sqlite:///{with_databases(tmp_path_factory.mktemp('mlflow'), 'mlflow.db') / 'mlflow.db'}"
     store.experiment_id(store.client(uri), uri, "tests")
     return uri
 

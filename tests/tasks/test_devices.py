@@ -5,16 +5,9 @@ import time
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.testing.utilities import prefect_test_harness
 
 from fedlora.config import RunnerConfig
 from tasks import devices
-
-
-@pytest.fixture(scope="module")
-def server():
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 def test_gpus_are_exclusive_by_default_and_the_cpu_on_request():
@@ -25,7 +18,7 @@ def test_gpus_are_exclusive_by_default_and_the_cpu_on_request():
     assert devices.limit_name("cuda:0") != devices.limit_name("cuda:1")
 
 
-def test_two_runs_on_one_device_take_turns(server):
+def test_two_runs_on_one_device_take_turns(prefect_server):
     runner = RunnerConfig(exclusive=True)
     devices.ensure_limits(["cpu", "cpu"])
     spans: list[tuple[float, float]] = []
@@ -45,7 +38,7 @@ def test_two_runs_on_one_device_take_turns(server):
     assert first[1] <= second[0]
 
 
-def test_a_limit_that_somebody_changed_is_left_alone(server):
+def test_a_limit_that_somebody_changed_is_left_alone(prefect_server):
     devices.ensure_limits(["cuda:7"])
     name = devices.limit_name("cuda:7")
     with get_client(sync_client=True) as client:
@@ -54,7 +47,7 @@ def test_a_limit_that_somebody_changed_is_left_alone(server):
         assert client.read_global_concurrency_limit_by_name(name).limit == 3
 
 
-def test_a_missing_limit_is_an_error_and_not_a_free_pass(server):
+def test_a_missing_limit_is_an_error_and_not_a_free_pass(prefect_server):
     with (
         pytest.raises(Exception, match=r"(?i)limit|strict"),
         devices.held(RunnerConfig(exclusive=True), "cuda:nowhere"),

@@ -1,17 +1,16 @@
 """What a real Prefect server does by itself: plan and start what is scheduled, mark runs that are late, give up a run
-whose process was killed, tell how a sweep ended, tidy up. One server for all, its services due every second or two."""
+whose process was killed, tell how a sweep ended, tidy up. It is the one of `test_services.py`, and its services are due
+every second or two."""
 
 from __future__ import annotations
 
-import http.server
-import json
-import os
-import threading
+import re
+import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,134 +18,22 @@ import psutil
 import pytest
 from prefect import flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from standins import HOOK, Live, eventually
 
-from deployments.local import automations, environment, processes, server_log, standing
+from deployments.local import automations, environment, planning, processes, server_log, standing
 from deployments.local.environment import Services
-from deployments.local.services import down, up
+from deployments.local.processes import ServiceError
 from fedlora.config import RunConfig
 from fedlora.files import home
 from flows.federated import default_folder
-
-STAND_IN = '''
-import time
-from prefect import flow, task
-
-
-@task
-def train() -> None:
-    """What a run consists of."""
-
-
-@flow
-def federated() -> None:
-    """A run that takes its time."""
-    time.sleep(300)
-
-
-@flow
-def tick() -> None:
-    """One that does not."""
-    train()
-'''
-DECLARED = """
-build:
-- prefect.deployments.steps.run_shell_script: {id: source, script: pwd, stream_output: false}
-pull:
-- prefect.deployments.steps.set_working_directory: {directory: "{{ source.stdout }}"}
-deployments:
-- {name: custom, entrypoint: "flows/federated.py:federated", work_pool: {name: cpu-workers}}
-- name: nightly
-  entrypoint: flows/federated.py:federated
-  work_pool: {name: cpu-workers}
-  schedules: [{slug: every-night, cron: "0 2 * * *", timezone: UTC}]
-- name: soon
-  entrypoint: flows/federated.py:tick
-  work_pool: {name: cpu-workers}
-  schedules: [{slug: soon, interval: 5, active: false}]
-- {name: unserved, entrypoint: "flows/federated.py:tick", work_pool: {name: gpu-workers}}
-"""
-OFTEN = {
-    "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "4",
-    "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": "2",
-    "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS": "2",
-    "PREFECT_SERVER_SERVICES_FOREMAN_LOOP_SECONDS": "2",
-    "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_LOOP_SECONDS": "2",
-    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_LOOP_SECONDS": "2",
-    "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "2",
-    "PREFECT_SERVER_SERVICES_DB_VACUUM_ORPHAN_CLEANUP_LOOP_SECONDS": "2",
-    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs,orphans",
-    "PREFECT_WORKER_HEARTBEAT_SECONDS": "2",
-}
-SECRET = "/hooks/s3cret-t0ken"
-
-
-class Listener:
-    """A web server that keeps what is posted to it."""
-
-    def __init__(self) -> None:
-        self.heard: list[tuple[str, dict[str, str]]] = []
-        heard = self.heard
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                heard.append((self.path, json.loads(body)))
-                self.send_response(204)
-                self.end_headers()
-
-            def log_message(self, *words: object) -> None:
-                return
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}{SECRET}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
 
 Send = Callable[[str, str, dict[str, Any]], Any]
 
 
 @pytest.fixture(scope="module")
-def listener() -> Iterator[Listener]:
-    listening = Listener()
-    yield listening
-    listening.server.shutdown()
-    listening.server.server_close()
-
-
-@pytest.fixture(scope="module")
-def live(
-    listener: Listener,
-    free_ports: Callable[[], tuple[int, int]],
-    with_databases: Callable[[Path], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Services, list[str]]]:
-    source = tmp_path_factory.mktemp("source")
-    for name, text in {"flows/federated.py": STAND_IN, "deployments/prefect.yaml": DECLARED}.items():
-        (source / name).parent.mkdir()
-        (source / name).write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_", "FEDLORA_"))]:
-            patch.delenv(name)
-        patch.setenv("FEDLORA_HOME", str(with_databases(tmp_path_factory.mktemp("home"))))
-        patch.setenv(automations.NOTIFY_URL, listener.url)
-        for name, value in OFTEN.items():
-            patch.setenv(name, value)
-        said: list[str] = []
-        services = up(*free_ports(), report=said.append, source=source)
-        try:
-            with temporary_settings({PREFECT_API_URL: services.prefect_url}):
-                yield services, said
-        finally:
-            down(report=said.append)
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 90) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.5)
-    return True
+def live(live: Live) -> Iterator[tuple[Services, list[str]]]:
+    with temporary_settings({PREFECT_API_URL: live.services.prefect_url}):
+        yield live.services, live.said
 
 
 def test_a_busy_run_may_skip_heartbeats() -> None:
@@ -174,10 +61,9 @@ def of_deployment(id: str) -> dict[str, Any]:
     return {"flow_runs": {"deployment_id": {"any_": [id]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 200}
 
 
-def test_up_returns_when_the_runs_of_a_cron_are_planned(live: tuple[Services, list[str]], send: Send) -> None:
+def test_up_returns_when_the_runs_of_a_cron_are_planned(servers: Live) -> None:
     """Asked once: `up` has waited. A release of SQLAlchemy or Prefect under which nothing is planned ends here."""
-    nightly = deployment(live, "federated/nightly")
-    runs = send("POST", f"{live[0].prefect_url}/flow_runs/filter", of_deployment(nightly["id"]))
+    runs = servers.planned
     assert len(runs) >= 3
     assert {each["state"]["name"] for each in runs} == {"Scheduled"}
     assert all(each["auto_scheduled"] and "T02:00:00" in each["expected_start_time"] for each in runs)
@@ -300,9 +186,10 @@ def test_a_second_time_changes_nothing_and_switched_off_stays_off(live: tuple[Se
 
 
 def test_a_sweep_that_fails_is_told_and_the_address_stays_secret(
-    live: tuple[Services, list[str]], listener: Listener
+    live: tuple[Services, list[str]], servers: Live
 ) -> None:
     services, said = live
+    heard = servers.listener.heard
 
     @flow(name="sweep", flow_run_name='sweep "quoted"')
     def sweep() -> None:
@@ -315,17 +202,17 @@ def test_a_sweep_that_fails_is_told_and_the_address_stays_secret(
     other()
     with pytest.raises(ValueError, match="no cell finished"):
         sweep()
-    assert eventually(lambda: bool(listener.heard))
-    path, told = listener.heard[0]
-    assert path == SECRET
+    assert eventually(lambda: bool(heard))
+    path, told = heard[0]
+    assert path == HOOK
     assert told["state"] == "Failed"
     assert told["flow_run"] == 'sweep "quoted"'
     assert told["url"].startswith(services.prefect_url.removesuffix("/api"))
     assert told["text"].startswith("sweep 'sweep \"quoted\"' ended: Failed. http")
-    assert len(listener.heard) == 1  # a single run is nobody's business
-    assert not any(SECRET in line for line in said)
+    assert len(heard) == 1  # a single run is nobody's business
+    assert not any(HOOK in line for line in said)
     files = [path for path in home.home().rglob("*") if path.is_file()]
-    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+    assert not [path for path in files if HOOK.encode() in path.read_bytes()]
     for _, (pid, _) in services.processes.items():
         assert automations.NOTIFY_URL not in psutil.Process(pid).environ()
 
@@ -370,3 +257,20 @@ def test_no_service_of_that_server_has_failed(live: tuple[Services, list[str]]) 
     """Whatever else it runs: the last of these tests. A lock that was not got in time is no fault."""
     failed = server_log.failures(processes.log_file("prefect"))
     assert [each for each in failed if not each.passing] == []
+
+
+def test_a_scheduler_that_cannot_write_is_named_with_its_line(
+    live: tuple[Services, list[str]], servers: Live, send: Send
+) -> None:
+    """As `up` would find it, which then stops what it has started: its database refuses the runs that are planned."""
+    nightly, log = deployment(live, "federated/nightly"), processes.log_file("prefect")
+    refuse = "BEFORE INSERT ON flow_run WHEN NEW.auto_scheduled BEGIN SELECT RAISE(ABORT, 'no plans today'); END"
+    with closing(sqlite3.connect(home.prefect_database(), timeout=60, isolation_level=None)) as connection:
+        connection.execute(f"CREATE TRIGGER refuse {refuse}")
+    for each in send("POST", f"{live[0].prefect_url}/flow_runs/filter", of_deployment(nightly["id"])):
+        send("DELETE", f"{live[0].prefect_url}/flow_runs/{each['id']}", None)
+    with pytest.raises(ServiceError, match=r"plans no runs of nightly: its service .*no plans today") as refused:
+        planning.wait(live[0].prefect_url, servers.source, log, time.monotonic() + 90, print, lambda: True)
+    assert "\n" not in str(refused.value)
+    (line,) = re.findall(rf"\({re.escape(str(log))}:(\d+)\)", str(refused.value))
+    assert re.search(r"ERROR .*schedule_(recent_)?deployments", log.read_text().split("\n")[int(line) - 1])

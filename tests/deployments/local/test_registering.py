@@ -1,4 +1,5 @@
-"""What `fedlora up` registers from `deployments/prefect.yaml`, driven by the real `prefect` command."""
+"""What `fedlora up` registers from `deployments/prefect.yaml`, driven by the real `prefect` command; and that servers
+for others ask who is calling."""
 
 from __future__ import annotations
 
@@ -6,18 +7,22 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
+from standins import marked, set_home
 
 from deployments.form import AS_IN_PRESET
-from deployments.local import environment, launch
+from deployments.local import authentication, environment, launch
 from deployments.local import registering as deploying
 from deployments.local.database import Databases
 from deployments.local.environment import Services
@@ -25,10 +30,10 @@ from deployments.local.processes import ServiceError
 from deployments.local.services import down, status, up
 from fedlora.config import configfile
 from fedlora.errors import TrackingError
+from fedlora.files import home
 from mlflow_tracking import store
 
 Ports = Callable[[], tuple[int, int]]
-OURS = ("PREFECT_", "MLFLOW_", "FEDLORA_")
 NAMES = {
     "federated/custom",
     "federated/demo",
@@ -40,25 +45,54 @@ NAMES = {
 }
 
 
+SECRET = "Kr0kodil"
+PLANTED = {
+    "PREFECT_SERVER_API_AUTH_STRING": f"ann:{SECRET}-of-prefect",
+    "MLFLOW_AUTH_ADMIN_PASSWORD": f"{SECRET}-of-mlflow",
+    "PGPASSWORD": f"{SECRET}-of-a-database",
+    "HF_TOKEN": f"{SECRET}-of-the-hub",
+    "FEDLORA_NOTIFY_URL": f"http://127.0.0.1:9/{SECRET}",
+}
+LOGINS = [PLANTED["PREFECT_SERVER_API_AUTH_STRING"], f"admin:{PLANTED['MLFLOW_AUTH_ADMIN_PASSWORD']}"]
+OF_CLIENTS = {
+    "PREFECT_API_AUTH_STRING": LOGINS[0],
+    "MLFLOW_TRACKING_USERNAME": "admin",
+    "MLFLOW_TRACKING_PASSWORD": PLANTED["MLFLOW_AUTH_ADMIN_PASSWORD"],
+}
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """What `up` and `down` have said."""
+    return []
+
+
 @pytest.fixture(scope="module")
 def live(
-    free_ports: Ports, with_databases: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
+    said: list[str],
+    free_ports: Ports,
+    with_databases: Callable[[Path], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Services]:
-    """Everything as shipped, with a worker for GPUs that are not there."""
+    """Everything as shipped, with a worker for GPUs that are not there, for others too: they ask for passwords."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(OURS)]:
-            patch.delenv(name)
-        patch.setenv("FEDLORA_HOME", str(with_databases(tmp_path_factory.mktemp("home"))))
+        set_home(patch, with_databases(tmp_path_factory.mktemp("home")), **PLANTED)
         try:
-            yield up(*free_ports(), report=lambda line: None, cpu_runs=3, gpu_runs=2)
+            found = up(*free_ports(), host="0.0.0.0", report=said.append, cpu_runs=3, gpu_runs=2)
+            for name, value in OF_CLIENTS.items():
+                patch.setenv(name, value)
+            yield found
         finally:
-            down(report=lambda line: None)
+            down(report=said.append)
+
+
+def ask(method: str, url: str, **more: Any) -> httpx.Response:
+    """As somebody who has the password of Prefect's server."""
+    return httpx.request(method, url, headers=authentication.header(LOGINS[0]), timeout=30, **more)
 
 
 def read(live: Services, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = (
-        httpx.get(f"{live.prefect_url}/deployments/name/{name}", timeout=30).raise_for_status().json()
-    )
+    found: dict[str, Any] = ask("GET", f"{live.prefect_url}/deployments/name/{name}").raise_for_status().json()
     return found
 
 
@@ -86,7 +120,7 @@ def test_the_file_is_what_is_registered(live: Services) -> None:
 
 
 def test_pools_have_limits_and_workers(live: Services) -> None:
-    pools = httpx.post(f"{live.prefect_url}/work_pools/filter", json={}, timeout=30).raise_for_status().json()
+    pools = ask("POST", f"{live.prefect_url}/work_pools/filter", json={}).raise_for_status().json()
     assert {pool["name"]: (pool["type"], pool["concurrency_limit"]) for pool in pools} == {
         "cpu-workers": ("process", 3),
         "gpu-workers": ("process", 2),
@@ -106,17 +140,17 @@ def test_the_form_has_drop_downs_and_help(live: Services) -> None:
         assert all(field["description"] for field in schema(live, name).values()), name
 
 
-def test_a_paused_schedule_stays_paused(live: Services, send: Callable[[str, str, dict[str, Any]], Any]) -> None:
+def test_a_paused_schedule_stays_paused(live: Services) -> None:
     nightly = read(live, "sweep/nightly")
     schedule = nightly["schedules"][0]
     url = f"{live.prefect_url}/deployments/{nightly['id']}/schedules/{schedule['id']}"
-    send("PATCH", url, {"active": False})
+    ask("PATCH", url, json={"active": False}).raise_for_status()
     deploying.deploy(live.prefect_url)
     again = read(live, "sweep/nightly")
     assert again["id"] == nightly["id"]
     assert [(each["id"], each["active"]) for each in again["schedules"]] == [(schedule["id"], False)]
-    automations = httpx.post(f"{live.prefect_url}/automations/filter", json={}, timeout=30).raise_for_status().json()
-    assert [each["name"] for each in automations] == ["fedlora: a run without heartbeat has crashed"]
+    automations = ask("POST", f"{live.prefect_url}/automations/filter", json={}).raise_for_status().json()
+    assert len(automations) == len({each["name"] for each in automations}) == 2  # nor are there any twice
 
 
 @pytest.mark.system
@@ -159,7 +193,7 @@ def test_changing_one_value_changes_nothing_else(live: Services, tiny: dict[str,
 )
 def test_a_name_that_is_not_in_the_list_is_refused(live: Services, deployment: str, parameters: dict[str, str]) -> None:
     url = f"{live.prefect_url}/deployments/{read(live, deployment)['id']}/create_flow_run"
-    answer = httpx.post(url, json={"parameters": parameters}, timeout=30)
+    answer = ask("POST", url, json={"parameters": parameters})
     assert answer.status_code == 409
     assert next(iter(parameters.values())) in answer.text
 
@@ -181,24 +215,70 @@ def test_a_run_that_cannot_begin_fails_with_one_line_and_leaves_nothing(live: Se
     assert line in done.stdout
     assert "Traceback" not in done.stdout
     failed = {"flow_runs": {"state": {"type": {"any_": ["FAILED"]}}}}
-    found = httpx.post(f"{live.prefect_url}/flow_runs/filter", json=failed, timeout=30)
-    state = found.json()[0]["state"]
+    state = ask("POST", f"{live.prefect_url}/flow_runs/filter", json=failed).json()[0]["state"]
     assert (state["type"], "\n" in state["message"]) == ("FAILED", False)
     assert line in state["message"]
     assert state["message"].endswith(cure)
     assert not (tmp_path / "run").exists()
-    experiments = httpx.get(f"{live.mlflow_url}/api/2.0/mlflow/experiments/search?max_results=50", timeout=30).json()
-    assert "refused" not in [each["name"] for each in experiments.get("experiments", [])]
+    assert "refused" not in [each.name for each in store.client(live.mlflow_url).search_experiments()]
 
 
 def test_an_experiment_that_was_deleted_on_the_server_is_known_before_a_run(live: Services) -> None:
-    api = f"{live.mlflow_url}/api/2.0/mlflow/experiments"
-    made = httpx.post(f"{api}/create", json={"name": "a & b"}, timeout=30).json()["experiment_id"]
+    client = store.client(live.mlflow_url)
+    made = client.create_experiment("a & b")
     store.check_experiment(live.mlflow_url, "a & b")
     store.check_experiment(live.mlflow_url, "never seen")
-    httpx.post(f"{api}/delete", json={"experiment_id": made}, timeout=30).raise_for_status()
+    client.delete_experiment(made)
     with pytest.raises(TrackingError, match=f"'a & b' was deleted; restore it .*-x {made}"):
         store.check_experiment(live.mlflow_url, "a & b")
+
+
+def holding(folder: Path, *words: str) -> set[str]:
+    """Files anywhere below a folder that hold one of the words."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.name for path in files if any(word.encode() in path.read_bytes() for word in words)}
+
+
+def test_servers_for_others_ask_for_passwords_and_these_are_written_nowhere(
+    live: Services, said: list[str], tiny: dict[str, object]
+) -> None:
+    """Last of the tests with servers: when all that came before has left its traces."""
+    client = {name: value for name, value in os.environ.items() if name not in authentication.OF_SERVERS}
+    try:
+        address = next(iter(authentication.addresses()), "127.0.0.1")  # as another machine calls them
+        asked = ("/work_pools/filter", "/api/2.0/mlflow/experiments/search")
+        for base, path, login in zip((live.prefect_url, live.mlflow_url), asked, LOGINS, strict=True):
+            url = base.replace("127.0.0.1", address) + path
+            assert httpx.post(url, json={}).status_code == 401
+            assert httpx.post(url, json={}, auth=("ann", "a guess")).status_code == 401
+            login_header = authentication.header(login)
+            assert httpx.post(url, json={"max_results": 1}, headers=login_header).status_code == 200
+        assert not any(SECRET in word for pid in marked() for word in psutil.Process(pid).cmdline())
+        words = [f"{key}={json.dumps(value)}" for key, value in {**tiny, "rounds": 1, "name": "in-the-open"}.items()]
+        fedlora = str(Path(sys.executable).with_name("fedlora"))
+        command = [fedlora, "run", "demo", *words]
+        done = subprocess.run(command, check=False, env=client, capture_output=True, text=True, cwd=deploying.SOURCE)
+        assert done.returncode == 0, done.stderr
+        looking = {name: value for name, value in client.items() if name not in authentication.OF_PREFECT}
+        standing = [
+            subprocess.run([fedlora, "status"], check=False, env=each, capture_output=True, text=True)
+            for each in (client, looking)
+        ]
+    finally:
+        down(report=said.append)
+    assert marked() == []
+    assert [each.returncode for each in standing] == [0, 1]
+    assert [each.stdout.count(" running  ") for each in standing] == [4, 3]
+    assert "cpu-workers  3 at a time" in standing[0].stdout
+    assert "WANTS A PASSWORD" in standing[1].stdout
+    encoded = [authentication.header(login)["Authorization"].partition(" ")[2] for login in LOGINS]
+    assert SECRET not in f"{done.stdout}{done.stderr}{said}{standing}"
+    assert holding(home.home(), SECRET, *encoded) == set()
+    for database in (home.prefect_database(), home.mlflow_database()):
+        with closing(sqlite3.connect(database)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert holding(home.home(), SECRET, *encoded) == set()
+    assert {"config.yaml", "mlflow.db", "prefect.db"} <= holding(home.home(), "in-the-open")  # it would be found
 
 
 def test_only_the_gpu_worker_sees_gpus() -> None:

@@ -26,8 +26,8 @@ NAMES = map("fedlora-{}".format, itertools.count())
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    found = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+def uri(with_databases, tmp_path_factory):
+    found = f"sqlite:///{with_databases(tmp_path_factory.mktemp('store'), 'mlflow.db') / 'mlflow.db'}"
     store.experiment_id(store.client(found), found, "fedlora")
     return found
 

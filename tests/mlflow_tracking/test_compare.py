@@ -13,8 +13,8 @@ COUNTS = {"labels": ["a", "b"], "label_counts": [[1, 2], [3, 4]], "partitioner":
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+def uri(with_databases, tmp_path_factory):
+    return f"sqlite:///{with_databases(tmp_path_factory.mktemp('store'), 'mlflow.db') / 'mlflow.db'}"
 
 
 class Shelf:
@@ -174,8 +174,8 @@ def test_only_runs_that_the_cells_name_belong_to_a_sweep(shelf, uri):
     assert '"seed": [0]' in found.note
 
 
-def test_latest_is_the_sweep_that_ended_last(tmp_path, monkeypatch):
-    uri = f"sqlite:///{tmp_path / 'own.db'}"
+def test_latest_is_the_sweep_that_ended_last(with_databases, tmp_path, monkeypatch):
+    uri = f"sqlite:///{with_databases(tmp_path, 'mlflow.db') / 'mlflow.db'}"
     shelf = Shelf(uri, tmp_path, monkeypatch)
     with pytest.raises(TrackingError, match="no sweep has ended"):
         compare.find("latest", uri)

@@ -17,8 +17,8 @@ from mlflow_tracking import history, parents, store, tracker
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    found = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+def uri(with_databases, tmp_path_factory):
+    found = f"sqlite:///{with_databases(tmp_path_factory.mktemp('store'), 'mlflow.db') / 'mlflow.db'}"
     store.experiment_id(store.client(found), found, "fedlora")
     return found
 
@@ -123,7 +123,10 @@ def test_an_experiment_is_checked_without_opening_the_store(uri, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["other.db"]
 
 
-@pytest.mark.parametrize("name", ["a b", "feature%2Fx 100%", "what?x=1#2"])
+NAMES = ("a b", "feature%2Fx 100%", "what?x=1#2")
+
+
+@pytest.mark.parametrize("name", [" ".join(NAMES), *(pytest.param(name, marks=pytest.mark.system) for name in NAMES)])
 def test_a_home_of_any_name_has_its_database_and_its_artifacts(monkeypatch, tmp_path, name):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("FEDLORA_HOME", str(tmp_path / name))

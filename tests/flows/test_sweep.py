@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -25,25 +26,51 @@ ROOT = Path(__file__).resolve().parents[2]
 PREFECT = str(Path(sys.executable).with_name("prefect"))
 
 
-@pytest.fixture
-def write(tiny, store_uri, tmp_path, labelled):
+@pytest.fixture(scope="module")
+def write(tiny, store_uri, tmp_path_factory):
     """`write(name, grid)`: a tiny sweep in a file; its path."""
+    place = tmp_path_factory.mktemp("sweeps")
 
     def file(name, grid, **changes):
         common = {**tiny, "rounds": 1, "tracking.uri": store_uri, "tracking.experiment": "sweeps", **changes}
-        path = tmp_path / f"{name}.yaml"
+        path = place / f"{name}.yaml"
         path.write_text(configfile.yaml.safe_dump({"name": name, "set": common, **grid}))
         return str(path)
 
     return file
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(prefect_server):
     """`run(file, …)`: the flow; the sweep's folder as it is afterwards."""
     from flows.sweep import run_sweep
 
     return lambda file, **how: SweepFolder.read(Path(run_sweep(file, **how)))
+
+
+@dataclass(frozen=True)
+class Partly:
+    """A sweep in a file, of whose runs one finishes and two cannot begin: they have a label of one class only."""
+
+    file: str
+    bad: tuple[Path, Path]
+    first: SweepFolder
+    """As it was when it had been run once."""
+
+
+@pytest.fixture(scope="module")
+def partly(run, write, labelled, tmp_path_factory):
+    place = tmp_path_factory.mktemp("own")
+    bad = tuple(labelled(place / f"{name}.csv", label="a") for name in ("one", "other"))
+    own = [{"strategy": "svd", "data.name": str(path), "data.train_size": None, "clients": 2} for path in bad]
+    file = write("partly", {"cells": [{"strategy": "svd"}, *own], "skip": [{"strategy": "flora"}]})
+    return Partly(file, bad, run(file))
+
+
+@pytest.fixture(scope="module")
+def alone(partly, run, write):
+    """A sweep of two runs, one after the other; later than `partly`."""
+    return run(write("alone", {"grid": {"strategy": ["fedit", "svd"]}}))
 
 
 def children(store_uri, folder):
@@ -56,22 +83,48 @@ def statuses(folder):
     return {cell.label: cell.status for cell in folder.cells}
 
 
-def test_one_bad_cell_loses_nothing_and_is_tried_again_on_demand(run, write, store_uri, labelled, tmp_path):
-    bad = labelled(tmp_path / "own.csv", label="a")
-    cells = [{"strategy": "svd"}, {"strategy": "svd", "data.name": str(bad), "data.train_size": None, "clients": 2}]
-    file = write("mends", {"cells": cells, "skip": [{"strategy": "flora"}]})
-    first = run(file)
-    assert [cell.status for cell in first.cells] == ["finished", "failed"]
-    assert "class" in first.cells[1].reason
-    again = run(file)
+def left_by(store_uri, folder):
+    """Everything that a repeat could change: the parent in MLflow with its artifacts' ages, and the sweep's folder."""
+    client = MlflowClient(store_uri)
+    parent = client.get_run(folder.parent["run"])
+    artifacts = Path(parent.info.artifact_uri.removeprefix("file://"))
+    files = [path for root in (artifacts, folder.path) for path in sorted(root.rglob("*")) if path.is_file()]
+    ages = {str(path): path.stat().st_mtime_ns for path in files if path.name != "lock"}
+    return parent.to_dictionary(), ages
+
+
+def test_a_repeat_that_finds_all_done_changes_nothing(run, store_uri, partly, alone):
+    """Nor is it the latest: that is the sweep that ended last, although the other was asked for after it."""
+    from mlflow_tracking import compare
+
+    before = left_by(store_uri, partly.first)
+    assert len(before[1]) > 10
+    again = run(partly.file)
+    assert again == partly.first
+    assert left_by(store_uri, again) == before
+    assert compare.find(compare.LATEST, store_uri).instance == alone.instance
+    (again.path / "comparison.csv").unlink()  # what is not there any more is made again
+    run(partly.file)
+    assert (again.path / "comparison.csv").is_file()
+    assert compare.find(compare.LATEST, store_uri).instance == again.instance
+
+
+def test_bad_cells_lose_nothing_and_are_looked_at_anew(run, store_uri, partly, labelled):
+    """They left no trace. Also without --retry-failed: they did not fail, they never began."""
+    first = partly.first
+    assert [cell.status for cell in first.cells] == ["finished", "failed", "failed"]
+    assert all("class" in cell.reason for cell in first.cells[1:])
+    assert len(children(store_uri, first)) == 1
+    labelled(partly.bad[0])
+    again = run(partly.file)
     assert again.path == first.path
-    assert [cell.status for cell in again.cells] == ["finished", "failed"]
-    assert "class" in again.cells[1].reason
+    assert [cell.status for cell in again.cells] == ["finished", "finished", "failed"]
+    assert again.cells[0].run == first.cells[0].run  # not repeated
     finished = [child for child in children(store_uri, again) if child.info.status == "FINISHED"]
-    assert [child.info.run_id for child in finished] == [again.cells[0].run]  # not repeated
-    labelled(bad)
-    mended = run(file, retry_failed=True)
-    assert [cell.status for cell in mended.cells] == ["finished", "finished"]
+    assert {child.info.run_id for child in finished} == {cell.run for cell in again.cells[:2]}
+    labelled(partly.bad[1])
+    mended = run(partly.file, retry_failed=True)
+    assert [cell.status for cell in mended.cells] == ["finished"] * 3
     parent = MlflowClient(store_uri).get_run(mended.parent["run"])
     assert parent.info.status == "FINISHED"
     note = parent.data.tags["mlflow.note.content"]
@@ -79,22 +132,8 @@ def test_one_bad_cell_loses_nothing_and_is_tried_again_on_demand(run, write, sto
     assert all(f"[run]({page})" in note for page in pages)
 
 
-def test_a_run_that_could_not_begin_left_no_trace_and_is_looked_at_anew(run, write, store_uri, labelled, tmp_path):
-    bad = labelled(tmp_path / "own.csv", label="a")
-    cells = [{"strategy": "svd"}, {"strategy": "svd", "data.name": str(bad), "data.train_size": None, "clients": 2}]
-    file = write("anew-looked-at", {"cells": cells})
-    first = run(file)
-    assert [cell.status for cell in first.cells] == ["finished", "failed"]
-    assert len(children(store_uri, first)) == 1
-    labelled(bad)
-    again = run(file)  # without --retry-failed: it did not fail, it never began
-    assert again.path == first.path
-    assert [cell.status for cell in again.cells] == ["finished", "finished"]
-
-
-def test_side_by_side_is_the_same_as_one_after_the_other(run, write, store_uri):
-    grid = {"grid": {"strategy": ["fedit", "svd"]}}
-    alone, together = run(write("alone", grid)), run(write("together", grid), parallel=2)
+def test_side_by_side_is_the_same_as_one_after_the_other(run, write, store_uri, alone):
+    together = run(write("together", {"grid": {"strategy": ["fedit", "svd"]}}), parallel=2)
     assert set(statuses(together).values()) == {"finished"}
     results = []
     for folder in (alone, together):
@@ -115,37 +154,6 @@ def test_fresh_begins_anew_and_so_does_a_sweep_whose_parent_was_deleted(run, wri
     assert len({folder.parent["run"] for folder in (first, second, third)}) == 3
     assert len({folder.cells[0].run for folder in (first, second, third)}) == 3
     assert third.cells[0].status == "finished"
-
-
-def left_by(store_uri, folder):
-    """Everything that a repeat could change: the parent in MLflow with its artifacts' ages, and the sweep's folder."""
-    client = MlflowClient(store_uri)
-    parent = client.get_run(folder.parent["run"])
-    artifacts = Path(parent.info.artifact_uri.removeprefix("file://"))
-    files = [path for root in (artifacts, folder.path) for path in sorted(root.rglob("*")) if path.is_file()]
-    ages = {str(path): path.stat().st_mtime_ns for path in files if path.name != "lock"}
-    return parent.to_dictionary(), ages
-
-
-def test_a_repeat_that_finds_all_done_changes_nothing(run, write, store_uri, labelled, tmp_path):
-    """Nor is it the latest: that is the sweep that ended last, although the other was asked for after it."""
-    from mlflow_tracking import compare
-
-    bad = labelled(tmp_path / "own.csv", label="a")
-    cells = [{"strategy": "svd"}, {"strategy": "svd", "data.name": str(bad), "data.train_size": None, "clients": 2}]
-    file = write("still", {"cells": cells})
-    first = run(file)
-    last = run(write("moves", {"grid": {"strategy": ["fedit"]}}))
-    before = left_by(store_uri, first)
-    assert len(before[1]) > 10
-    again = run(file)
-    assert again == first
-    assert left_by(store_uri, again) == before
-    assert compare.find(compare.LATEST, store_uri).instance == last.instance
-    (first.path / "comparison.csv").unlink()  # what is not there any more is made again
-    run(file)
-    assert (first.path / "comparison.csv").is_file()
-    assert compare.find(compare.LATEST, store_uri).instance == first.instance
 
 
 def test_where_nothing_finishes_the_sweep_fails_and_says_why(run, write, labelled, tmp_path):

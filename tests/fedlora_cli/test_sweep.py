@@ -11,7 +11,9 @@ from mlflow import MlflowClient
 from fedlora.files import home
 
 
-def test_sweep_compares_strategies_on_one_partition(pictures, fedlora, small, prefect_server, tmp_path, store_uri):
+def test_sweep_compares_strategies_on_one_partition_and_what_has_finished_is_not_repeated(
+    pictures, fedlora, small, prefect_server, tmp_path, store_uri
+):
     file = tmp_path / "mine.yaml"
     file.write_text("name: mine\nbase: demo\ngrid:\n  strategy: [fedit, svd]\n  seed: [0, 1]\n")
     code, out, _ = fedlora("sweep", file, *small, "rounds=1")
@@ -34,6 +36,13 @@ def test_sweep_compares_strategies_on_one_partition(pictures, fedlora, small, pr
     assert len(children) == 4
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
     assert "| svd |" in parent.data.tags["mlflow.note.content"]
+    code, out, _ = fedlora("sweep", file, *small, "rounds=1")
+    assert code == 0
+    assert "4 of 4 runs had finished before, not repeated" in out
+    assert "before training" not in out
+    _, out, _ = fedlora("sweep", file, *small, "rounds=1", "--dry-run")
+    assert out.split("fedit", 1)[1].split()[:2] == ["0", "finished"]
+    assert "takes about 0 s" in out
 
 
 @pytest.fixture
@@ -54,19 +63,6 @@ def test_a_dry_run_lists_runs_time_and_memory_and_runs_nothing(fedlora, small, m
     assert "skipped: ravan: strategy=ravan does not go with lora.rank=6" in out
     assert "2 runs; what is left takes about" in out
     assert not list(home.sweeps().glob("listed-*"))
-
-
-def test_what_has_finished_is_not_repeated_and_the_dry_run_knows(fedlora, small, tmp_path, prefect_server):
-    file = tmp_path / "again.yaml"
-    file.write_text("name: again\nbase: demo\ngrid:\n  strategy: [fedit]\n")
-    assert fedlora("sweep", file, *small, "rounds=1")[0] == 0
-    code, out, _ = fedlora("sweep", file, *small, "rounds=1")
-    assert code == 0
-    assert "1 of 1 run had finished before, not repeated" in out
-    assert "before training" not in out
-    _, out, _ = fedlora("sweep", file, *small, "rounds=1", "--dry-run")
-    assert out.split("fedit", 1)[1].split()[0] == "finished"
-    assert "takes about 0 s" in out
 
 
 def test_a_run_that_failed_is_told_and_is_the_exit_code(fedlora, small, tmp_path, prefect_server, labelled):
@@ -113,7 +109,7 @@ def test_where_no_run_can_begin_the_sweep_is_one_clear_line_and_leaves_nothing(f
 @pytest.mark.parametrize("name", ["nope.yaml", "demoo"])
 def test_a_sweep_that_is_not_there_is_told_before_anything_heavy_is_imported(name):
     code = (
-        "import sys; from flows import cli; sys.argv = ['fedlora', 'sweep', sys.argv[1]]\n"
+        "import sys; from fedlora_cli import app as cli; sys.argv = ['fedlora', 'sweep', sys.argv[1]]\n"
         "try: cli.main()\n"
         "except SystemExit as end: print(end.code, [m for m in ('torch', 'prefect', 'mlflow') if m in sys.modules])"
     )

@@ -10,8 +10,11 @@ import pandas as pd
 import psutil
 import pytest
 from mlflow import MlflowClient
+from prefect import Flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.settings import PREFECT_API_URL
+from prefect.workers.process import ProcessWorker
 
 from deployments.shipped import PRESETS, SWEEPS
 from fedlora.config import configfile
@@ -168,13 +171,11 @@ def deployed(prefect_server, request):
     """A work pool with a deployment of the flow and nobody who serves it; and the environment for those who would."""
     name = f"pool-{len(request.node.name)}"  # one per test: a worker that ended counts as online for a while
     environ = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value(), "PREFECT_WORKER_QUERY_SECONDS": "1"}
-    subprocess.run([PREFECT, "work-pool", "create", name, "--type", "process"], env=environ, check=True)
-    deploying = (
-        "from flows.federated import federated; from prefect import Flow;"
-        f"Flow.from_source({str(ROOT)!r}, 'flows/federated.py:federated')"
-        f".deploy(name='custom', work_pool_name={name!r}, build=False, push=False, print_next_steps=False)"
-    )
-    subprocess.run([sys.executable, "-c", deploying], env=environ, cwd=ROOT, check=True)
+    with get_client(sync_client=True) as client:
+        template = ProcessWorker.get_default_base_job_template()
+        client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template))
+    flow = Flow.from_source(str(ROOT), "flows/federated.py:federated")
+    flow.deploy(name="custom", work_pool_name=name, build=False, push=False, print_next_steps=False)
     return name, environ
 
 
@@ -216,8 +217,6 @@ def test_a_pool_that_does_not_exist_or_has_no_worker_is_one_clear_line(prefect_s
     ):
         handover.check("cpu-wrokers")
     with get_client(sync_client=True) as client:
-        from prefect.client.schemas.actions import WorkPoolCreate
-
         client.create_work_pool(WorkPoolCreate(name="idle", type="process"))
     with pytest.raises(ConfigError, match="work pool 'idle' has no deployment of the flow 'federated'"):
         handover.check("idle")
@@ -230,8 +229,6 @@ def test_a_pool_without_worker_or_without_room_is_one_clear_line(deployed, monke
     with pytest.raises(ConfigError, match=f"no worker is online in work pool '{name}'.*prefect worker start --pool"):
         handover.check(name, patience=1)
     with get_client(sync_client=True) as client:
-        from prefect.client.schemas.actions import WorkPoolUpdate
-
         client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=1))
         own = client.create_flow_run_from_deployment(client.read_deployment_by_name("federated/custom").id)
         monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(own.id))

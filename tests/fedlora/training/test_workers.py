@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import nullcontext
 
 import psutil
 import pytest
@@ -328,7 +329,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     (tmp_path / "parent.py").write_text(textwrap.dedent(script))
     parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")])
     try:
-        child = int(until(lambda: (tmp_path / "mark").exists() and (tmp_path / "mark").read_text()))
+        child = int(until(lambda: (tmp_path / "mark").exists() and (tmp_path / "mark").read_text(), 180))
         assert child != parent.pid
         assert not gone(child)
     finally:
@@ -385,28 +386,46 @@ def test_a_failed_job_gives_its_slot_back(jobs):
     assert pool.run(jobs.pid) == os.getpid()
 
 
-def test_one_pool_is_shared_by_all_who_ask_and_closed_by_the_last(monkeypatch):
-    closed = []
-    monkeypatch.setattr(Pool, "close", lambda pool, *, now=False: closed.append((pool, now)))
+def test_one_pool_is_shared_by_all_who_ask_and_closed_by_the_last(jobs):
+    """A slot of this process keeps what a job has made until it is closed."""
     runner = RunnerConfig(kind="threads", device="cpu")
     with workers.open_pool(runner) as one:
+        assert one.run(jobs.count, "a") == 1
         with workers.open_pool(runner.model_copy(update={"retries": 9})) as two:
             assert one is two is workers.current_pool(runner)
-        assert closed == []
+        assert one.run(jobs.count, "a") == 0
         with workers.open_pool(runner.model_copy(update={"threads": 2})) as other:
             assert other is not one
-        assert closed == [(other, False)]
-    assert closed == [(other, False), (one, False)]
+            assert [other.run(jobs.count, "a") for _ in range(2)] == [1, 0]
+        assert other.run(jobs.count, "a") == 1
+        assert one.run(jobs.count, "a") == 0
+    assert one.run(jobs.count, "a") == 1
     with pytest.raises(KeyError):
         workers.current_pool(runner)
 
 
-def test_a_pool_is_closed_at_once_when_its_user_fails(monkeypatch):
-    closed = []
-    monkeypatch.setattr(Pool, "close", lambda pool, *, now=False: closed.append(now))
-    with pytest.raises(RuntimeError), workers.open_pool(RunnerConfig(kind="threads", device="cpu")):
-        raise RuntimeError
-    assert closed == [True]
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_pool_waits_for_its_jobs_and_ends_them_at_once_when_its_user_fails(jobs, tmp_path, fails):
+    ended = []
+
+    def work(pool):
+        try:
+            pool.run(jobs.sleep, 600 if fails else 1, str(tmp_path / "mark"))
+            ended.append("done")
+        except RunAborted as error:
+            ended.append(str(error))
+
+    with (
+        pytest.raises(RuntimeError) if fails else nullcontext(),
+        workers.open_pool(RunnerConfig(kind="processes", slots=1, device="cpu")) as pool,
+    ):
+        thread = threading.Thread(target=work, args=(pool,))
+        thread.start()
+        assert until((tmp_path / "mark").exists)
+        if fails:
+            raise RuntimeError
+    thread.join(60)
+    assert ended == ["stopped" if fails else "done"]
 
 
 # -- devices

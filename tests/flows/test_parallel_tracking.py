@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from fedlora.run import rounds
 from mlflow_tracking import store, tracker
 
-WRITERS, ROUNDS = 2, 20
+WRITERS, ROUNDS = 2, 8
 DELIVER = """
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ for folder in sys.argv[1:]:
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.system)])
 def uri(request, tmp_path, monkeypatch):
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'mlflow.db'}"
+        return f"sqlite:///{request.getfixturevalue('with_databases')(tmp_path, 'mlflow.db') / 'mlflow.db'}"
     import psycopg2
 
     address = request.getfixturevalue("postgresql")

@@ -7,18 +7,25 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.strategies import registry
+
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs" / "examples" / "fedlora-fedavgm"
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """The environment of a process that has the example installed."""
+def site(tmp_path_factory):
+    """Where the example is installed."""
     target = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--target", str(target), str(EXAMPLE)], check=True, timeout=240)
-    home = tmp_path_factory.mktemp("home")
-    return {**os.environ, "PYTHONPATH": str(target), "FEDLORA_HOME": str(home), "COLUMNS": "200"}
+    return str(target)
+
+
+@pytest.fixture
+def environment(site, tmp_path):
+    """The environment of a process that has the example installed."""
+    return {**os.environ, "PYTHONPATH": site, "FEDLORA_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
 
 
 def call(environment, *words):
@@ -26,11 +33,21 @@ def call(environment, *words):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
-def test_it_is_listed_with_its_options(environment):
-    listed = call(environment, "strategies")
-    assert listed.returncode == 0, listed.stderr
-    assert "fedavgm" in listed.stdout
-    assert "momentum" in listed.stdout
+@pytest.fixture
+def installed(site, monkeypatch):
+    """This process as one that has the example installed."""
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setenv("COLUMNS", "200")
+    registry._locations.cache_clear()
+    yield
+    registry._locations.cache_clear()
+
+
+def test_it_is_listed_with_its_options(installed, fedlora):
+    code, listed, err = fedlora("strategies")
+    assert code == 0, err
+    assert "fedavgm" in listed
+    assert "momentum" in listed
 
 
 def test_its_own_conformance_test_passes(environment):

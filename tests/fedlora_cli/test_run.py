@@ -252,15 +252,31 @@ def test_a_started_prefect_server_is_used(fedlora, small, prefect_server, tmp_pa
 
 def test_settings_are_in_place_before_prefect_is_imported():
     """Prefect reads its settings once, at import; telemetry and result storage would otherwise be its own defaults."""
-    code = "import sys; from flows import environment, cli\nreal = environment.prepare\n"
-    code += "def prepare(*a):\n print('prefect' in sys.modules); real(*a)\nenvironment.prepare = prepare\n"
-    for command in ("run", "sweep", "up", "down"):
-        words = {"run": ["lora.rank=0"], "sweep": ["nothere"]}.get(command, ["--help"])
-        call = f"sys.argv = {['fedlora', command, *words]!r}\ntry: cli.main()\nexcept SystemExit: pass\n"
-        done = subprocess.run(
-            [sys.executable, "-c", code + call], capture_output=True, text=True, check=True, timeout=60
-        )
-        assert done.stdout.splitlines()[:1] != ["True"], command  # later calls, as flows are imported, change nothing
+    code = """
+import sys
+from deployments.local import environment
+from fedlora_cli import app as cli
+
+real = environment.prepare
+
+def prepare(*how):
+    print("prefect" in sys.modules)
+    real(*how)
+
+environment.prepare = prepare
+for words in (["run", "lora.rank=0"], ["sweep", "nothere"], ["up", "--help"], ["down", "--help"]):
+    sys.argv = ["fedlora", *words]
+    print(words[0])
+    try:
+        cli.main()
+    except SystemExit:
+        pass
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    lines = done.stdout.splitlines()
+    after = [lines[lines.index(command) + 1] for command in ("run", "sweep", "up", "down")]
+    assert after[:2] == ["False", "False"]  # later calls, as flows are imported, change nothing
+    assert "True" not in after
 
 
 def test_data_that_fails_leaves_no_run_running(

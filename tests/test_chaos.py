@@ -1,4 +1,4 @@
-"""Two of the kills of `make chaos`: the command line ended at random moments and continued, against a plain loop."""
+"""Kills as those of `make chaos`: the command line ended at random moments and continued, against a plain loop."""
 
 import importlib.util
 import random
@@ -19,12 +19,14 @@ def chaos():
     return module
 
 
-def test_killed_twice_and_continued_it_ends_the_same(chaos, with_databases, tmp_path, monkeypatch):
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.system)])
+def test_killed_and_continued_it_ends_the_same(chaos, with_databases, tmp_path, monkeypatch, times):
     monkeypatch.setattr(chaos, "SIGNALS", (chaos.signal.SIGKILL,))
     monkeypatch.setitem(chaos.TINY, "runner.kind", "threads")  # starts sooner; `make chaos` has worker processes
     monkeypatch.delitem(chaos.TINY, "runner.slots")
-    kills, wrong = chaos.torment(with_databases(tmp_path), "base updates", 2, random.Random(11))
-    assert len(kills) == 2, (tmp_path / "output.log").read_text()
+    kills, wrong = chaos.torment(with_databases(tmp_path), "base updates", times, random.Random(11))
+    assert len(kills) == times, (tmp_path / "output.log").read_text()
     assert wrong == []
 
 

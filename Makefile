@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two busy cores: threads that wait must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup setup-dev standard demo test test-system test-newest test-browser fuzz chaos screenshots lint types audit up down format clean
+.PHONY: setup setup-dev standard demo test test-fast test-system test-newest test-browser fuzz chaos screenshots lint types audit up down format clean
 
 # Compiled by all cores, which pip does with one. Not left to the first import: where PYTHONDONTWRITEBYTECODE is set, as
 # in many images, every process would do it again (ten seconds each).
@@ -47,6 +47,11 @@ types: setup-dev
 
 test: lint types
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The inner loop: the library without whole runs, so without a server or a process. docs/development.md says what is where.
+FAST := adapter channel config data files model report strategies
+test-fast: lint
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(FAST:%=tests/fedlora/%)
 
 # What takes minutes or needs PostgreSQL (Debian: apt-get install postgresql): servers on it, a work pool, Ctrl-C, …
 test-system: setup-dev

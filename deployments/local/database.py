@@ -10,11 +10,13 @@ import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
+from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.files import home
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
 
 OPTION = "--database"
 EXPECTED = "expected postgresql://USER@HOST:PORT"
@@ -33,35 +35,6 @@ _OTHERS = {
 
 
 @dataclass(frozen=True)
-class Postgres:
-    """A database on a PostgreSQL server."""
-
-    host: str
-    port: int
-    user: str
-    name: str
-    """Of the database; empty where only the server is meant."""
-    password: str = field(default="", repr=False)
-    sslmode: str = ""
-
-    @property
-    def shown(self) -> str:
-        """The address without the password; may be written to logs and files."""
-        user = f"{quote(self.user, safe='')}@" if self.user else ""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"postgresql://{user}{host}:{self.port}" + (f"/{self.name}" if self.name else "")
-
-    def url(self, driver: str) -> str:
-        """For SQLAlchemy, without the password."""
-        return self.shown.replace("postgresql://", f"postgresql+{driver}://", 1)
-
-    def environ(self) -> dict[str, str]:
-        """What both drivers read from the environment of their process."""
-        given = {"PGPASSWORD": self.password, "PGSSLMODE": self.sslmode}
-        return {name: value for name, value in given.items() if value}
-
-
-@dataclass(frozen=True)
 class Databases:
     """What the Prefect and the MLflow server are given."""
 
@@ -70,7 +43,7 @@ class Databases:
     mlflow: Mapping[str, str] = field(repr=False)
     server: str = ""
     """PostgreSQL server given as `--database`, without password; empty otherwise."""
-    postgres: tuple[Postgres, ...] = ()
+    postgres: tuple[URL, ...] = ()
     """The databases that must be there before the servers start."""
 
 
@@ -81,59 +54,67 @@ def choose(option: str | None) -> Databases:
         ConfigError: an address that cannot be read, or one database for both servers.
     """
     if option:
-        server = parse(option, OPTION)
-        if server.name:
+        server = _parse(option, OPTION)
+        if server.database:
             raise ConfigError(
-                f"{OPTION}: '{server.name}' names a database, but each server needs one of its own; {EXPECTED}, where "
-                f"{' and '.join(_NAMES.values())} are used, or set {PREFECT_URL} and {MLFLOW_URL}"
+                f"{OPTION}: '{server.database}' names a database, but each server needs one of its own; {EXPECTED}, "
+                f"where {' and '.join(_NAMES.values())} are used, or set {PREFECT_URL} and {MLFLOW_URL}"
             )
-        each = [
-            Postgres(server.host, server.port, server.user, name, server.password, server.sslmode)
-            for name in _NAMES.values()
-        ]
-        prefect, mlflow = (
-            {variable: at.url(_DRIVERS[variable]), **at.environ()} for variable, at in zip(_NAMES, each, strict=True)
-        )
-        return Databases(prefect, mlflow, server.shown, tuple(each))
+        each = {variable: server.set(database=name) for variable, name in _NAMES.items()}
+        prefect, mlflow = (_environ(variable, at) for variable, at in each.items())
+        return Databases(prefect, mlflow, _shown(server), tuple(each.values()))
     prefect, first = _from_environment(PREFECT_URL, home.sqlite_url(home.prefect_database(), "aiosqlite"))
     mlflow, second = _from_environment(MLFLOW_URL, home.sqlite_url(home.mlflow_database()))
-    if first and second and (first.host, first.port, first.name) == (second.host, second.port, second.name):
+    if first and second and (first.host, first.port, first.database) == (second.host, second.port, second.database):
         raise ConfigError(
-            f"{PREFECT_URL} and {MLFLOW_URL} name the same database {first.shown}; each server needs one of its own, "
+            f"{PREFECT_URL} and {MLFLOW_URL} name the same database {_shown(first)}; each server needs one of its own, "
             "for both keep a table alembic_version"
         )
     return Databases(prefect, mlflow, "", tuple(each for each in (first, second) if each))
 
 
-def parse(url: str, what: str) -> Postgres:
-    """Read `postgresql://user:password@host:port/name?sslmode=…`; `what` names the option in errors.
+def _parse(url: str, what: str) -> URL:
+    """Read an address; `what` names the option in errors, which do not hold the address: it may hold a password."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
 
-    Raises:
-        ConfigError: it cannot be read. The message does not hold the address, which may hold a password.
-    """
-    parts = urlsplit(url)
-    if parts.scheme.partition("+")[0] not in ("postgresql", "postgres"):
-        scheme = parts.scheme or "nothing"
-        raise ConfigError(f"{what}: the address begins with '{scheme}'; {EXPECTED}")
+    scheme, colon, _ = url.partition(":")
+    if scheme.partition("+")[0] not in ("postgresql", "postgres"):
+        raise ConfigError(f"{what}: the address begins with '{scheme if colon else 'nothing'}'; {EXPECTED}")
+    login, at, rest = url.rpartition("@")  # a password may hold an @ as it is
     try:
-        host, port = parts.hostname, parts.port
-    except ValueError:
+        found = make_url(f"{login.replace('@', '%40')}{at}{rest}")
+        if (found.port or 0) > 65535:
+            raise ValueError(found.port)
+    except (ArgumentError, ValueError):
         raise ConfigError(f"{what}: the port is not a number up to 65535; {EXPECTED}") from None
-    if not host:
+    if not found.host:
         raise ConfigError(f"{what}: the address names no host; {EXPECTED}")
-    user, password = unquote(parts.username or ""), unquote(parts.password or "")
-    return Postgres(host, port or 5432, user, unquote(parts.path.strip("/")), password, _sslmode(parts, what))
-
-
-def _sslmode(parts: SplitResult, what: str) -> str:
-    query = parse_qs(parts.query)
-    unknown = query.keys() - {"sslmode", "ssl"}
-    if unknown:
+    if unknown := found.query.keys() - {"sslmode", "ssl"}:
         raise ConfigError(f"{what}: unknown setting '{min(unknown)}' in the address; only sslmode is read there")
-    return next(iter(query.get("sslmode", query.get("ssl", []))), "")
+    return found.set(port=found.port or 5432)
 
 
-def _from_environment(variable: str, default: str) -> tuple[dict[str, str], Postgres | None]:
+def _shown(at: URL, scheme: str = "postgresql") -> str:
+    """The address without the password; may be written to logs and files."""
+    without = at.create(scheme, at.username, host=at.host, port=at.port, database=at.database)
+    return without.render_as_string().replace(" ", "%20")
+
+
+def _sslmode(at: URL) -> str | None:
+    query = at.normalized_query
+    return next(iter(query.get("sslmode", query.get("ssl", ()))), None)
+
+
+def _environ(variable: str, at: URL) -> dict[str, str]:
+    """The address for a server, and what its driver reads from the environment besides: a password is not in it."""
+    given = {"PGPASSWORD": at.password, "PGSSLMODE": _sslmode(at)}
+    return {variable: _shown(at, f"postgresql+{_DRIVERS[variable]}")} | {
+        key: value for key, value in given.items() if value
+    }
+
+
+def _from_environment(variable: str, default: str) -> tuple[dict[str, str], URL | None]:
     """What to set for a server whose variable the user may have set; a password moves out of the URL."""
     url = os.environ.get(variable)
     if not url:
@@ -145,10 +126,10 @@ def _from_environment(variable: str, default: str) -> tuple[dict[str, str], Post
     if not scheme.startswith("postgres"):
         known = ", ".join(f"{name}://" for name in _OTHERS[variable])
         raise ConfigError(f"{variable} begins with '{scheme}'; expected postgresql://USER@HOST:PORT/NAME or {known}")
-    at = parse(url, variable)
-    if not at.name:
+    at = _parse(url, variable)
+    if not at.database:
         raise ConfigError(f"{variable} names no database; expected postgresql://USER@HOST:PORT/NAME")
-    return {variable: at.url(_DRIVERS[variable]), **at.environ()}, at
+    return _environ(variable, at), at
 
 
 def prepare(databases: Databases) -> list[str]:
@@ -157,23 +138,28 @@ def prepare(databases: Databases) -> list[str]:
     Raises:
         FedloraError: no driver, no answer, wrong password, or the user may not create a database. One line.
     """
-    return [each.name for each in databases.postgres if _create(each)]
+    return [str(each.database) for each in databases.postgres if _create(each)]
 
 
-def _create(at: Postgres) -> bool:
-    driver = _driver()
+def _create(at: URL) -> bool:
     try:
-        _connect(driver, at, at.name).close()
+        driver = importlib.import_module("psycopg2")
+    except ImportError:
+        raise FedloraError(
+            "PostgreSQL needs the driver psycopg2, which is not installed: pip install 'fedlora[postgresql]'"
+        ) from None
+    try:
+        _connect(driver, at).close()
         return False
     except driver.OperationalError as error:
-        if "does not exist" not in str(error) or f'"{at.name}"' not in str(error):
+        if "does not exist" not in str(error) or f'"{at.database}"' not in str(error):
             raise _unreachable(at, error) from None
     try:
-        connection = _connect(driver, at, "postgres")
+        connection = _connect(driver, at.set(database="postgres"))
         connection.autocommit = True  # CREATE DATABASE does not run in a transaction
         try:
             with connection.cursor() as cursor:
-                cursor.execute(f'CREATE DATABASE "{at.name.replace(chr(34), chr(34) * 2)}"')
+                cursor.execute(f"CREATE DATABASE {driver.extensions.quote_ident(at.database, cursor)}")
         finally:
             connection.close()
     except driver.errors.DuplicateDatabase:  # somebody else was quicker
@@ -182,36 +168,27 @@ def _create(at: Postgres) -> bool:
         raise _unreachable(at, error) from None
     except driver.Error as error:
         raise FedloraError(
-            f"database {at.name} is missing on {at.shown} and cannot be created ({_first_line(error)}); ask its "
-            f"administrator for: CREATE DATABASE {at.name} OWNER {at.user or 'YOU'}"
+            f"database {at.database} is missing on {_shown(at)} and cannot be created ({_first_line(error)}); ask its "
+            f"administrator for: CREATE DATABASE {at.database} OWNER {at.username or 'YOU'}"
         ) from None
     return True
 
 
-def _driver() -> Any:
-    try:
-        return importlib.import_module("psycopg2")
-    except ImportError:
-        raise FedloraError(
-            "PostgreSQL needs the driver psycopg2, which is not installed: pip install 'fedlora[postgresql]'"
-        ) from None
+def _connect(driver: Any, at: URL) -> Any:
+    given = {"user": at.username, "password": at.password, "sslmode": _sslmode(at)}
+    return driver.connect(host=at.host, port=at.port, dbname=at.database, connect_timeout=10, **given)
 
 
-def _connect(driver: Any, at: Postgres, name: str) -> Any:
-    optional = {"user": at.user, "password": at.password, "sslmode": at.sslmode}
-    given = {key: value for key, value in optional.items() if value}
-    return driver.connect(host=at.host, port=at.port, dbname=name, connect_timeout=10, **given)
-
-
-def _unreachable(at: Postgres, error: Exception) -> FedloraError:
+def _unreachable(at: URL, error: Exception) -> FedloraError:
     reason = _first_line(error)
     if "password" in reason or "no pg_hba.conf entry" in reason:
         return FedloraError(
-            f"the PostgreSQL server refuses {at.shown} ({reason}); set PGPASSWORD or a line in ~/.pgpass, or give the "
-            "right user"
+            f"the PostgreSQL server refuses {_shown(at)} ({reason}); set PGPASSWORD or a line in ~/.pgpass, or give "
+            "the right user"
         )
     return FedloraError(
-        f"the PostgreSQL server of {at.shown} cannot be reached ({reason}); is it running, and are host and port right?"
+        f"the PostgreSQL server of {_shown(at)} cannot be reached ({reason}); is it running, and are host and port "
+        "right?"
     )
 
 

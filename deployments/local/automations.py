@@ -116,10 +116,5 @@ def _upsert(client: SyncPrefectClient, wanted: AutomationCore) -> Done:
 
 def _essence(automation: AutomationCore) -> dict[str, Any]:
     """What can differ between our definition and the server's, without ids."""
-    chosen = automation.model_dump(mode="json", include={"name", "description", "enabled", "trigger", "actions"})
-    chosen["trigger"] = {key: _sorted(value) for key, value in chosen["trigger"].items() if key != "id"}
-    return chosen
-
-
-def _sorted(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list) else value
+    told = {"name", "description", "enabled", "trigger", "actions"}
+    return automation.model_dump(include=told, exclude={"trigger": {"id"}})

@@ -73,6 +73,7 @@ def resume(
     """
     environment.prepare(_CONSOLE)
     private_server.begin_imports()
+    from deployments.local import asking
     from fedlora.run import preflight
     from fedlora.run.runfolder import RunFolder
     from fedlora_cli import resuming
@@ -80,7 +81,7 @@ def resume(
     folder = resuming.folder_of(what)
     config = RunFolder.open(folder).config
     preflight.names(config)
-    environment.check_prefect()
+    asking.check_prefect()
     print(f"run folder: {folder}", flush=True)
     _run_and_show(str(folder / "config.yaml"), {}, config, folder)
 
@@ -98,7 +99,9 @@ def watch(
     For example: prefect deployment run federated/demo; fedlora watch
     """
     environment.prepare(_CONSOLE)
-    environment.check_prefect()
+    from deployments.local import asking
+
+    asking.check_prefect()
     from prefect.settings import get_current_settings
 
     from fedlora_cli import watching

@@ -55,7 +55,7 @@ def _servers(found: Standing) -> Iterator[str]:
         yield "  NOTHING RUNS; `fedlora up` starts servers and workers again"
     places = max(len(each.place) for each in found.servers)
     for each in found.servers:
-        yield _cut(f"  {each.name:<10}  {_state(each):<16}  {each.place:<{places}}  {each.remark}".rstrip())
+        yield _cut(f"  {each.title:<10}  {_state(each):<16}  {each.place:<{places}}  {each.remark}".rstrip())
         if not each.well and each.log:
             yield f"              its log: {each.log}"
 

@@ -7,8 +7,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deployments.local import environment
-
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
     from fedlora.run.preflight import Found
@@ -98,5 +96,7 @@ def servers(config: RunConfig) -> None:
     Raises:
         FedloraError: one of them does not.
     """
+    from deployments.local import asking  # which imports an HTTP client
+
     tracking(config)
-    environment.check_prefect()
+    asking.check_prefect()

@@ -13,7 +13,7 @@ import httpx
 from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 
-from deployments.local import environment
+from deployments.local import asking, waiting
 
 AWAY = (httpx.TransportError, httpx.HTTPStatusError, PrefectException)
 """What a server that is away, or was started again and is not ready, makes of a request."""
@@ -28,23 +28,20 @@ def optional(call: Callable[[], object], patience_s: float = 0.0) -> bool:
         call: the request.
         patience_s: how many seconds it is tried again.
     """
-    until = time.monotonic() + patience_s
-    while True:
+
+    def answered() -> bool:
         try:
-            if _answers():  # a request of Prefect's would be tried again for minutes
-                call()
-                return True
+            if not _answers():  # a request of Prefect's would be tried again for minutes
+                return False
+            call()
+            return True
         except AWAY:
-            pass
-        if time.monotonic() >= until:
             return False
-        time.sleep(_ASK_AGAIN_S)
+
+    return waiting.until(answered, time.monotonic() + patience_s, _ASK_AGAIN_S)
 
 
 def _answers() -> bool:
     """Whether the server is there; without an address it is in this process."""
     url = get_current_settings().api.url
-    if not url:
-        return True
-    with environment.client_of(url) as client:
-        return client.get(f"{url}/health").is_success
+    return not url or asking.answers(url, None)

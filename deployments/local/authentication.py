@@ -51,12 +51,16 @@ def check(host: str) -> None:
         )
 
 
+def _weak(password: str) -> bool:
+    return len(password) < SHORTEST or password in _PUBLISHED
+
+
 def _prefect_problems() -> Iterator[str]:
     text = os.environ.get(PREFECT_SERVER, "")
     user, _, password = text.partition(":")
     if not text:
         yield f"{PREFECT_SERVER} is not set: expected USER:PASSWORD, the password of {SHORTEST} characters or more"
-    elif not user or len(password) < SHORTEST or password in _PUBLISHED:
+    elif not user or _weak(password):
         yield f"{PREFECT_SERVER} is not USER:PASSWORD with a password of {SHORTEST} characters or more"
     if text and os.environ.get(PREFECT_CLIENT, text) != text:
         yield f"{PREFECT_CLIENT} is not the same as {PREFECT_SERVER}: unset it here"
@@ -68,7 +72,7 @@ def _mlflow_problems() -> Iterator[str]:
         yield from _file_problems(Path(given))
     elif not password:
         yield f"{ADMIN_PASSWORD} is not set: expected {SHORTEST} characters or more, for MLflow's user {_admin()}"
-    if password and (len(password) < SHORTEST or password in _PUBLISHED):
+    if password and _weak(password):
         yield f"{ADMIN_PASSWORD} is too short or published: expected {SHORTEST} characters or more of your own"
     if bool(os.environ.get(USER)) != bool(os.environ.get(PASSWORD)):
         yield f"only one of {USER} and {PASSWORD} is set: expected both, or none for the administrator"
@@ -83,8 +87,7 @@ def _file_problems(path: Path) -> Iterator[str]:
         return
     if path.stat().st_mode & 0o077:
         yield f"{AUTH_FILE} names {path}, which others can read: chmod 600 {path}"
-    password = _from_file("admin_password") or os.environ.get(ADMIN_PASSWORD, "")
-    if len(password) < SHORTEST or password in _PUBLISHED:
+    if _weak(_from_file("admin_password") or os.environ.get(ADMIN_PASSWORD, "")):
         yield f"neither {path} nor {ADMIN_PASSWORD} gives an administrator's password of {SHORTEST} characters or more"
 
 

@@ -9,16 +9,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from deployments.local import authentication
 from fedlora.config import addresses
-from fedlora.errors import FedloraError
 from fedlora.files import home
-
-if TYPE_CHECKING:
-    import httpx
+from fedlora.files.atomic import write_atomic
 
 Process = tuple[int, float]
 """A process id with the time its process started, which tells it from a later process with the same id."""
@@ -40,13 +36,14 @@ class Services:
     authenticated: bool = False
     """Whether the servers ask who is calling: whatever is started beside them must do so too."""
 
+    @property
+    def urls(self) -> dict[str, str]:
+        """Addresses of the servers by the name of their process."""
+        return {"prefect": self.prefect_url, "mlflow": self.mlflow_url}
+
     def save(self) -> None:
         """Write the record whole or not at all: `down` relies on it."""
-        record = home.services_file()
-        record.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = record.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
-        unfinished.replace(record)
+        write_atomic(home.services_file(), json.dumps(asdict(self), indent=2).encode())
 
     def alive(self) -> dict[str, Process]:
         """Those of the recorded processes that still run."""
@@ -68,16 +65,14 @@ def is_alive(process: Process) -> bool:
 def recorded_services() -> Services | None:
     """What the last `fedlora up` wrote down, whether or not it still runs."""
     try:
-        content = json.loads(home.services_file().read_text("utf-8"))
-        return Services(
-            str(content["prefect_url"]),
-            str(content["mlflow_url"]),
-            {str(name): (int(pid), float(started)) for name, (pid, started) in content["processes"].items()},
-            str(content.get("database", "")),
-            str(content.get("host", "127.0.0.1")),
-            bool(content.get("authenticated", False)),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        content = home.services_file().read_bytes()
+    except OSError:
+        return None
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(Services).validate_json(content)
+    except ValidationError:
         return None
 
 
@@ -118,6 +113,12 @@ def defaults(console_level: str = "ERROR") -> dict[str, str]:
     return found
 
 
+def of_child(prefect_url: str) -> dict[str, str]:
+    """What a process of ours gets that talks to a Prefect server and writes into a log."""
+    host = urlsplit(prefect_url).hostname or ""
+    return {**defaults(), **os.environ, **addresses.direct(os.environ, host), **UTF8, "PREFECT_API_URL": prefect_url}
+
+
 def of_server() -> dict[str, str]:
     """What a Prefect server of ours gets besides: leases of concurrency slots survive it.
 
@@ -153,47 +154,3 @@ def _use(variable: str, url: str, login: Mapping[str, str]) -> None:
         for name, value in login.items():
             os.environ.setdefault(name, value)
         os.environ.update(addresses.direct(os.environ, urlsplit(url).hostname or ""))
-
-
-def check_prefect() -> None:
-    """Make sure that a Prefect server which is named also answers, and lets us in; without one, Prefect starts its own.
-
-    Raises:
-        FedloraError: it does not answer within seconds, or wants another user and password.
-    """
-    import httpx
-
-    url = os.environ.get("PREFECT_API_URL", "").rstrip("/")
-    if not url:
-        return
-    try:
-        with client_of(url) as client:
-            client.get(f"{url}/health").raise_for_status()
-            refused = client.get(f"{url}/admin/version").status_code == httpx.codes.UNAUTHORIZED
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        raise FedloraError(
-            f"the Prefect server at {url} does not answer ({error}). Start it (`fedlora up`), or unset PREFECT_API_URL "
-            "to run without one"
-        ) from None
-    if refused and not os.environ.get("PREFECT_API_KEY"):
-        given = "another" if os.environ.get(authentication.PREFECT_CLIENT) else "a"
-        raise FedloraError(
-            f"the Prefect server at {url} wants {given} user and password; set {authentication.PREFECT_CLIENT} to "
-            "USER:PASSWORD in the environment"
-        )
-
-
-def client_of(url: str) -> httpx.Client:
-    """For a few requests, past proxies on this machine, with Prefect's own variables for certificates and the login."""
-    import ssl
-
-    import certifi
-    import httpx
-
-    context: ssl.SSLContext | bool = False  # nothing to verify, and certificates take a while to load
-    if url.startswith("https:"):
-        authority = os.environ.get("PREFECT_API_SSL_CERT_FILE") or os.environ.get("SSL_CERT_FILE") or certifi.where()
-        context = ssl.create_default_context(cafile=authority)
-    headers = authentication.header(os.environ.get(authentication.PREFECT_CLIENT, ""))
-    elsewhere = urlsplit(url).hostname not in addresses.LOOPBACK
-    return httpx.Client(headers=headers, verify=context, timeout=5, trust_env=elsewhere)

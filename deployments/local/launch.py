@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import socket
@@ -12,13 +13,20 @@ from urllib.parse import quote
 import httpx
 
 from deployments.local import authentication, database
+from deployments.local.asking import CPU_POOL, GPU_POOL
 from deployments.local.database import Databases
-from deployments.local.environment import UTF8, Services, defaults, of_server
-from deployments.local.prefect_api import CPU_POOL, GPU_POOL
+from deployments.local.environment import Services, of_child, of_server
 from deployments.local.server_log import DATE_FORMAT
-from fedlora.config import addresses
 from fedlora.files import home
 
+TITLES = {
+    "prefect": "Prefect server",
+    "mlflow": "MLflow server",
+    "worker": "worker",
+    "gpu-worker": "GPU worker",
+}
+"""What each process is called in messages, in the order in which they start."""
+SERVERS = ("prefect", "mlflow")
 WORKERS = {"worker": CPU_POOL, "gpu-worker": GPU_POOL}
 """The pool that each worker serves."""
 _OF_FLOW_RUNS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
@@ -84,6 +92,25 @@ def environments(services: Services, databases: Databases) -> dict[str, dict[str
     return {"prefect": prefect, "mlflow": mlflow, "worker": _without_gpus(worker), "gpu-worker": worker}
 
 
+def gpus(devices: Path = Path("/dev")) -> int:
+    """How many GPUs a worker here can use: NVIDIA devices, unless torch or the environment leaves them out.
+
+    Told without importing torch, which takes seconds.
+    """
+    try:
+        if "+cpu" in importlib.metadata.version("torch"):
+            return 0
+    except importlib.metadata.PackageNotFoundError:
+        return 0
+    present = sum(1 for path in devices.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    chosen = [word.strip() for word in visible.split(",")]
+    refused = next((index for index, word in enumerate(chosen) if word in ("", "-1")), len(chosen))  # ends the list
+    return min(present, refused)
+
+
 def _artifacts() -> str:
     """The folder of artifacts, as an address where its path holds what MLflow would read as part of one."""
     folder = home.mlflow_artifacts()
@@ -93,12 +120,8 @@ def _artifacts() -> str:
 def _common(services: Services) -> dict[str, str]:
     """What all processes get."""
     common = {
-        **defaults(),
-        **os.environ,
-        **addresses.direct(os.environ, str(httpx.URL(services.prefect_url).host)),
-        **UTF8,
+        **of_child(services.prefect_url),
         "FEDLORA_HOME": str(home.home()),
-        "PREFECT_API_URL": services.prefect_url,
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",  # their console is a log file
     }
     common.pop("FEDLORA_NOTIFY_URL", None)  # is kept in a block of the Prefect server

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import httpx
 
 from deployments.local import registering as deploying
-from deployments.local.prefect_api import call
+from deployments.local import waiting
+from deployments.local.asking import ask, ours
 from deployments.local.processes import ServiceError
 from deployments.local.server_log import Failure, failures
 
@@ -22,24 +22,9 @@ SERVICES = ("schedule_recent_deployments", "schedule_deployments", "services.sch
 _SWITCHES = ("PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED", "PREFECT_API_SERVICES_SCHEDULER_ENABLED")
 
 
-@dataclass(frozen=True)
-class Scheduled:
-    """A deployment with an active schedule."""
-
-    id: str
-    flow: str
-    """Id of its flow."""
-    name: str
-    entrypoint: str
-
-
-def scheduled(deployments: list[dict[str, Any]]) -> list[Scheduled]:
+def scheduled(deployments: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of a server's deployments, as its API tells them, of which runs are to be planned."""
-    return [
-        Scheduled(each["id"], each["flow_id"], each["name"], each.get("entrypoint") or "")
-        for each in deployments
-        if not each["paused"] and any(schedule["active"] for schedule in each["schedules"])
-    ]
+    return [each for each in deployments if not each["paused"] and any(one["active"] for one in each["schedules"])]
 
 
 def planned_runs(deployment: str) -> dict[str, Any]:
@@ -74,45 +59,43 @@ def wait(
     Raises:
         ServiceError: the service that plans fails (its name, the error and the log's line follow), or the time is up.
     """
-    ours = {(each["name"], each["entrypoint"]) for each in deploying.declared(source) if each.get("schedules")}
-    if not ours:
+    wanted = {(each["name"], each["entrypoint"]) for each in deploying.declared(source) if each.get("schedules")}
+    if not wanted:
         return
     if switched_off():
         report(f"note: {switched_off()} is set in your environment, so this server plans no runs of schedules")
         return
-    begun = told = time.monotonic()
-    while waiting := _unplanned(prefect_url, ours):
-        if (failed := _failure(log)) is not None:
+    begun = time.monotonic()
+
+    def unplanned() -> list[str]:
+        names = _unplanned(prefect_url, wanted)
+        if names and (failed := _failure(log)) is not None:
             raise ServiceError(
-                f"the Prefect server plans no runs of {', '.join(waiting)}: {described(failed, log)}. Packages other "
-                "than the tested ones can be why: pip install -c constraints.txt puts those back"
+                f"the Prefect server plans no runs of {', '.join(names)}: {failed.told(log)}. Packages other than "
+                "the tested ones can be why: pip install -c constraints.txt puts those back"
             )
-        now = time.monotonic()
-        if now > deadline or not alive():
-            what = "has planned no" if alive() else "stopped before it had planned"
-            raise ServiceError(
-                f"the Prefect server {what} runs of {', '.join(waiting)} within {now - begun:.0f} s, and does not say "
-                f"why; its log: {log}"
-            )
-        if now - told >= 5:
-            told = now
-            report(f"waiting for the Prefect server to plan the runs of {', '.join(waiting)} ({now - begun:.0f} s)")
-        time.sleep(0.2)
+        if names and not alive():
+            raise silent(names, "stopped before it had planned")
+        return names
+
+    def silent(names: list[str], what: str) -> ServiceError:
+        return ServiceError(
+            f"the Prefect server {what} runs of {', '.join(names)} within {time.monotonic() - begun:.0f} s, and does "
+            f"not say why; its log: {log}"
+        )
+
+    if left := waiting.for_all(unplanned, deadline, report, "Prefect server to plan the runs of {}"):
+        raise silent(left, "has planned no")
 
 
-def described(failed: Failure, log: Path) -> str:
-    """A failure in one line, with the place in the log."""
-    return f"its service {failed.service} failed at {failed.when} with {failed.reason} ({log}:{failed.line})"
-
-
-def _unplanned(prefect_url: str, ours: set[tuple[str, str]]) -> list[str]:
+def _unplanned(prefect_url: str, wanted: set[tuple[str, str]]) -> list[str]:
     """Names of those of these deployments without a planned run; all of them if the server is too busy to say."""
-    names = sorted({name for name, _ in ours})
+    names = sorted({name for name, _ in wanted})
     try:
-        found = call("POST", f"{prefect_url}/deployments/filter", {"deployments": {"name": {"any_": names}}})
-        active = [each for each in scheduled(found.raise_for_status().json()) if (each.name, each.entrypoint) in ours]
-        counts = {each.name: call("POST", f"{prefect_url}/flow_runs/count", planned_runs(each.id)) for each in active}
-        return [name for name, answer in counts.items() if not answer.raise_for_status().json()]
+        with ours(prefect_url) as client:
+            found = ask(client, "deployments/filter", {"deployments": {"name": {"any_": names}}})
+            active = [each for each in scheduled(found) if (each["name"], each["entrypoint"] or "") in wanted]
+            return [each["name"] for each in active if not ask(client, "flow_runs/count", planned_runs(each["id"]))]
     except httpx.HTTPError:
         return names
 

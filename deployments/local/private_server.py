@@ -79,12 +79,17 @@ def available() -> Iterator[None]:
             _end(server.process, wait=False)
         yield
         return
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
     server = server or _spawn()
-    port, log = _free_port(), home.logs() / f"prefect-private-{os.getpid()}.log"
+    log = home.logs() / f"prefect-private-{os.getpid()}.log"
     stopped = False
     try:
-        _let_serve(server, port, log)
-        yield from _with_server(server, port, log)
+        with temporary_settings({PREFECT_API_URL: _let_serve(server, log)}):
+            try:
+                yield
+            finally:
+                _send_what_waits()
         log.unlink(missing_ok=True)  # of use only where something went wrong
     except KeyboardInterrupt:
         stopped = True
@@ -93,13 +98,26 @@ def available() -> Iterator[None]:
         _end(server.process, wait=not stopped)
 
 
-def _let_serve(server: Server, port: int, log: Path) -> None:
-    """Tell the process where to serve, and where its log is."""
+def _let_serve(server: Server, log: Path) -> str:
+    """Tell the process where to serve, and where its log is; the address of its API, when it answers there."""
+    from deployments.local import asking, waiting
+
+    process, port = server.process, _free_port()
+    url = f"http://127.0.0.1:{port}/api"
     log.parent.mkdir(parents=True, exist_ok=True)
-    assert server.process.stdin is not None
+    assert process.stdin is not None
     with suppress(BrokenPipeError):  # it has died already: its log says why
-        server.process.stdin.write(f"{port} {log}\n".encode())
-        server.process.stdin.flush()
+        process.stdin.write(f"{port} {log}\n".encode())
+        process.stdin.flush()
+    deadline = time.monotonic() + _ANSWER_WITHIN_S
+    waiting.until(lambda: process.poll() is not None or asking.answers(url), deadline, every=0.05)
+    if process.poll() is None and asking.answers(url):
+        return url
+    with log.open("ab") as file:
+        server.early.seek(0)
+        file.write(server.early.read())
+    lines = log.read_text("utf-8", errors="replace").splitlines()[-5:]
+    raise FedloraError(f"Prefect's server does not start (log: {log}): {' | '.join(lines) or 'no output'}")
 
 
 def _end(process: subprocess.Popen[bytes], wait: bool) -> None:
@@ -119,18 +137,6 @@ def _configured() -> bool:
     from prefect.settings import get_current_settings
 
     return bool(get_current_settings().api.url)
-
-
-def _with_server(server: Server, port: int, log: Path) -> Iterator[None]:
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    url = f"http://127.0.0.1:{port}/api"
-    _wait(server, url, log)
-    with temporary_settings({PREFECT_API_URL: url}):
-        try:
-            yield
-        finally:
-            _send_what_waits()
 
 
 def _send_what_waits() -> None:
@@ -160,24 +166,6 @@ def _spawn() -> Server:
         start_new_session=True,
     )
     return Server(process, early)
-
-
-def _wait(server: Server, url: str, log: Path) -> None:
-    import httpx
-
-    deadline = time.monotonic() + _ANSWER_WITHIN_S
-    with environment.client_of(url) as client:
-        while time.monotonic() < deadline and server.process.poll() is None:
-            try:
-                if client.get(f"{url}/health").is_success:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.05)
-    with log.open("ab") as file:
-        server.early.seek(0)
-        file.write(server.early.read())
-    lines = log.read_text("utf-8", errors="replace").splitlines()[-5:]
-    raise FedloraError(f"Prefect's server does not start (log: {log}): {' | '.join(lines) or 'no output'}")
 
 
 def _free_port() -> int:

@@ -10,20 +10,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from deployments.form import AS_IN_PRESET
 from deployments.local import authentication
-from deployments.local.environment import UTF8, defaults, prepare
-from deployments.local.prefect_api import POOLS
+from deployments.local.asking import POOLS
+from deployments.local.environment import of_child, prepare
 from deployments.local.processes import ServiceError, ending
 from deployments.shipped import PRESETS, SWEEPS
-from fedlora.config import addresses, configfile, yamltext
+from fedlora.config import configfile, yamltext
 from fedlora.errors import FedloraError
 
 SOURCE = Path(__file__).resolve().parents[2]
@@ -36,14 +33,20 @@ def deploy(prefect_url: str, source: Path = SOURCE) -> None:
     """Register the deployments of `source`, whose flows a worker finds in that folder, and the automations.
 
     Raises:
-        ServiceError: a flow cannot be imported or the server refuses something.
+        ServiceError: a flow cannot be imported or the server refuses something (the end of what was said follows the
+            first line), or the time is up.
     """
     check_source(source)
     process = begin(prefect_url, source)
     try:
-        finish(process, time.monotonic() + PATIENCE)
+        output, _ = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise ServiceError(f"{_WHAT}: Prefect did not finish within {PATIENCE:.0f} s") from error
     finally:
-        end(process)
+        process.kill()
+        process.communicate()
+    if process.returncode:
+        raise ServiceError(f"{_WHAT}:\n{ending(output)}")
 
 
 def check_source(source: Path) -> None:
@@ -115,18 +118,11 @@ def declared(source: Path = SOURCE) -> list[dict[str, Any]]:
 
 
 def begin(prefect_url: str, source: Path) -> subprocess.Popen[str]:
-    """Start registering in the background; `finish` waits for it."""
-    environ = {
-        **defaults(),
-        **authentication.without(os.environ, authentication.OF_SERVERS + authentication.OF_MLFLOW),
-        **authentication.prefect_client(),
-        "PREFECT_API_URL": prefect_url,
-        **addresses.direct(os.environ, str(httpx.URL(prefect_url).host)),
-        **UTF8,
-    }
+    """Start registering in the background."""
+    secrets = authentication.OF_SERVERS + authentication.OF_MLFLOW
     return subprocess.Popen(
         [sys.executable, "-m", "deployments.local.registering", str(source)],
-        env=environ,
+        env=authentication.without(of_child(prefect_url), secrets) | authentication.prefect_client(),
         cwd=SOURCE,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -135,26 +131,6 @@ def begin(prefect_url: str, source: Path) -> subprocess.Popen[str]:
         encoding="utf-8",
         errors="replace",
     )
-
-
-def finish(process: subprocess.Popen[str], deadline: float) -> None:
-    """Wait until all is registered.
-
-    Raises:
-        ServiceError: it failed (the end of what it said follows the first line), or the time is up.
-    """
-    try:
-        output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired as error:
-        raise ServiceError(f"{_WHAT}: Prefect did not finish within {PATIENCE:.0f} s") from error
-    if process.returncode:
-        raise ServiceError(f"{_WHAT}:\n{ending(output)}")
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """Leave nothing behind of a registration that was not waited for."""
-    process.kill()
-    process.communicate()
 
 
 def register(source: Path) -> None:

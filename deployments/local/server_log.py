@@ -47,6 +47,10 @@ class Failure:
         """Whether it only came too late for SQLite's lock."""
         return any(words in self.reason for words in _PASSING)
 
+    def told(self, log: Path) -> str:
+        """In one line, with the place in the log."""
+        return f"its service {self.service} failed at {self.when} with {self.reason} ({log}:{self.line})"
+
 
 def failures(log: Path) -> list[Failure]:
     """The services that have failed, in order of their last failure; none where there is no log."""

@@ -18,61 +18,42 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
 
-from deployments.local import authentication, database, gpus, launch, planning, ports, server_log, verifying
+from deployments.local import authentication, database, launch, planning, ports, server_log, waiting
 from deployments.local import registering as deploying
+from deployments.local.asking import CPU_POOL, GPU_POOL, answers, ensure_pools, has_worker, verify
 from deployments.local.database import Databases
 from deployments.local.environment import Process, Services, is_alive, recorded_services
-from deployments.local.prefect_api import CPU_POOL, GPU_POOL, call, ensure_pools, has_worker
+from deployments.local.launch import SERVERS, TITLES, WORKERS
 from deployments.local.processes import ServiceError, ending, log_file, spawn, stop, stop_children
 from deployments.local.registering import PATIENCE, SOURCE
+from deployments.local.waiting import Report, listing
 from fedlora.errors import ConfigError
 from fedlora.files import home
 
-Report = Callable[[str], None]
-
-TITLES = {
-    "prefect": "Prefect server",
-    "mlflow": "MLflow server",
-    "worker": "worker",
-    "gpu-worker": "GPU worker",
-}
-SERVERS = ("prefect", "mlflow")
 CPU_RUNS = 2
 """Flow runs at a time in a new pool cpu-workers."""
 NOBODY: Process = (0, 0.0)
 
 
 @dataclass(frozen=True)
-class ServiceStatus:
-    """One of the processes of `fedlora up`, as it is now."""
-
-    name: str
-    state: str
-    """`running`, `not answering` or `stopped`."""
-    url: str
-    """Page to open in a browser; empty for the worker."""
-    pid: int
-    log: Path
-
-
-@dataclass(frozen=True)
 class _Plan:
     """What an `up` is asked for."""
 
+    wanted: Services
+    """Addresses and what they ask callers for; `processes` are those that run already, and those that are added."""
+    names: list[str]
+    """Of the processes that belong to it."""
     source: Path
     databases: Databases
     limits: dict[str, int | None]
-    names: list[str]
-    """Of the processes that belong to it."""
-    host: str
-    authenticated: bool
+    report: Report
 
 
 def up(
@@ -94,8 +75,6 @@ def up(
     If anything fails, what this call started is stopped again.
 
     Args:
-        prefect_port: Of the Prefect server.
-        mlflow_port: Of the MLflow server.
         host: IPv4 address to listen on. None: where the servers already listen, or loopback. Any address but a loopback
             one needs what `deployments.local.authentication` lists in the environment.
         report: Told what happens, line by line.
@@ -113,95 +92,93 @@ def up(
         ServiceError: a process died or did not answer within two minutes (its last log lines follow the first line), a
             server that should ask for a password does not, or the Prefect server does not plan runs.
     """
-    reach = _reach(host, authenticate)
-    with _alone():
-        before = recorded_services() or Services("", "", {})
-        alive = before.alive()
-        plan = _plan(before, alive, source, database, {CPU_POOL: cpu_runs, GPU_POOL: gpu_runs}, reach)
-        if alive.keys() >= set(plan.names):
-            report("already running (`fedlora down` stops it):")
-            _wait(before, SERVERS, time.monotonic() + PATIENCE, report)
-            _limit(before, plan)
-            _wait_for_plans(before, plan, report)
-        else:
-            stop(_without(before.processes, alive))  # children that outlived them
-            wanted = {"prefect": prefect_port, "mlflow": mlflow_port}
-            ports.check_ports(plan.host, {name: port for name, port in wanted.items() if name not in alive})
-            at = f"http://{ports.reached_at(plan.host)}"
-            prefect_url = before.prefect_url if "prefect" in alive else f"{at}:{prefect_port}/api"
-            mlflow_url = before.mlflow_url if "mlflow" in alive else f"{at}:{mlflow_port}"
-            _prepare(plan, report)
-            now = Services(prefect_url, mlflow_url, alive, plan.databases.server, plan.host, plan.authenticated)
-            before = _complete(before, now, plan, report)
-        _announce(before, report)
-        return before
-
-
-def _reach(host: str | None, authenticate: bool) -> tuple[str, bool]:
-    """Where the servers are to listen, and whether they ask who is calling. Checked before anything is touched."""
     at = ports.address(ports.LOOPBACK if host is None else host)
     asking = authenticate or not ports.is_loopback(at)
     if asking:
         authentication.check(at)
-    return at if host is not None else "", asking
+    with _alone():
+        before = recorded_services() or Services("", "", {})
+        limits = {CPU_POOL: cpu_runs, GPU_POOL: gpu_runs}
+        wanted = replace(before, processes=before.alive())
+        names = _names(limits, wanted.processes)
+        databases = _databases(wanted, database)
+        complete = wanted.processes.keys() >= set(names)
+        reach = _reach(wanted, at if host is not None else "", asking, complete)
+        wanted = replace(wanted, database=databases.server, host=reach[0], authenticated=reach[1])
+        if not complete:
+            stop(_without(before.processes, wanted.processes))  # children that outlived them
+            wanted = _addressed(wanted, {"prefect": prefect_port, "mlflow": mlflow_port})
+        plan = _Plan(wanted, names, source, databases, limits, report)
+        if complete:
+            report("already running (`fedlora down` stops it):")
+            _wait(plan, SERVERS)
+            _limit(plan)
+            _wait_for_plans(plan)
+        else:
+            _prepare(plan)
+            _complete(before, plan)
+        _announce(wanted, report)
+        return wanted
 
 
-def _reach_now(before: Services, running: bool, all_there: bool, reach: tuple[str, bool]) -> tuple[str, bool]:
-    """The same beside servers that run: what they do counts, and asking for something else is refused."""
-    at, asking = reach
-    if not running:
-        return at or ports.LOOPBACK, asking
-    if (at and at != before.host) or (asking and not before.authenticated):
-        how = "ask for a password" if before.authenticated else "ask for no password"
-        raise ConfigError(f"the servers already run on {before.host} and {how}; stop them first with `fedlora down`")
-    if before.authenticated and not all_there:
-        authentication.check(before.host)
-    return before.host, before.authenticated
-
-
-def _plan(
-    before: Services,
-    alive: dict[str, Process],
-    source: Path,
-    option: str | None,
-    limits: dict[str, int | None],
-    reach: tuple[str, bool],
-) -> _Plan:
-    """Check what can be checked before anything starts."""
+def _names(limits: dict[str, int | None], alive: Container[str]) -> list[str]:
+    """The processes that belong to it, with a worker for GPUs where there are some or somebody says so."""
     for pool, limit in limits.items():
-        if limit is not None and limit < (pool == CPU_POOL):
-            raise ConfigError(
-                f"{limit} runs at a time in {pool}: expected a whole number from {1 - (pool == GPU_POOL)}"
-            )
+        least = int(pool == CPU_POOL)
+        if limit is not None and limit < least:
+            raise ConfigError(f"{limit} runs at a time in {pool}: expected a whole number from {least}")
+    found = launch.gpus() if limits[GPU_POOL] is None else limits[GPU_POOL]
+    return [name for name in TITLES if name != "gpu-worker" or found or name in alive]
+
+
+def _databases(running: Services, option: str | None) -> Databases:
+    """Those that are asked for; beside servers that run, theirs count, and asking for others is refused."""
     asked = database.choose(option)
-    running = any(name in alive for name in SERVERS)
-    if running:
-        if option and asked.server != before.database:
-            raise ConfigError(
-                f"the servers already run on {before.database or 'the databases they were started with'}, not on "
-                f"{asked.server}; stop them first with `fedlora down`"
-            )
-        if before.database and not option:
-            asked = database.choose(before.database)
-    found = gpus.count() if limits[GPU_POOL] is None else limits[GPU_POOL]
-    names = [name for name in TITLES if name != "gpu-worker" or found or name in alive]
-    host, authenticated = _reach_now(before, running, alive.keys() >= set(names), reach)
-    return _Plan(source, asked, limits, names, host, authenticated)
+    if not running.processes.keys() & set(SERVERS):
+        return asked
+    if option and asked.server != running.database:
+        raise ConfigError(
+            f"the servers already run on {running.database or 'the databases they were started with'}, not on "
+            f"{asked.server}; stop them first with `fedlora down`"
+        )
+    return database.choose(running.database) if running.database else asked
 
 
-def _prepare(plan: _Plan, report: Report) -> None:
+def _reach(running: Services, at: str, asking: bool, complete: bool) -> tuple[str, bool]:
+    """Where the servers are to listen, and whether they ask who is calling; the same holds for those that run."""
+    if not running.processes.keys() & set(SERVERS):
+        return at or ports.LOOPBACK, asking
+    if (at and at != running.host) or (asking and not running.authenticated):
+        how = "ask for a password" if running.authenticated else "ask for no password"
+        raise ConfigError(f"the servers already run on {running.host} and {how}; stop them first with `fedlora down`")
+    if running.authenticated and not complete:
+        authentication.check(running.host)
+    return running.host, running.authenticated
+
+
+def _addressed(wanted: Services, given: dict[str, int]) -> Services:
+    """With addresses for the servers that do not run yet, on ports that are free."""
+    missing = {name: port for name, port in given.items() if name not in wanted.processes}
+    ports.check_ports(wanted.host, missing)
+    at = f"http://{ports.reached_at(wanted.host)}"
+    urls = {"prefect": f"{at}:{given['prefect']}/api", "mlflow": f"{at}:{given['mlflow']}"}
+    new = {f"{name}_url": urls[name] for name in missing}
+    return replace(wanted, **new)  # type: ignore[arg-type]
+
+
+def _prepare(plan: _Plan) -> None:
     deploying.check_source(plan.source)
-    if plan.authenticated:
+    if plan.wanted.authenticated:
         authentication.prepare_files()
     created = database.prepare(plan.databases)
     if created:
-        report(f"created the database{'s' if len(created) > 1 else ''} {_listing(created)}")
+        plan.report(f"created the database{'s' if len(created) > 1 else ''} {listing(created)}")
 
 
-def _limit(services: Services, plan: _Plan) -> None:
+def _limit(plan: _Plan) -> None:
     # A pool with a limit of zero would hold its runs back for ever, also for a worker that somebody starts elsewhere.
     limits = {pool: limit or None for pool, limit in plan.limits.items()}
-    ensure_pools(services.prefect_url, limits, {CPU_POOL: CPU_RUNS, GPU_POOL: max(1, gpus.count())})
+    ensure_pools(plan.wanted.prefect_url, limits, {CPU_POOL: CPU_RUNS, GPU_POOL: max(1, launch.gpus())})
 
 
 def down(report: Report = print) -> None:
@@ -214,9 +191,9 @@ def down(report: Report = print) -> None:
         services = recorded_services()
         recorded = services.processes if services else {}
         processes = {name: recorded.get(name, NOBODY) for name in TITLES}  # without a record, the mark still tells
-        servers = _without(processes, launch.WORKERS)
+        servers = _without(processes, WORKERS)
         # The workers' flow runs first, then the workers, then the servers: each can still report to the next.
-        for name in launch.WORKERS:
+        for name in WORKERS:
             stop_children(processes[name])
         stopped = [stop(_without(processes, servers)), stop(servers)]
         home.services_file().unlink(missing_ok=True)
@@ -226,82 +203,68 @@ def down(report: Report = print) -> None:
         report("nothing to stop: no server or worker of `fedlora up` is running")
 
 
-def status() -> list[ServiceStatus]:
-    """What the last `fedlora up` started and how it is doing; empty if there is nothing on record."""
-    services = recorded_services()
-    return [_status(name, services) for name in TITLES if name in services.processes] if services else []
-
-
-def _complete(before: Services, services: Services, plan: _Plan, report: Report) -> Services:
-    """Add to `services` the processes it lacks; on any failure go back to what `before` still has running."""
-    now, then = ((each.prefect_url, each.mlflow_url, each.authenticated) for each in (services, before))
-    workers = [name for name in launch.WORKERS if name in services.processes]
-    if now != then and workers:
-        stop({name: services.processes.pop(name) for name in workers})  # they know the old addresses and passwords
-    kept = dict(services.processes)
+def _complete(before: Services, plan: _Plan) -> None:
+    """Start the processes that are missing; on any failure go back to what `before` still has running."""
+    now, then = ((*each.urls.values(), each.authenticated) for each in (plan.wanted, before))
+    processes = plan.wanted.processes
+    if now != then:  # workers know the old addresses and passwords
+        stop({name: processes.pop(name) for name in WORKERS if name in processes})
+    kept = dict(processes)
     try:
-        _start(services, plan, report)
+        _start(plan)
     except BaseException:  # Ctrl-C too
-        stop(_without(services.processes, kept))
+        stop(_without(processes, kept))
         _record(before)
         raise
-    return services
 
 
-def _start(services: Services, plan: _Plan, report: Report) -> None:
-    """Start what is missing in `services.processes`; each is on record as soon as it exists."""
-    environ = launch.environments(services, plan.databases)
-    commands = launch.commands(services)
-    deadline = time.monotonic() + PATIENCE
+def _start(plan: _Plan) -> None:
+    """Start what is missing; each process is on record as soon as it exists."""
+    services = plan.wanted
+    environ, commands = launch.environments(services, plan.databases), launch.commands(services)
     missing = [name for name in plan.names if name not in services.processes]
+    workers = [name for name in missing if name in WORKERS]
 
     def begin(names: Iterable[str]) -> None:
         for name in names:
             services.processes[name] = spawn(name, commands[name], environ[name])
             _record(services)
 
-    report(f"starting the {_listing(TITLES[name] for name in missing)} (logs in {home.logs()})")
+    plan.report(f"starting the {listing(TITLES[name] for name in missing)} (logs in {home.logs()})")
     begin(name for name in missing if name in SERVERS)
-    _wait(services, SERVERS, deadline, report)
+    _wait(plan, SERVERS)
     if services.authenticated:
-        verifying.verify(services)
-    _limit(services, plan)
-    workers = [name for name in missing if name in launch.WORKERS]
+        verify(services)
+    _limit(plan)
     begin(workers)
-    registering = deploying.begin(services.prefect_url, plan.source)
-    try:
-        _wait(services, workers, deadline, report)
-        deploying.finish(registering, time.monotonic() + deploying.PATIENCE)
-    finally:
-        deploying.end(registering)
-    _wait_for_plans(services, plan, report)
+    deploying.deploy(services.prefect_url, plan.source)  # while the workers start
+    _wait(plan, workers)
+    _wait_for_plans(plan)
 
 
-def _wait_for_plans(services: Services, plan: _Plan, report: Report) -> None:
+def _wait_for_plans(plan: _Plan) -> None:
     """Return when the server plans the runs of our schedules; say which of its services fail besides."""
-    log, process = log_file("prefect"), services.processes["prefect"]
+    log, process = log_file("prefect"), plan.wanted.processes["prefect"]
     deadline = time.monotonic() + PATIENCE
-    planning.wait(services.prefect_url, plan.source, log, deadline, report, lambda: is_alive(process))
+    planning.wait(plan.wanted.prefect_url, plan.source, log, deadline, plan.report, lambda: is_alive(process))
     for failed in server_log.failures(log):
         if not failed.passing:
-            report(f"warning: of the Prefect server, {planning.described(failed, log)}")
+            plan.report(f"warning: of the Prefect server, {failed.told(log)}")
 
 
-def _wait(services: Services, names: Iterable[str], deadline: float, report: Report) -> None:
-    """Return when all of `names` answer; say every five seconds that we still wait."""
-    silent = list(names)
-    begun = told = time.monotonic()
-    while silent := [name for name in silent if not _answers(name, services)]:
-        for name in silent:
-            if not is_alive(services.processes[name]):
+def _wait(plan: _Plan, names: Iterable[str]) -> None:
+    """Return when all of `names` answer."""
+    waited_for = list(names)
+
+    def silent() -> list[str]:
+        waited_for[:] = [name for name in waited_for if not _answers(name, plan.wanted)]
+        for name in waited_for:
+            if not is_alive(plan.wanted.processes[name]):
                 raise _failure(name, "stopped while starting")
-        now = time.monotonic()
-        if now > deadline:
-            raise _failure(silent[0], f"did not answer within {PATIENCE:.0f} s")
-        if now - told >= 5:
-            told = now
-            report(f"waiting for the {_listing(TITLES[name] for name in silent)} ({now - begun:.0f} s)")
-        time.sleep(0.2)
+        return [TITLES[name] for name in waited_for]
+
+    if waiting.for_all(silent, time.monotonic() + PATIENCE, plan.report):
+        raise _failure(waited_for[0], f"did not answer within {PATIENCE:.0f} s")
 
 
 def _failure(name: str, what: str) -> ServiceError:
@@ -311,22 +274,7 @@ def _failure(name: str, what: str) -> ServiceError:
 
 def _answers(name: str, services: Services) -> bool:
     """Whether a server answers its health check, or the worker has told the server that it is there."""
-    try:
-        if name == "mlflow":
-            return httpx.get(f"{services.mlflow_url}/health", timeout=2.0, trust_env=False).is_success
-        if name == "prefect":
-            return call("GET", f"{services.prefect_url}/health").is_success
-        return has_worker(services.prefect_url, launch.WORKERS[name])
-    except httpx.HTTPError:
-        return False
-
-
-def _status(name: str, services: Services) -> ServiceStatus:
-    state = "stopped"
-    if is_alive(services.processes[name]):
-        state = "running" if _answers(name, services) else "not answering"
-    urls = {"prefect": services.prefect_url.removesuffix("/api"), "mlflow": services.mlflow_url}
-    return ServiceStatus(name, state, urls.get(name, ""), services.processes[name][0], log_file(name))
+    return has_worker(services.prefect_url, WORKERS[name]) if name in WORKERS else answers(services.urls[name])
 
 
 def _announce(services: Services, report: Report) -> None:
@@ -335,7 +283,7 @@ def _announce(services: Services, report: Report) -> None:
     report(f"MLflow   {services.mlflow_url}")
     if services.database:
         report(f"database {services.database}")
-    served = _listing(pool for name, pool in launch.WORKERS.items() if name in services.processes)
+    served = listing(pool for name, pool in WORKERS.items() if name in services.processes)
     idle = "" if "gpu-worker" in services.processes else f"; {GPU_POOL} has none (no GPU found, or --gpu-runs 0)"
     report(f"workers  {served}{idle}")
     report(f"to use them from a terminal: export PREFECT_API_URL={services.prefect_url}")
@@ -393,8 +341,3 @@ def _alone() -> Iterator[None]:
                 "another `fedlora up` or `fedlora down` is at work; try again when it has finished"
             ) from error
         yield
-
-
-def _listing(words: Iterable[str]) -> str:
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 
-from deployments.local import environment, launch, planning
-from deployments.local.authentication import PREFECT_CLIENT
+from deployments.local import launch, planning
+from deployments.local.asking import answers, ask, client_of
 from deployments.local.environment import Services, is_alive, recorded_services
 from deployments.local.processes import ending, log_file
 from deployments.local.server_log import Failure, failures
-from fedlora.errors import FedloraError
 
 _PATIENCE = 3.0
 """Seconds for one answer."""
@@ -33,7 +31,7 @@ class Server:
     """Something that should run: a process of `fedlora up`, or a server that the environment names."""
 
     name: str
-    """`Prefect`, `MLflow`, `worker` or `GPU worker`."""
+    """`prefect`, `mlflow`, `worker` or `gpu-worker`."""
     state: str
     """`running`, `stopped`, `does not answer` or `wants a password`."""
     place: str
@@ -41,6 +39,11 @@ class Server:
     remark: str = ""
     log: Path | None = None
     """Of a process on this machine."""
+
+    @property
+    def title(self) -> str:
+        """`Prefect`, `MLflow`, `worker` or `GPU worker`."""
+        return launch.TITLES.get(self.name, self.name).removesuffix(" server")
 
     @property
     def well(self) -> bool:
@@ -104,122 +107,86 @@ def look() -> Standing:
     """Ask every process and server that is known here; seconds at most. Call `environment.prepare` first."""
     services = recorded_services()
     api = os.environ.get("PREFECT_API_URL", "").rstrip("/")
-    servers = [*_servers(services, api), *_workers(services)]
+    servers = sorted([*processes(), *_named(services, api)], key=lambda each: each.name in launch.WORKERS)
     log = log_file("prefect") if services and "prefect" in services.processes else None
-    failed = failures(log) if log else []
-    asked = next((each for each in servers if each.name == "Prefect" and each.well and each.place == _page(api)), None)
-    if asked is None:
-        return Standing(servers, failed=failed, log=log)
+    found = Standing(servers, failed=failures(log) if log else [], log=log)
+    if not any(each.name == "prefect" and each.well and each.place == _page(api) for each in servers):
+        return found
     try:
-        with _client(api) as client:
+        with client_of(api, timeout=_PATIENCE) as client:
             schedules, more = _schedules(client)
-            return Standing(servers, list(_pools(client)), schedules, more, failed, log)
+            return replace(found, pools=list(_pools(client)), schedules=schedules, more_schedules=more)
     except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
-        trouble = f"{api} did not tell more ({type(error).__name__}: {error})"
-        return Standing(servers, failed=failed, log=log, trouble=trouble)
+        return replace(found, trouble=f"{api} did not tell more ({type(error).__name__}: {error})")
+
+
+def processes() -> list[Server]:
+    """What the last `fedlora up` started and how it is doing; empty if there is nothing on record."""
+    services = recorded_services()
+    return [_process(name, services) for name in launch.TITLES if name in services.processes] if services else []
+
+
+def _process(name: str, services: Services) -> Server:
+    process, log, url = services.processes[name], log_file(name), services.urls.get(name, "")
+    place = _page(url) or f"pool {launch.WORKERS[name]}"
+    if not is_alive(process):
+        return Server(name, "stopped", place, f"last line: {ending(log, 1).strip()}", log)
+    since = f"since {datetime.fromtimestamp(process[1]).astimezone():%a %d %b %H:%M}"
+    return Server(name, _state(name, url) if url else "running", place, since, log)
+
+
+def _named(services: Services | None, api: str) -> Iterator[Server]:
+    """Servers besides those of `up`, which the environment names."""
+    tracking = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
+    ours = services.urls if services else {}
+    recorded = services.processes if services else {}
+    if api and (api != ours.get("prefect") or "prefect" not in recorded):
+        yield Server("prefect", _state("prefect", api), _page(api), "PREFECT_API_URL names it")
+    if tracking.startswith("http") and tracking != ours.get("mlflow"):
+        yield Server("mlflow", _state("mlflow", tracking), tracking, "MLFLOW_TRACKING_URI names it")
 
 
 def _page(api: str) -> str:
     return api.removesuffix("/api")
 
 
-def _servers(services: Services | None, api: str) -> Iterator[Server]:
-    """Those of `up`, and others that the environment names."""
-    tracking = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
-    ours = {"prefect": services.prefect_url, "mlflow": services.mlflow_url} if services else {}
-    for name, url in ours.items():
-        if services and name in services.processes:
-            yield _process(name, services, url)
-    if api and (api != ours.get("prefect") or "prefect" not in (services.processes if services else {})):
-        yield Server("Prefect", _prefect_state(api), _page(api), "PREFECT_API_URL names it")
-    if tracking.startswith("http") and tracking != ours.get("mlflow"):
-        yield Server("MLflow", _mlflow_state(tracking), tracking, "MLFLOW_TRACKING_URI names it")
-
-
-def _process(name: str, services: Services, url: str) -> Server:
-    title, log = {"prefect": "Prefect", "mlflow": "MLflow"}[name], log_file(name)
-    process = services.processes[name]
-    if not is_alive(process):
-        return Server(title, "stopped", _page(url), _last_words(log), log)
-    state = _prefect_state(url) if name == "prefect" else _mlflow_state(url)
-    return Server(title, state, _page(url), _since(process[1]), log)
-
-
-def _workers(services: Services | None) -> Iterator[Server]:
-    for name, pool in launch.WORKERS.items():
-        if services and name in services.processes:
-            process, log = services.processes[name], log_file(name)
-            alive = is_alive(process)
-            title = "worker" if name == "worker" else "GPU worker"
-            remark = _since(process[1]) if alive else _last_words(log)
-            yield Server(title, "running" if alive else "stopped", f"pool {pool}", remark, log)
-
-
-def _since(started: float) -> str:
-    return f"since {datetime.fromtimestamp(started).astimezone():%a %d %b %H:%M}"
-
-
-def _last_words(log: Path) -> str:
-    return f"last line: {ending(log, 1).strip()}"
-
-
-def _client(url: str) -> httpx.Client:
-    """As our other clients call this server, and with a key where the environment holds one."""
-    client = environment.client_of(url)
-    client.timeout, client.base_url = httpx.Timeout(_PATIENCE), httpx.URL(url)
-    if (key := os.environ.get("PREFECT_API_KEY")) and not os.environ.get(PREFECT_CLIENT):
-        client.headers["Authorization"] = f"Bearer {key}"
-    return client
-
-
-def _prefect_state(url: str) -> str:
+def _state(name: str, url: str) -> str:
+    if not answers(url, None if name == "prefect" else ""):
+        return "does not answer"
+    if name == "mlflow":
+        return "running"
     try:
-        with _client(url) as client:
-            client.get("/health").raise_for_status()
-            refused = client.post("/work_pools/filter", json={"limit": 1}).status_code
+        with client_of(url, timeout=_PATIENCE) as client:
+            refused = client.post("work_pools/filter", json={"limit": 1}).status_code
         return "wants a password" if refused in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN) else "running"
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, FedloraError):
+    except httpx.HTTPError:
         return "does not answer"
-
-
-def _mlflow_state(url: str) -> str:
-    try:
-        answer = httpx.get(f"{url}/health", timeout=_PATIENCE, trust_env=False)
-        return "running" if answer.is_success else "does not answer"
-    except (httpx.HTTPError, httpx.InvalidURL, OSError):
-        return "does not answer"
-
-
-def _ask(client: httpx.Client, path: str, body: dict[str, Any] | None = None) -> Any:
-    return client.post(path, json=body or {}).raise_for_status().json()
 
 
 def _pools(client: httpx.Client) -> Iterator[Pool]:
     now = datetime.now(UTC).isoformat()
-    for pool in _ask(client, "/work_pools/filter"):
+    for pool in ask(client, "work_pools/filter"):
         name = pool["name"]
         there = [
-            each["name"] for each in _ask(client, f"/work_pools/{name}/workers/filter") if each["status"] == "ONLINE"
+            each["name"] for each in ask(client, f"work_pools/{name}/workers/filter") if each["status"] == "ONLINE"
         ]
         in_pool = {"work_pools": {"name": {"any_": [name]}}}
         due = {"state": {"type": {"any_": ["SCHEDULED"]}}, "next_scheduled_start_time": {"before_": now}}
         busy = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
-        running, waiting = (_ask(client, "/flow_runs/count", {**in_pool, "flow_runs": runs}) for runs in (busy, due))
+        running, waiting = (ask(client, "flow_runs/count", {**in_pool, "flow_runs": runs}) for runs in (busy, due))
         yield Pool(name, pool["concurrency_limit"], pool["is_paused"], there, running, waiting)
 
 
 def _schedules(client: httpx.Client) -> tuple[list[Next], int]:
     """The next run of each deployment that has an active schedule, soonest first; how many were not asked for."""
-    active = planning.scheduled(_ask(client, "/deployments/filter", {"limit": 200}))
+    active = planning.scheduled(ask(client, "deployments/filter", {"limit": 200}))
     chosen = active[:_DEPLOYMENTS]
-    flows = {each.flow for each in chosen}
-    names = {
-        each["id"]: each["name"] for each in _ask(client, "/flows/filter", {"flows": {"id": {"any_": sorted(flows)}}})
-    }
+    flows = {"flows": {"id": {"any_": sorted({each["flow_id"] for each in chosen})}}}
+    names = {each["id"]: each["name"] for each in ask(client, "flows/filter", flows)}
     found = []
     for each in chosen:
-        first = {**planning.planned_runs(each.id), "sort": "NEXT_SCHEDULED_START_TIME_ASC", "limit": 1}
-        runs = _ask(client, "/flow_runs/filter", first)
+        first = {**planning.planned_runs(each["id"]), "sort": "NEXT_SCHEDULED_START_TIME_ASC", "limit": 1}
+        runs = ask(client, "flow_runs/filter", first)
         at = datetime.fromisoformat(runs[0]["next_scheduled_start_time"]) if runs else None
-        found.append(Next(f"{names.get(each.flow, '?')}/{each.name}", at))
+        found.append(Next(f"{names.get(each['flow_id'], '?')}/{each['name']}", at))
     return sorted(found, key=lambda run: (run.at is not None, run.at or 0, run.deployment)), len(active) - len(chosen)

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from deployments.local import authentication, database, environment, launch, ports
+from deployments.local import asking, authentication, database, environment, launch, ports
 from deployments.local import registering as deploying
+from deployments.local.asking import verify
 from deployments.local.environment import Services
 from deployments.local.processes import ServiceError
 from deployments.local.services import up
-from deployments.local.verifying import verify
 from fedlora.errors import ConfigError, FedloraError, TrackingError
 from fedlora.files import home
 from mlflow_tracking import store
@@ -236,12 +236,12 @@ def test_passwords_that_a_server_does_not_take_are_told(door: str, monkeypatch: 
 def test_a_client_without_password_is_told_what_to_set(door: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", f"{door}/api")
     with pytest.raises(FedloraError, match="wants a user and password; set PREFECT_API_AUTH_STRING"):
-        environment.check_prefect()
+        asking.check_prefect()
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "ann:wrong")
     with pytest.raises(FedloraError, match="wants another user and password"):
-        environment.check_prefect()
+        asking.check_prefect()
     monkeypatch.setattr(Door, "accepted", authentication.header("ann:wrong")["Authorization"])
-    environment.check_prefect()
+    asking.check_prefect()
     with pytest.raises(TrackingError, match="wants a user and password; set MLFLOW_TRACKING_USERNAME"):
         store.check(door)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")

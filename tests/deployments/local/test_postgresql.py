@@ -17,7 +17,8 @@ import yaml
 
 from deployments.local import database, server_log
 from deployments.local.processes import log_file
-from deployments.local.services import down, status, up
+from deployments.local.services import down, up
+from deployments.local.standing import processes as status
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.files import home
 from mlflow_tracking import compare, store

@@ -27,7 +27,8 @@ from deployments.local import registering as deploying
 from deployments.local.database import Databases
 from deployments.local.environment import Services
 from deployments.local.processes import ServiceError
-from deployments.local.services import down, status, up
+from deployments.local.services import down, up
+from deployments.local.standing import processes as status
 from fedlora.config import configfile
 from fedlora.errors import TrackingError
 from fedlora.files import home

@@ -18,12 +18,13 @@ import psutil
 import pytest
 from standins import FLOWS, ONE, Live, descendants, eventually, marked, write_flows
 
-from deployments.local import gpus, processes
+from deployments.local import launch, processes
+from deployments.local.asking import CPU_POOL
 from deployments.local.environment import Services, is_alive, recorded_services, running_services
-from deployments.local.prefect_api import CPU_POOL
 from deployments.local.processes import ServiceError
 from deployments.local.registering import deploy
-from deployments.local.services import down, status, up
+from deployments.local.services import down, up
+from deployments.local.standing import processes as status
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.files import home
 
@@ -239,4 +240,4 @@ def test_gpus_are_counted_as_torch_would(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpus.count(tmp_path) == expected
+    assert launch.gpus(tmp_path) == expected

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from standins import Live, marked
 
-from deployments.local.services import down, status
+from deployments.local.services import down
+from deployments.local.standing import processes as status
 from fedlora.files import home
 
 

@@ -96,3 +96,16 @@ def test_nothing_new_is_at_the_root():
         *FLOOR.keys() - AT_THE_ROOT,
         "assets",
     }
+
+
+@pytest.mark.parametrize("line", [
+    "from fedlora import configfile",
+    "from fedlora.adapter import Adapter, Factors",
+    "from fedlora.config import RunConfig, Section",
+    "from fedlora.model import resolve",
+    "from fedlora.strategies.base import Family, Plan, ServerState, Strategy, advance, with_shared",
+    "from fedlora.testing import check_strategy",
+    "from fedlora.updates import Update, Updates",
+])  # fmt: skip
+def test_what_plug_ins_and_programs_import_is_where_it_was(line):
+    exec(line, {})

@@ -102,7 +102,7 @@ def test_nothing_new_is_at_the_root():
     "from fedlora import configfile",
     "from fedlora.adapter import Adapter, Factors",
     "from fedlora.config import RunConfig, Section",
-    "from fedlora.model import resolve",
+    "from fedlora.model import load_base, resolve",
     "from fedlora.strategies.base import Family, Plan, ServerState, Strategy, advance, with_shared",
     "from fedlora.testing import check_strategy",
     "from fedlora.updates import Update, Updates",

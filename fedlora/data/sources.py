@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -37,14 +38,29 @@ class LabelledText:
     name: str
     origin: str
     """`packaged`, `file`, `folder` or `hub`."""
-    train: pa.Table
-    test: pa.Table
+    tables: dict[Literal["train", "test"], pa.Table]
     labels: tuple[str, ...]
     """Names of the classes: as declared by a hub set, otherwise sorted, whole numbers by value."""
     digest: str
     """Hash of the content of both splits."""
     notes: tuple[str, ...] = ()
     """What was read, and what a reader did besides: rows of each file, blank lines, quoting, the split for testing."""
+
+    @cached_property
+    def train(self) -> datasets.Dataset:
+        """The training split for whoever looks at it; runs use `tables`, and so need not import the library."""
+        return self._dataset("train")
+
+    @cached_property
+    def test(self) -> datasets.Dataset:
+        """The test split."""
+        return self._dataset("test")
+
+    def _dataset(self, split: Literal["train", "test"]) -> datasets.Dataset:
+        import datasets
+        from datasets.table import InMemoryTable
+
+        return datasets.Dataset(InMemoryTable(self.tables[split]))
 
 
 def load(config: DataConfig, seed: int) -> LabelledText:
@@ -58,8 +74,7 @@ def load(config: DataConfig, seed: int) -> LabelledText:
     return LabelledText(
         draft.source.name,
         draft.source.origin,
-        draft.train,
-        draft.test,
+        {"train": draft.train, "test": draft.test},
         draft.labels,
         _digest(draft.train, draft.test, draft.labels),
         draft.notes,

@@ -74,7 +74,7 @@ def tokenise(text: LabelledText, tokenizer: Any, max_length: int, cache: Path) -
         cache.mkdir(parents=True, exist_ok=True)
         with _temporary_folder(cache) as folder:
             for split in ("train", "test"):
-                _write(folder / f"{split}.arrow", _encoded(getattr(text, split), tokenizer, max_length, meta))
+                _write(folder / f"{split}.arrow", _encoded(text.tables[split], tokenizer, max_length, meta))
             (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
             _publish(folder, path)
     except OSError as error:
@@ -174,7 +174,7 @@ def _ragged(column: Any) -> list[npt.NDArray[np.int32]]:
 
 def _describe(text: LabelledText, tokenizer: Any) -> dict[str, Any]:
     """What is worth knowing about a tokenised set without opening it."""
-    paired = "text_pair" in text.train.column_names
+    paired = "text_pair" in text.tables["train"].column_names
     types = paired and "token_type_ids" in tokenizer.model_input_names
     columns = ["input_ids", *(["token_type_ids"] if types else []), "label", "length"]
     # Models without a padding token never look at the positions that it fills: any id will do.
@@ -185,8 +185,8 @@ def _describe(text: LabelledText, tokenizer: Any) -> dict[str, Any]:
         "origin": text.origin,
         "digest": text.digest,
         "labels": list(text.labels),
-        "sizes": {"train": len(text.train), "test": len(text.test)},
-        "columns": columns + (["client"] if "client" in text.train.column_names else []),
+        "sizes": {split: len(table) for split, table in text.tables.items()},
+        "columns": columns + (["client"] if "client" in text.tables["train"].column_names else []),
         "pad_token_id": pad,
         "padding_side": tokenizer.padding_side,
     }

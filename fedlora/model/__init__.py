@@ -1,5 +1,5 @@
 """The frozen base in memory, and attaching and swapping adapters."""
 
-from fedlora.model.base import KNOWN, resolve
+from fedlora.model.base import KNOWN, load_base, resolve
 
-__all__ = ["KNOWN", "resolve"]
+__all__ = ["KNOWN", "load_base", "resolve"]

@@ -109,8 +109,8 @@ def test_a_survey_sees_the_rows_that_a_run_gets(tmp_path, rows, monkeypatch, lig
     seen, text = survey(config, 3), load(config, 3)
     assert seen.labels == text.labels
     for split in ("train", "test"):
-        assert getattr(seen, split).tolist() == getattr(text, split)["label"].to_pylist()
-        assert getattr(seen, f"{split}_clients") == getattr(text, split)["client"].to_pylist()
+        assert getattr(seen, split).tolist() == list(getattr(text, split)["label"])
+        assert getattr(seen, f"{split}_clients") == list(getattr(text, split)["client"])
     assert seen.notes == text.notes
 
 
@@ -135,7 +135,7 @@ def test_a_set_of_the_hub_is_not_surveyed():
 def test_the_packaged_set_is_the_one_that_finished_runs_were_made_on():
     text, config = load(DataConfig(name="wordnet-nouns"), 0), PartitionConfig()
     assert text.digest == "aa3dfd4186c42fe7"
-    labels = (text.train["label"].to_pylist(), text.test["label"].to_pylist())
+    labels = (list(text.train["label"]), list(text.test["label"]))
     assert partition(config, 10, 0, *labels, text.labels, text.digest).hash == "10a211b561876ae5"  # the demo's
 
 
@@ -165,7 +165,7 @@ def test_parts_of_a_training_split_alone_have_a_test_split_drawn(tmp_path):
     config = DataConfig(name=str(tmp_path))
     text = load(config, 0)
     assert (len(text.train), len(text.test)) == (32, 8)
-    assert survey(config, 0).train.tolist() == text.train["label"].to_pylist()
+    assert survey(config, 0).train.tolist() == list(text.train["label"])
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

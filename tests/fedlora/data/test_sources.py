@@ -45,7 +45,7 @@ def message(path: Path | str, **options) -> str:
 
 
 def texts(split):
-    return split["text"].to_pylist()
+    return list(split["text"])
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -56,7 +56,7 @@ def test_all_file_formats_give_the_same_set(tmp_path, rows, suffix):
     assert (text.name, text.origin, text.labels) == ("mine", "file", ("animal", "plant", "tool"))
     assert text.train.column_names == ["text", "label", "client"]
     by_text = {(row["text"], row["label"], row["owner"]) for row in rows}
-    assert all((row["text"], text.labels[row["label"]], row["client"]) in by_text for row in text.train.to_pylist())
+    assert all((row["text"], text.labels[row["label"]], row["client"]) in by_text for row in text.train)
 
 
 def test_a_json_list_is_read_like_lines(tmp_path, rows):
@@ -68,7 +68,7 @@ def test_the_test_split_is_stratified_disjoint_and_drawn_by_seed(tmp_path, rows)
     numbered = [row | {"text": f"{i} {row['text']}"} for i, row in enumerate(rows)]
     path = write(tmp_path / "mine.csv", numbered)
     text = load(path, test_fraction=0.3)
-    assert Counter(text.test["label"].to_pylist()) == {0: 12, 1: 9, 2: 6}
+    assert Counter(list(text.test["label"])) == {0: 12, 1: 9, 2: 6}
     assert sorted([*texts(text.train), *texts(text.test)]) == sorted(row["text"] for row in numbered)
     assert load(path, test_fraction=0.3).digest == text.digest
     assert texts(load(path, seed=1, test_fraction=0.3).test) != texts(text.test)
@@ -77,7 +77,7 @@ def test_the_test_split_is_stratified_disjoint_and_drawn_by_seed(tmp_path, rows)
 def test_a_class_with_one_example_stays_in_training(tmp_path, rows):
     text = load(write(tmp_path / "mine.csv", [*rows, {"text": "x", "label": "rare", "owner": "o"}]), test_fraction=0.9)
     assert text.labels[2] == "rare"
-    assert Counter(text.train["label"].to_pylist())[2] == 1
+    assert Counter(list(text.train["label"]))[2] == 1
 
 
 def test_a_folder_with_train_and_test_files(tmp_path, rows, monkeypatch):
@@ -141,8 +141,8 @@ def test_declared_class_names_keep_their_order(monkeypatch, rows):
         datasets, "load_dataset", lambda *args: datasets.DatasetDict(train=split, validation=split, test=hidden)
     )
     text = load("rte")
-    assert (text.origin, text.labels, text.test["label"].to_pylist()) == ("hub", ("z", "a"), [0, 1])
-    assert text.train["text_pair"].to_pylist() == ["r", "s"]
+    assert (text.origin, text.labels, list(text.test["label"])) == ("hub", ("z", "a"), [0, 1])
+    assert list(text.train["text_pair"]) == ["r", "s"]
 
 
 @pytest.mark.parametrize(

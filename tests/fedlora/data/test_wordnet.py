@@ -93,8 +93,8 @@ def test_a_source_with_too_few_definitions_is_refused(source):
 
 def test_the_packaged_slice_is_what_its_readme_says():
     text = sources.load(DataConfig(), seed=0)
-    counts = Counter(text.test["label"].to_pylist())
+    counts = Counter(list(text.test["label"]))
     assert (len(text.train), len(text.test), len(text.labels)) == (8000, 2000, 20)
     assert max(counts.values()) / 2000 == 0.09
-    assert not set(text.train["text"].to_pylist()) & set(text.test["text"].to_pylist())
-    assert not any(re.search(r'"|^\(\w+\) ', one) for one in text.test["text"].to_pylist())
+    assert not set(text.train["text"]) & set(text.test["text"])
+    assert not any(re.search(r'"|^\(\w+\) ', one) for one in list(text.test["text"]))

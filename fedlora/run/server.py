@@ -25,6 +25,7 @@ from fedlora.run.participation import Ask, Entry, Roll
 from fedlora.run.records import ClientRecord, Outcome, Part, total
 from fedlora.run.runfolder import RunFolder
 from fedlora.seeds import Turn
+from fedlora.strategies import state as states
 from fedlora.strategies.base import ServerState
 from fedlora.strategies.step import step
 from fedlora.training.evaluation import Scores
@@ -125,8 +126,10 @@ class Server:
         risen = ranks.after_round(config.lora, number, validation, config.clients)
         crossed = total([*(each.record.bytes for each in accepted), *(Bytes(**entry.bytes) for entry in roll.entries)])
         outcome = Outcome(made.divergence, crossed, self._read_seconds, made.seconds, made.divergence_seconds)
-        self._state = replace(made.state, ranks={**made.state.ranks, **risen})
-        run.write_state(self._state, outcome.to_json())
+        # As it is read again: it may hold uploads that live in files, which are removed before it is let go.
+        new = states.as_stored(replace(made.state, ranks={**made.state.ranks, **risen}))
+        run.write_state(new, outcome.to_json())
+        self._state = new
         return outcome
 
     def _of(self, number: int, entry: Entry) -> Accepted:

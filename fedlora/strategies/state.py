@@ -134,6 +134,11 @@ def from_tensors(named: Mapping[str, Tensor], values: Mapping[str, Any]) -> Serv
         raise AdapterError(f"this is no server's state: {clean(repr(error))}") from None
 
 
+def as_stored(state: ServerState) -> ServerState:
+    """The state as whoever reads it again has it: every tensor in memory, contiguous, on no file of anybody's."""
+    return from_tensors({name: tensor.contiguous() for name, tensor in tensors(state).items()}, scalars(state))
+
+
 def _under(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in named.items()}
 

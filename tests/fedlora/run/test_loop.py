@@ -113,6 +113,16 @@ def test_uploads_beyond_the_memory_of_a_round_live_in_their_files(configure, fin
     assert (tmp_path / "run" / name).read_bytes() == (finished({"strategy": "svd"}) / name).read_bytes()
 
 
+def test_what_a_client_keeps_for_itself_outlives_the_file_it_came_in(configure, finished, monkeypatch, tmp_path):
+    """Clients are away for rounds, and no upload is kept longer than one."""
+    changes = {"strategy": "local", "rounds": 5, "fraction": 0.34, "keep_rounds": 1}
+    monkeypatch.setattr(server, "_IN_MEMORY", 0)
+    train(configure(changes), tmp_path / "run")
+    assert not (tmp_path / "run/rounds/002/state.json").exists()
+    last = "rounds/005/state.safetensors"
+    assert (tmp_path / "run" / last).read_bytes() == (finished({**changes, "keep_rounds": None}) / last).read_bytes()
+
+
 def test_seconds_of_aggregation_are_those_of_the_strategy_alone(configure, monkeypatch, tmp_path):
     """Reading takes 100 virtual seconds an update, aggregation 7, measuring 1000; the probe aggregates twice more."""
     now = [0.0]

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["FEDLORA_HOME"] = _home = tempfile.mkdtemp(prefix="fedlora-tests-")
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -137,18 +138,30 @@ def configure(tiny):
 
 
 @pytest.fixture(scope="session")
-def finished(configure, tmp_path_factory):
+def shared(tmp_path_factory):
+    """`shared(name, make)`: a path that `make(path)` fills, once for all workers of a session."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+
+    def path(name, make):
+        with FileLock(place / f"{name}.lock"):
+            if not (place / f"{name}.made").exists():
+                make(place / name)
+                (place / f"{name}.made").touch()
+        return place / name
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(configure, shared):
     """`finished({"strategy": "svd"})`: the folder of that tiny run, trained once a session. Not to be written to."""
     from fedlora.run.loop import train
 
-    folders = {}
-
     def folder(changes=None):
-        key = json.dumps(changes or {}, sort_keys=True)
-        if key not in folders:
-            folders[key] = tmp_path_factory.mktemp("finished") / "run"
-            train(configure(changes), folders[key])
-        return folders[key]
+        key = hashlib.sha256(json.dumps(changes or {}, sort_keys=True).encode()).hexdigest()[:16]
+        return shared(f"finished-{key}", lambda path: train(configure(changes), path))
 
     return folder
 
@@ -191,23 +204,15 @@ def small_bert(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def with_databases(tmp_path_factory):
+def with_databases(shared):
     """`with_databases(folder)`: the folder as a home that has been used: with databases of this version, empty.
 
-    Prefect's server makes them in ten seconds, MLflow in two; once for all workers of a session.
+    Prefect's server makes them in ten seconds, MLflow in two.
     """
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
 
     def copy(folder, *names):
         for name in names or DATABASES:
-            with FileLock(shared / f"{name}.lock"):
-                if not (shared / name).exists():
-                    (shared / "begun").mkdir(exist_ok=True)
-                    DATABASES[name](shared / "begun" / name)
-                    (shared / "begun" / name).rename(shared / name)
-            shutil.copy(shared / name, folder)
+            shutil.copy(shared(name, DATABASES[name]), folder)
         return folder
 
     return copy

@@ -140,10 +140,10 @@ class RunFolder:
         known = self.read_json(_RUN) or {"format": FORMAT, "id": uuid.uuid4().hex, "versions": _versions()}
         self.write_json(_RUN, {**known, "config": config.model_dump(mode="json")})
         write_atomic(self.path / _CONFIG, configfile.to_yaml(config).encode())
-        for name in ("config", "strategy"):
+        for name in ("id", "config", "strategy"):
             self.__dict__.pop(name, None)
 
-    @property
+    @cached_property
     def id(self) -> str:
         """What tells this run from every other, also from an earlier one in the same folder."""
         return str(self.need_json(_RUN)["id"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,13 @@ def begin(both: list[Server]) -> None:
         until(server.answers)
 
 
+@contextmanager
+def running(server: Server):
+    begin([server])
+    yield server
+    server.kill()
+
+
 def until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -83,33 +91,38 @@ def until(condition, seconds: float = 120) -> None:
 
 
 @pytest.fixture(scope="module")
-def servers(free_ports, with_databases, tmp_path_factory):
-    """Prefect's and MLflow's, and their addresses."""
-    prefect, mlflow = free_ports()
-    folder = with_databases(tmp_path_factory.mktemp("servers"))
-    database = f"sqlite:///{folder / 'mlflow.db'}"
+def folder(with_databases, tmp_path_factory):
+    return with_databases(tmp_path_factory.mktemp("servers"))
+
+
+@pytest.fixture(scope="module")
+def prefect(free_ports, folder):
+    """Prefect's server, and its address."""
+    port, _ = free_ports()
     serve = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from deployments.local.private_server import serve; serve()"
     )
-    command = ["mlflow", "server", "--port", str(mlflow), "--workers", "1", "--backend-store-uri", database]
-    both = [
-        Server(
-            [sys.executable, "-c", serve],
-            f"http://127.0.0.1:{prefect}/api/health",
-            folder,
-            f"{prefect} {folder / 'prefect.log'}\n".encode(),
-        ),
-        Server([sys.executable, "-m", *command], f"http://127.0.0.1:{mlflow}/health", folder),
-    ]
-    begin(both)
-    yield both, f"http://127.0.0.1:{prefect}/api", f"http://127.0.0.1:{mlflow}"
-    for server in both:
-        server.kill()
+    told = f"{port} {folder / 'prefect.log'}\n".encode()
+    address = f"http://127.0.0.1:{port}/api"
+    with running(Server([sys.executable, "-c", serve], f"{address}/health", folder, told)) as server:
+        yield server, address
 
 
+@pytest.fixture(scope="module")
+def mlflow(free_ports, folder):
+    """MLflow's server, and its address."""
+    port, _ = free_ports()
+    words = ["--port", str(port), "--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    address = f"http://127.0.0.1:{port}"
+    with running(Server([sys.executable, "-m", "mlflow", "server", *words], f"{address}/health", folder)) as server:
+        yield server, address
+
+
+@pytest.mark.system
 @pytest.mark.timeout(600)
-def test_both_servers_go_away_and_come_back(servers, tiny, tmp_path):
-    both, prefect, mlflow = servers
+def test_both_servers_go_away_and_come_back(prefect, mlflow, tiny, tmp_path):
+    (one, prefect), (other, mlflow) = prefect, mlflow
+    both = [one, other]
     folder, seen = tmp_path / "run", []
     overrides = {**tiny, "rounds": ROUNDS, "tracking.uri": mlflow, "tracking.adapter_every": 4, "keep_rounds": 1}
 
@@ -148,10 +161,10 @@ def test_both_servers_go_away_and_come_back(servers, tiny, tmp_path):
 
 
 def test_a_run_that_ends_without_mlflow_is_complete_and_delivered_later(
-    servers, finished, as_new, tmp_path, monkeypatch
+    mlflow, finished, as_new, tmp_path, monkeypatch
 ):
-    (_, server), _, mlflow = servers
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
+    server, address = mlflow
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     run = as_new(finished(), tmp_path / "run")
     tracked = tracker.start(run, "a run")
     server.kill()
@@ -163,7 +176,7 @@ def test_a_run_that_ends_without_mlflow_is_complete_and_delivered_later(
     assert tracker.start(run, "a run") == tracked  # it is the same run, also while the store is away
     threading.Thread(target=server.start).start()
     tracker.finish(run, tracked, "note")
-    assert MlflowClient(mlflow).get_run(tracked.run).info.status == "FINISHED"
+    assert MlflowClient(address).get_run(tracked.run).info.status == "FINISHED"
     assert tracker.load(run).logged == 2
 
 

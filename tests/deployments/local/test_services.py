@@ -25,7 +25,7 @@ from deployments.local.processes import ServiceError
 from deployments.local.registering import deploy
 from deployments.local.services import down, up
 from deployments.local.standing import processes as status
-from fedlora.errors import ConfigError, FedloraError
+from fedlora.errors import ConfigError, FedloraError, TrackingError
 from fedlora.files import home
 
 Ports = Callable[[], tuple[int, int]]
@@ -70,6 +70,18 @@ def test_artifacts_show_however_they_were_written(live: Live) -> None:
             assert run.artifact_uri.startswith((str(home.mlflow_artifacts()), home.mlflow_artifacts().as_uri()))
             query = {"run_uuid": run.run_id, "path": "adapter/file.txt"}
             assert httpx.get(f"{live.services.mlflow_url}/get-artifact", params=query).text == "weights"
+
+
+def test_an_experiment_that_was_deleted_on_the_server_is_known_before_a_run(live: Live) -> None:
+    from mlflow_tracking import store
+
+    client = store.client(live.services.mlflow_url)
+    made = client.create_experiment("a & b")
+    store.check_experiment(live.services.mlflow_url, "a & b")
+    store.check_experiment(live.services.mlflow_url, "never seen")
+    client.delete_experiment(made)
+    with pytest.raises(TrackingError, match=f"'a & b' was deleted; restore it .*-x {made}"):
+        store.check_experiment(live.services.mlflow_url, "a & b")
 
 
 def test_second_up_reports_and_starts_nothing(live: Live) -> None:

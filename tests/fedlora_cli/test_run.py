@@ -118,7 +118,7 @@ def test_a_check_starts_nothing(fedlora, small, prefect_server, store_uri, words
     if words:
         assert (out, err.count("\n")) == ("", 1)
     else:
-        assert out.startswith("OK: fedit on wordnet-nouns, 20 labels, 400 + 120 examples, 3 clients with ")
+        assert out.startswith("OK: fedit on wordnet-nouns, 20 labels, 400 + 60 examples, 3 clients with ")
         assert (err, out.count("\n")) == ("", 1)
     assert not (tmp_path / "run").exists()
     assert recorded(store_uri) == before

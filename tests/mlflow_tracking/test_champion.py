@@ -279,7 +279,7 @@ def test_a_sweep_in_the_store_is_read_and_its_best_adapter_promoted(uri, track, 
     assert found.reason == f"svd (0.6050 ± 0.0071, 2 seeds) is the first champion of {name}, version 1."
     version = versions(uri, name)[1]
     assert cells[version.run_id] == {"strategy": "svd", "seed": 1}
-    assert version.tags["test.examples"] == "120"
+    assert version.tags["test.examples"] == "60"
     assert version.tags["partition.hash"] == MlflowClient(uri).get_run(version.run_id).data.tags["partition.hash"]
     only_controls = {run: cell for run, cell in cells.items() if cell["strategy"] == "oracle"}
     assert "left no federated adapter" in champion.after_sweep(uri, "mine", only_controls).reason

@@ -236,8 +236,8 @@ def test_a_personal_strategy_scores_each_test_example_once(finished):
     run = RunFolder(finished({"strategy": "local"}))
     parts = rounds.evaluation_parts(run, 2)
     assert [part.client for part in parts] == [0, 1, 2]
-    rows = np.concatenate([np.arange(120)[part.start :: part.step] for part in parts])
-    assert sorted(rows) == list(range(120))
+    rows = np.concatenate([np.arange(60)[part.start :: part.step] for part in parts])
+    assert sorted(rows) == list(range(60))
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_a_personal_strategy_is_scored_by_each_clients_own_model(by_hand, strate
         mine = run.read_tensors(run.client_stem(2, own))
         kept = {n: t if strategy == "local" or (strategy, n[-13:]) == KEPT else shared[n] for n, t in mine.items()}
         network.load(Adapter.from_tensors(kept))
-        scores = evaluate(network, tokens.examples(data.test, np.arange(120)[own::3]), len(data.labels), 64, 0)
+        scores = evaluate(network, tokens.examples(data.test, np.arange(60)[own::3]), len(data.labels), 64, 0)
         total = scores if total is None else total + scores
     expected = measured(run.path)[-1]
     assert (total.accuracy, total.loss) == (expected["global/accuracy"], expected["global/loss"])
@@ -303,7 +303,7 @@ def test_centralised_is_one_client_with_all_rows_and_the_steps_of_one(finished, 
     assert record["examples"] == sum(sizes) == 400
     steps = 2 if epochs is None else round(sum(math.ceil(math.ceil(n / 8) * epochs) for n in sizes) / 3)
     assert len(record["losses"]) == pytest.approx(steps, abs=0 if epochs is None else 1)
-    assert sum(np.array(record["local"]["confusion"]).ravel()) == 120
+    assert sum(np.array(record["local"]["confusion"]).ravel()) == 60
     assert measured(folder)[-1]["bytes/total"] == 0
 
 

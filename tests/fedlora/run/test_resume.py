@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -52,6 +55,32 @@ def test_two_worker_processes_give_the_bits_of_one_thread(configure, finished, t
     assert any("clients/rejected" in metrics for metrics in without_times(tmp_path / "run"))
     for name in ("tables/divergence.json", "rounds/001/roll.json", "rounds/002/roll.json"):
         assert (tmp_path / "run" / name).read_bytes() == (finished(FAULTY) / name).read_bytes(), name
+
+
+TRAIN = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import fedlora
+from fedlora.config import configfile
+fedlora.train(configfile.build(json.loads(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def test_a_run_whose_process_is_killed_is_continued_to_the_same_bits(configure, tiny, finished, tmp_path):
+    """By SIGKILL, in the middle of a round: `make chaos` does it to the command line, again and again."""
+    changes, folder = {"rounds": 8, "strategy": "flora"}, tmp_path / "run"
+    words = [json.dumps({**tiny, **changes}), str(folder)]
+    with subprocess.Popen([sys.executable, "-c", TRAIN, *words]) as process:
+        while not (folder / "rounds/003/state.json").exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+    assert 2 <= len(RunFolder(folder).finished_rounds()) < 8
+    train(configure(changes), folder)
+    assert final_bytes(folder) == final_bytes(finished(changes))
+    assert without_times(folder) == without_times(finished(changes))
 
 
 def test_another_seed_gives_other_bits(finished):

@@ -64,7 +64,7 @@ def aggregate(
             shapes that do not match, a file that is not safetensors, impossible weights or ranks.
     """
     chosen = registry.make(strategy, options)
-    if chosen.pools_data:
+    if chosen.traits.pools_data:
         raise ConfigError(f"strategy {strategy} trains one client on everybody's data; there is nothing to aggregate")
     clients = tuple(open_peft_folder(Path(path), limits) for path in paths)
     for client in clients:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
 
 import torch
 
 from fedlora.adapter import Adapter, Factors, Part
 from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
-from fedlora.strategies.base import Family, Plan, ServerState, Strategy
+from fedlora.strategies.base import Family, Plan, ServerState, Strategy, Traits
 
 
 class FedSALoRA(Strategy):
@@ -20,20 +19,28 @@ class FedSALoRA(Strategy):
     with B at the client (our reading).
     """
 
-    name, family, exact = "fedsa-lora", Family.PRODUCT_SUM, False
-    personal = True
+    name = "fedsa-lora"
     summary = "A is averaged, every client keeps its own B: personal models for half the bytes"
     source = "arXiv 2410.01463"
-    cost_up = cost_down = "r*d_in"
-    keeps_gauge = any_scaling = True
-    one_rank = "the paper averages A of one rank; with clients of several ranks use replication or flexlora"
+    traits = Traits(
+        family=Family.PRODUCT_SUM,
+        exact=False,
+        personal=True,
+        keeps_gauge=True,
+        any_scaling=True,
+        one_rank="the paper averages A of one rank; with clients of several ranks use replication or flexlora",
+        cost_up="r*d_in",
+        cost_down="r*d_in",
+    )
 
     class Options(Section):
         own_head: bool = False
         """Every client also keeps its own head; otherwise heads are averaged."""
 
+    options: Options
+
     def plan(self, round_number: int) -> Plan:
-        sent: frozenset[Part] = frozenset({"A"}) if self._own_head else frozenset({"A", "head"})
+        sent: frozenset[Part] = frozenset({"A"}) if self.options.own_head else frozenset({"A", "head"})
         return Plan(up=sent, down=sent)
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
@@ -46,11 +53,7 @@ class FedSALoRA(Strategy):
             return state.adapter
         own, shared = state.personal[client], state.adapter
         factors = {m: Factors(own.factors[m].B, shared.factors[m].A) for m in shared.factors}
-        return replace(own, factors=factors, head=own.head if self._own_head else shared.head)
-
-    @property
-    def _own_head(self) -> bool:
-        return cast(FedSALoRA.Options, self.options).own_head
+        return replace(own, factors=factors, head=own.head if self.options.own_head else shared.head)
 
 
 def _kept(adapter: Adapter) -> Adapter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedlora.adapter import Factors
 from fedlora.adapter.factors import truncated_svd
 from fedlora.adapter.updates import Updates
-from fedlora.strategies.base import ONLY_B, Family, Plan, ServerState, Strategy
+from fedlora.strategies.base import ONLY_B, Family, Plan, ServerState, Strategy, Traits
 
 
 class FedSVD(Strategy):
@@ -16,12 +16,12 @@ class FedSVD(Strategy):
     clients of lower rank: they hold the first rows of Â (the largest directions), and their B counts as zero beyond.
     """
 
-    name, family, exact = "fedsvd", Family.PRODUCT_SUM, True
+    name = "fedsvd"
     summary = "as ffa-lora, with A made orthonormal each round by the SVD of the product: exact"
     source = "arXiv 2505.12805"
-    cost_up = "r*d_out"
-    shares = "A"
-    in_svd_order = any_scaling = True
+    traits = Traits(
+        family=Family.PRODUCT_SUM, exact=True, shares="A", in_svd_order=True, any_scaling=True, cost_up="r*d_out"
+    )
 
     def plan(self, round_number: int) -> Plan:
         return Plan(trains=ONLY_B, up=ONLY_B)

@@ -8,7 +8,7 @@ from fedlora.adapter import Factors
 from fedlora.adapter.factors import fresh_a
 from fedlora.adapter.updates import Updates
 from fedlora.seeds import torch_generator
-from fedlora.strategies.base import Family, Plan, ServerState, Strategy
+from fedlora.strategies.base import Family, Plan, ServerState, Strategy, Traits
 
 
 class FLoRA(Strategy):
@@ -18,11 +18,17 @@ class FLoRA(Strategy):
     draws it anew at each client) and is not sent. Weights and scaling enter once, on the right factor.
     """
 
-    name, family, exact = "flora", Family.SUM_PRODUCT, True
-    changes_base = scales_by_module = any_scaling = True
+    name = "flora"
     summary = "everybody's factors stacked into the base, a fresh adapter each round: exact for any ranks"
     source = "arXiv 2409.05976"
-    cost_down = "min(R*(d_out + d_in), d_out*d_in)"
+    traits = Traits(
+        family=Family.SUM_PRODUCT,
+        exact=True,
+        changes_base=True,
+        any_scaling=True,
+        scales_by_module=True,
+        cost_down="min(R*(d_out + d_in), d_out*d_in)",
+    )
 
     def plan(self, round_number: int) -> Plan:
         return Plan(down=frozenset({"magnitude", "head"}))

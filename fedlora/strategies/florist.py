@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import replace
 
 from pydantic import Field
 
 from fedlora.adapter import Factors
 from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
-from fedlora.strategies.base import Family, Plan, ServerState, Strategy
+from fedlora.strategies.base import Plan, ServerState, Strategy
 from fedlora.strategies.energy import directions_for
-from fedlora.strategies.flora import fresh_factors
+from fedlora.strategies.flora import FLoRA, fresh_factors
 
 
 class FLoRIST(Strategy):
@@ -22,25 +22,25 @@ class FLoRIST(Strategy):
     from seed and round (our reading, as for `flora`).
     """
 
-    name, family, exact = "florist", Family.SUM_PRODUCT, False
-    changes_base = scales_by_module = any_scaling = True
+    name = "florist"
     summary = "as flora, with the stack cut where a share of its energy is reached: fewer bytes down"
     source = "arXiv 2506.09199"
-    cost_down = "min(R*(d_out + d_in), d_out*d_in)"
+    traits = replace(FLoRA.traits, exact=False)
 
     class Options(Section):
         energy: float = Field(0.9, gt=0, le=1)
         """Share τ of the squared singular values that is kept, per module."""
 
+    options: Options
+
     def plan(self, round_number: int) -> Plan:
         return Plan(down=frozenset({"magnitude", "head"}))
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
-        energy = cast(FLoRIST.Options, self.options).energy
         fresh, step = {}, {}
         for module in updates.modules:
             found = updates.mean_product(module).truncated(min(state.adapter.factors[module].shape))
-            kept = found.first(directions_for(found.S, energy))
+            kept = found.first(directions_for(found.S, self.options.energy))
             step[module] = Factors(kept.U * (state.scaling_of(module) * kept.S), kept.Vh)
             fresh[module] = fresh_factors(state, module)
         return state.with_factors(fresh).with_base(step)

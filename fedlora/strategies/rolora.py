@@ -11,7 +11,7 @@ import torch
 from fedlora.adapter import Adapter, Factors
 from fedlora.adapter.updates import Updates
 from fedlora.errors import AdapterError
-from fedlora.strategies.base import ONLY_A, ONLY_B, Family, Plan, ServerState, Strategy, with_shared
+from fedlora.strategies.base import ONLY_A, ONLY_B, Family, Plan, ServerState, Strategy, Traits, with_shared
 
 
 class RoLoRA(Strategy):
@@ -22,12 +22,17 @@ class RoLoRA(Strategy):
     trained factor counts as zero beyond their rank.
     """
 
-    name, family, exact = "rolora", Family.PRODUCT_SUM, True
+    name = "rolora"
     summary = "B and A take turns by round, mean of the one that was trained: exact, half the bytes"
     source = "arXiv 2502.01755"
-    cost_up = "r*d_out if odd else r*d_in"
-    cost_down = "r*d_in if odd else r*d_out"
-    keeps_gauge = any_scaling = True
+    traits = Traits(
+        family=Family.PRODUCT_SUM,
+        exact=True,
+        keeps_gauge=True,
+        any_scaling=True,
+        cost_up="r*d_out if odd else r*d_in",
+        cost_down="r*d_in if odd else r*d_out",
+    )
 
     def plan(self, round_number: int) -> Plan:
         now, before = (ONLY_B, ONLY_A) if _trains_b(round_number) else (ONLY_A, ONLY_B)

@@ -46,7 +46,7 @@ def advance(strategy: Strategy, state: ServerState, updates: Updates, svd_order:
     """
     sent = strategy.plan(state.round + 1).up
     new = strategy.aggregate(replace(state, base_step=BaseUpdate()), updates)
-    if svd_order and not strategy.in_svd_order:
+    if svd_order and not strategy.traits.in_svd_order:
         new = new.with_factors({m: _ordered(pair) for m, pair in new.adapter.factors.items()}, new.diagnostics)
     if "head" in sent:
         new = new.with_head(updates.mean_head())

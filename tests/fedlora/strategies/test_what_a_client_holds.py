@@ -66,7 +66,7 @@ class World:
             if client not in silent:
                 updates.append(Update(client, 3 + client, trained))
         self.state = advance(self.strategy, self.state, Updates.collect(updates))
-        if self.strategy.personal or self.strategy.pools_data:
+        if self.strategy.traits.personal or self.strategy.traits.pools_data:
             for update in updates:
                 self.clients[update.client].held |= update.adapter.tensors()
         self.state = replace(self.state, ranks={**self.state.ranks, **(risen or {})})
@@ -124,7 +124,7 @@ def test_what_was_counted_as_sent_is_what_a_client_restarts_from(entry, rounds, 
     name, mixed = entry
     world = World(rounds, configure, tmp_path / "run", name, mixed)
     for number, present in enumerate(PRESENT, start=1):
-        asked = [0] if world.strategy.pools_data else present
+        asked = [0] if world.strategy.traits.pools_data else present
         world.play(asked, {client for r, client in SILENT if r == number} if len(asked) > 1 else ())
 
 
@@ -132,10 +132,10 @@ def test_what_was_counted_as_sent_is_what_a_client_restarts_from(entry, rounds, 
 def test_with_everybody_present_bytes_are_those_of_the_plan(name, rounds, configure, tmp_path, everybody):
     """Parameters of the cost table, and not one byte more; the base update of one round."""
     world = World(rounds, configure, tmp_path / "run", name)
-    present = [0] if world.strategy.pools_data else [0, 1, 2, 3]
+    present = [0] if world.strategy.traits.pools_data else [0, 1, 2, 3]
     for number in range(1, 5):
         before, plan = world.state, world.strategy.plan(number)
-        if not everybody and not world.strategy.pools_data:
+        if not everybody and not world.strategy.traits.pools_data:
             present = [0, number % 3 + 1]
         counted = world.play(present)[0]
         start = world.strategy.broadcast(before, 0)

@@ -179,10 +179,10 @@ def _claims(strategy: Strategy, setting: Setting, updates: Updates, new: ServerS
         yield "changes_base is False, but the base was updated"
     if not strategy.traits.personal and new.personal:
         yield "personal is False, but the state holds adapters of single clients"
-    if not strategy.traits.personal and len(set(setting.ranks)) == 1:
+    if (not strategy.traits.personal or strategy.broadcasts_to_all) and len(set(setting.ranks)) == 1:
         sent = [strategy.broadcast(new, client).tensors() for client in updates.clients]
         if not all(_same(sent[0], other) for other in sent[1:]):
-            yield "personal is False, but clients of one rank receive different adapters"
+            yield "personal is False or common_broadcast True, but clients of one rank receive different adapters"
 
 
 def _broadcasts(strategy: Strategy, state: ServerState, setting: Setting) -> Iterator[str]:

@@ -67,6 +67,8 @@ class Traits:
     """Whether what clients of one rank hold after the broadcast is the mean of the clients' products (ρ = 0)."""
     personal: bool = False
     """Whether clients keep adapters of their own, so that there is no global model."""
+    common_broadcast: bool = False
+    """Of a class with a `broadcast` of its own: whether all clients of one rank are still sent the same."""
     changes_base: bool = False
     """Whether the frozen base is updated too."""
     shares: Literal["A", "B"] | None = None
@@ -179,6 +181,11 @@ class Strategy(ABC):
     def broadcast(self, state: ServerState, client: int) -> Adapter:
         """What `client` restarts from; the first indices of the global adapter up to its rank by default."""
         return state.adapter.cut(state.rank_of(client))
+
+    @property
+    def broadcasts_to_all(self) -> bool:
+        """Whether all clients of one rank are sent the same adapter."""
+        return self.traits.common_broadcast or type(self).broadcast is Strategy.broadcast
 
     def penalty(self, factors: Mapping[str, Factors], start: Adapter) -> Tensor | None:
         """A differentiable term that clients add to their loss, of the factors being trained (padded with zeros to the

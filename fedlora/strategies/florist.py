@@ -9,12 +9,12 @@ from pydantic import Field
 from fedlora.adapter import Factors
 from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
-from fedlora.strategies.base import Plan, ServerState, Strategy
+from fedlora.strategies.base import ServerState
 from fedlora.strategies.energy import directions_for
 from fedlora.strategies.flora import FLoRA, fresh_factors
 
 
-class FLoRIST(Strategy):
+class FLoRIST(FLoRA):
     """`Σ w_u B_uA_u = U S Vᵀ`; the fewest directions that hold a share τ of the energy are merged into the base, then
     B = 0 and a fresh random A. arXiv 2506.09199.
 
@@ -32,9 +32,6 @@ class FLoRIST(Strategy):
         """Share τ of the squared singular values that is kept, per module."""
 
     options: Options
-
-    def plan(self, round_number: int) -> Plan:
-        return Plan(down=frozenset({"magnitude", "head"}))
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         fresh, step = {}, {}

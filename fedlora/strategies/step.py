@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fedlora.adapter import Adapter, Factors
+from fedlora.adapter import Factors
 from fedlora.adapter.base_update import BaseUpdate
 from fedlora.adapter.divergence import Divergence, measure
 from fedlora.adapter.factors import truncated_svd
@@ -65,12 +64,10 @@ def _ordered(pair: Factors) -> Factors:
 def measure_round(strategy: Strategy, new: ServerState, updates: Updates) -> Divergence:
     """The divergence of what the clients of a round will hold, from the state after it."""
     mixing = {module: values["p"] for module, values in new.diagnostics.items() if "p" in values}
-    broadcasts = _folded([strategy.broadcast(new, client) for client in updates.clients])
-    return measure(updates.folded(), broadcasts, mixing, new.base_step, new.scaling, new.scalings)
-
-
-def _folded(broadcasts: Sequence[Adapter]) -> list[Adapter]:
-    """The same as plain factors; what is sent to all is folded once, so that it is seen to be one broadcast."""
-    distinct = {id(sent.cores): sent for sent in broadcasts if sent.cores}
-    folded = {key: sent.folded() for key, sent in distinct.items()}
-    return [folded.get(id(sent.cores), sent) for sent in broadcasts]
+    common = strategy.broadcasts_to_all
+    keys = [new.rank_of(client) if common else client for client in updates.clients]
+    sent = {
+        key: strategy.broadcast(new, u).folded() for key, u in dict(zip(keys, updates.clients, strict=True)).items()
+    }
+    broadcasts = [sent[key] for key in keys]
+    return measure(updates.folded(), broadcasts, mixing, new.base_step, new.scaling, new.scalings, common)

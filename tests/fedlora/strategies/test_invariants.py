@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from rosters import entries
 
@@ -53,6 +53,7 @@ def played(draw, names):
 def play(rounds, case):
     name, shape, rank, mixed, kind, weights, seed = case
     strategy = rounds.make(name)
+    assume(strategy.refuses_rank(rank) is None)
     state = rounds.state(strategy, mixed, modules={"m": shape}, rank=rank)
     count = 1 if strategy.traits.pools_data else len(weights)
     updates = []

@@ -194,8 +194,9 @@ class TestPersonalStaysPersonal:
         assert not any(torch.equal(bs[0], other) for other in bs[1:])
 
     def test_every_strategy_that_says_so_broadcasts_by_client(self, rounds, name):
-        different = len({b.factors["narrow"].B.data_ptr() for b in rounds.play(name, 4).broadcasts}) > 1
-        assert different == registry.find(name).traits.personal
+        first, *others = (b.factors["narrow"].B for b in rounds.play(name, 4).broadcasts)
+        different = not all(torch.equal(first, other) for other in others)
+        assert different == registry.find(name).traits.personal != registry.make(name).broadcasts_to_all
 
 
 def test_a_state_with_no_base_update_holds_just_its_product(rounds):

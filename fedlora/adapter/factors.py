@@ -283,17 +283,17 @@ def keep_trainable(pair: Factors, before: Factors) -> Factors:
     return Factors(padded.B, torch.where(idle[:, None], rows, padded.A))
 
 
-def fresh_a(rank: int, d_in: int, kind: Kind = "linear", generator: torch.Generator | None = None) -> Tensor:
-    """A (rank × d_in) as every adapter starts, in fp32: uniform within ±1/√d_in for a linear layer, standard normal for
-    an embedding, whose rows are looked up and not summed.
+def fresh_factors(
+    shape: tuple[int, int], rank: int, kind: Kind = "linear", generator: torch.Generator | None = None
+) -> Factors:
+    """Factors of a product (d_out × d_in) as every adapter starts, in fp32: B zero, and A uniform within ±1/√d_in, or
+    standard normal for an embedding, whose rows are looked up and not summed.
 
-    The one home of this draw, from torch's global generator where none is given. Two others stay on purpose, because
-    what finished runs promise by their digest depends on their bits: PEFT draws the A of linear layers before round one
-    (the same distribution, `kaiming_uniform_` with a = √5, of another stream), and strategies with a core draw
-    orthonormal factors (`fedlora.strategies.core.orthonormal`), which are no start of training but never change.
+    Drawn from torch's global generator where none is given. PEFT draws the A of linear layers before round one: the
+    same distribution of another stream, on which the bits of finished runs depend.
     """
+    d_out, d_in = shape
     if kind in ("embedding", "hira_embedding"):
-        return torch.randn(rank, d_in, generator=generator)
-    bound: float = d_in**0.5
-    uniform: Tensor = (2 * torch.rand(rank, d_in, generator=generator) - 1) / bound
-    return uniform
+        return Factors(torch.zeros(d_out, rank), torch.randn(rank, d_in, generator=generator))
+    uniform = 2 * torch.rand(rank, d_in, generator=generator) - 1
+    return Factors(torch.zeros(d_out, rank), uniform / d_in**0.5)

@@ -11,7 +11,7 @@ from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
 from fedlora.strategies.base import ServerState
 from fedlora.strategies.energy import directions_for
-from fedlora.strategies.flora import FLoRA, fresh_factors
+from fedlora.strategies.flora import FLoRA, begun_anew
 
 
 class FLoRIST(FLoRA):
@@ -39,5 +39,5 @@ class FLoRIST(FLoRA):
             found = updates.mean_product(module).truncated(min(state.adapter.factors[module].shape))
             kept = found.first(directions_for(found.S, self.options.energy))
             step[module] = Factors(kept.U * (state.scaling_of(module) * kept.S), kept.Vh)
-            fresh[module] = fresh_factors(state, module)
+            fresh[module] = begun_anew(state, module)
         return state.with_factors(fresh).with_base(step)

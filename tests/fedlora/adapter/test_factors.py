@@ -10,6 +10,7 @@ from fedlora.adapter import Factors
 from fedlora.adapter.factors import (
     Frame,
     ProductSum,
+    fresh_factors,
     keep_trainable,
     mean,
     mean_factors,
@@ -269,3 +270,15 @@ def test_any_shape_and_ranks(dense, uploads, shape, ranks, dull, seed):
     cut = total.truncated(min(2, *shape, sum(ranks)))
     np.testing.assert_allclose((cut.U * cut.S) @ cut.Vh, dense.truncated(wanted, len(cut.S)), rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(cut.Vh @ cut.Vh.T, np.eye(len(cut.S)), atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["linear", "hira", "embedding", "hira_embedding"])
+def test_fresh_factors(uploads, kind):
+    """Bit for bit, as finished runs began with them: from a generator, and from torch's own."""
+    found, g = fresh_factors((5, 7), 3, kind, uploads.generator(4)), uploads.generator(4)
+    normal = "embedding" in kind
+    wanted = torch.randn(3, 7, generator=g) if normal else (2 * torch.rand(3, 7, generator=g) - 1) / 7**0.5
+    assert torch.equal(found.A, wanted)
+    assert torch.equal(found.B, torch.zeros(5, 3))
+    torch.manual_seed(4)
+    assert torch.equal(fresh_factors((5, 7), 3, kind).A, wanted)

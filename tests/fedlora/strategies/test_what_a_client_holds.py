@@ -20,7 +20,7 @@ from fedlora.run.participation import Entry
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.server import Server, Timings
 from fedlora.seeds import Turn
-from fedlora.strategies.flora import fresh_factors
+from fedlora.strategies.flora import begun_anew
 from fedlora.strategies.step import advance
 
 FRESH = ("flora", "florist")
@@ -100,7 +100,7 @@ class World:
         if not self.state.round:
             return {}
         before = replace(self.state, round=self.state.round - 1)
-        fresh = {module: fresh_factors(before, module) for module in self.state.adapter.modules}
+        fresh = {module: begun_anew(before, module) for module in self.state.adapter.modules}
         own = Adapter(fresh, kinds=self.state.adapter.kinds).cut(self.state.rank_of(client))
         return own.tensors()
 

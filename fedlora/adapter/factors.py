@@ -81,9 +81,7 @@ class ProductSum:
         """The sum as one exact pair: the stack, or the dense matrix beside an identity on its smaller side."""
         if self.dense is None:
             return Factors(torch.cat(self.left, dim=1), torch.cat(self.right, dim=1).T)
-        d_out, d_in = self.shape
-        eye = torch.eye(min(self.shape), dtype=torch.float64)
-        return Factors(eye, self.dense) if d_out <= d_in else Factors(self.dense, eye)
+        return beside_identity(self.dense)
 
     def times(self, matrix: Tensor) -> Tensor:
         """`(Σ c_k B_k A_k) @ matrix` (d_out × n) for a `matrix` (d_in × n)."""
@@ -98,6 +96,12 @@ class ProductSum:
         left, values, right = torch.linalg.svd(frame.total, full_matrices=False)
         outer, inner = frame.lift(left[:, :rank], right[:rank].T)
         return TruncatedSVD(outer, values[:rank], inner.T, values[rank:])
+
+
+def beside_identity(dense: Tensor) -> Factors:
+    """A matrix (d_out × d_in) as a pair: itself, and an identity on its smaller side."""
+    eye = torch.eye(min(dense.shape), dtype=dense.dtype)
+    return Factors(eye, dense) if dense.shape[0] <= dense.shape[1] else Factors(dense, eye)
 
 
 class Frame:

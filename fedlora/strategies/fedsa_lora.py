@@ -44,7 +44,7 @@ class FedSALoRA(Strategy):
         return Plan(up=sent, down=sent)
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
-        own = dict(zip(updates.clients, (_kept(adapter) for adapter in updates.adapters), strict=True))
+        own = dict(zip(updates.clients, map(self._kept, updates.adapters), strict=True))
         means = {m: Factors(state.adapter.factors[m].B, updates.mean_a(m).to(torch.float32)) for m in updates.modules}
         return replace(state.with_factors(means), personal={**state.personal, **own})
 
@@ -55,7 +55,8 @@ class FedSALoRA(Strategy):
         factors = {m: Factors(own.factors[m].B, shared.factors[m].A) for m in shared.factors}
         return replace(own, factors=factors, head=own.head if self.options.own_head else shared.head)
 
-
-def _kept(adapter: Adapter) -> Adapter:
-    """What a client keeps, copied out of wherever it lives."""
-    return Adapter.from_tensors({name: tensor.clone() for name, tensor in adapter.tensors().items()})
+    def _kept(self, adapter: Adapter) -> Adapter:
+        """What a client keeps, copied out of wherever it lives: nothing that is averaged, so an A of no columns."""
+        own = {m: Factors(pair.B, pair.A[:, :0]) for m, pair in adapter.factors.items()}
+        kept = replace(adapter, factors=own, head=adapter.head if self.options.own_head else {})
+        return Adapter.from_tensors({name: tensor.clone() for name, tensor in kept.tensors().items()})

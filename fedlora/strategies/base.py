@@ -209,10 +209,7 @@ def with_shared(
     longest = max(adapters, key=lambda who: adapters[who].rank)
     for who, adapter in adapters.items():
         for module in adapter.modules:
-            own, wanted = adapter.factors[module], adapters[longest].factors[module]
-            rank = min(own.rank, wanted.rank)
-            mine, theirs = own.at_rank(rank), wanted.at_rank(rank)
-            if not torch.equal(getattr(mine, part), getattr(theirs, part)):
+            if not one_factor(adapter.factors[module], adapters[longest].factors[module], part):
                 raise AdapterError(
                     f"{who}: {part} of module '{module}' differs from that of {longest}; strategy {strategy} needs "
                     f"clients that share one {part}"
@@ -225,6 +222,12 @@ def with_shared(
         )
         shared[module] = given.to(torch.float32).at_rank(fresh.rank)
     return replace(state, adapter=state.adapter.with_factors(shared))
+
+
+def one_factor(one: Factors, other: Factors, part: Literal["A", "B"]) -> bool:
+    """Whether two pairs have the same A, or the same B, at the lower of their ranks."""
+    rank = min(one.rank, other.rank)
+    return torch.equal(getattr(one.at_rank(rank), part), getattr(other.at_rank(rank), part))
 
 
 def __getattr__(name: str) -> Any:

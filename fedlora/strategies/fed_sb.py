@@ -27,12 +27,11 @@ class FedSB(CoreStrategy):
     summary = "an r × r matrix between fixed factors is all that is trained and sent: exact, r² numbers"
     source = "arXiv 2502.15436"
     traits = replace(CoreStrategy.traits, cost_up="r*r", cost_down="r*r")
+    options: Options
 
     class Options(Section):
         start: Literal["base", "random"] = "base"
         """Fixed factors: the leading singular directions of the base weight, or random orthonormal ones by seed."""
-
-    options: Options
 
     def begin(self, state: ServerState, weight: Callable[[str], Tensor]) -> ServerState:
         random = self.options.start == "random"

@@ -32,12 +32,11 @@ class FedMomentum(Strategy):
         exact=False,
         cost_down="r*(d_out + d_in) + min(max(R - r, 0)*(d_out + d_in), d_out*d_in)",
     )
+    options: Options
 
     class Options(Section):
         energy: float = Field(0.9999, gt=0, le=1)
         """Share of the squared singular values that adapter and base update keep together."""
-
-    options: Options
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         adapters, step = {}, {}

@@ -30,12 +30,11 @@ class FedRotLoRA(Strategy):
         exact=False,
         one_rank="a rotation mixes rank indices, so clients of several ranks would not be comparable after it",
     )
+    options: Options
 
     class Options(Section):
         strength: float = Field(0.5, ge=0, le=1)
         """Share λ of the rotation that is carried out; 0 is `fedit`, 1 the full rotation."""
-
-    options: Options
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         strength = self.options.strength

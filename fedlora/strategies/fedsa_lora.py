@@ -32,12 +32,11 @@ class FedSALoRA(Strategy):
         cost_up="r*d_in",
         cost_down="r*d_in",
     )
+    options: Options
 
     class Options(Section):
         own_head: bool = False
         """Every client also keeps its own head; otherwise heads are averaged."""
-
-    options: Options
 
     def plan(self, round_number: int) -> Plan:
         sent: frozenset[Part] = frozenset({"A"}) if self.options.own_head else frozenset({"A", "head"})

@@ -30,6 +30,7 @@ class FLoRANA(Strategy):
     summary = "means with fitted weights, as near to the mean of products as one weight per client and factor allows"
     source = "arXiv 2509.26399"
     traits = Traits(family=Family.PRODUCT_SUM, exact=False)
+    options: Options
 
     class Options(Section):
         solver: Literal["als", "adam"] = "als"
@@ -44,8 +45,6 @@ class FLoRANA(Strategy):
         """Strength, relative to the problem's own curvature, with which p and q are drawn to the clients' weights."""
         simplex: bool = False
         """Keep p and q non-negative with sum one, as weights of a mean are."""
-
-    options: Options
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         uploaded = {m: list(updates.factors(m, state.rank(m))) for m in updates.modules}

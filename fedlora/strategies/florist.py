@@ -26,12 +26,11 @@ class FLoRIST(FLoRA):
     summary = "as flora, with the stack cut where a share of its energy is reached: fewer bytes down"
     source = "arXiv 2506.09199"
     traits = replace(FLoRA.traits, exact=False)
+    options: Options
 
     class Options(Section):
         energy: float = Field(0.9, gt=0, le=1)
         """Share τ of the squared singular values that is kept, per module."""
-
-    options: Options
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         fresh, step = {}, {}

@@ -28,14 +28,13 @@ class HetLoRA(Strategy):
     summary = "zero-padding weighted by the norm of each update; clients prune their own rank"
     source = "arXiv 2401.06432"
     traits = Traits(family=Family.PRODUCT_SUM, exact=False)
+    options: Options
 
     class Options(Section):
         keep: float = Field(0.99, gt=0, le=1)
         """Share γ of its rank to which a client prunes itself (rounded down, at least 1); 1 never prunes."""
         penalty: float = Field(5e-3, ge=0)
         """Weight λ of the tail's norm in the clients' loss."""
-
-    options: Options
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         factors, diagnostics = {}, {}

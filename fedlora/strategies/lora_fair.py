@@ -23,12 +23,11 @@ class LoRAFAIR(Strategy):
     summary = "mean of A, and B corrected by regularised least squares towards the mean product"
     source = "arXiv 2411.14961"
     traits = Traits(family=Family.PRODUCT_SUM, exact=False)
+    options: Options
 
     class Options(Section):
         ridge: float = Field(0.01, ge=0)
         """λ0: strength of the regularisation, relative to the mean eigenvalue of ĀĀᵀ."""
-
-    options: Options
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         new = {}

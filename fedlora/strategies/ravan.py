@@ -25,12 +25,11 @@ class RAVAN(CoreStrategy):
     summary = "h small matrices between fixed orthonormal factors: exact, r²/h numbers at rank r"
     source = "arXiv 2506.05568"
     traits = replace(CoreStrategy.traits, cost_up="r*r/h", cost_down="r*r/h")
+    options: Options
 
     class Options(Section):
         heads: int = Field(4, ge=1)
         """Heads h among which the rank is divided."""
-
-    options: Options
 
     def refuses_rank(self, rank: int) -> str | None:
         if rank % self.options.heads == 0:

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-import torch
-
 from fedlora.adapter import Adapter, Factors
 from fedlora.adapter.updates import Updates
 from fedlora.errors import AdapterError
-from fedlora.strategies.base import ONLY_A, ONLY_B, Family, Plan, ServerState, Strategy, Traits, with_shared
+from fedlora.strategies.base import ONLY_A, ONLY_B, Family, Plan, ServerState, Strategy, Traits, one_factor, with_shared
 
 
 class RoLoRA(Strategy):
@@ -50,14 +48,9 @@ class RoLoRA(Strategy):
 
     def rescaled(self, uploads: Sequence[Adapter]) -> Literal["A", "B"]:
         """The factor that was trained: the other is shared, and stays as it is."""
-        first = uploads[0]
-        for adapter in uploads[1:]:
-            for module in first.modules:
-                own, wanted = adapter.factors[module], first.factors[module]
-                rank = min(own.rank, wanted.rank)
-                if not torch.equal(own.A[:rank], wanted.A[:rank]):
-                    return "A"
-        return "B"
+        first = uploads[0].factors
+        alike = (one_factor(each.factors[module], first[module], "A") for each in uploads[1:] for module in first)
+        return "B" if all(alike) else "A"
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         by_b = _trains_b(state.round + 1)

@@ -20,12 +20,11 @@ class FedAvgM(Strategy):
     summary = "fedit with momentum on the server"
     source = "arXiv 1909.06335"
     traits = Traits(family=Family.PRODUCT_SUM, exact=False, one_rank="the mean is fedit's")
+    options: Options
 
     class Options(Section):
         momentum: float = Field(0.5, ge=0, lt=1)
         """Share β of the last step that is carried on; 0 is `fedit`."""
-
-    options: Options
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         factors, steps = {}, {}

@@ -44,8 +44,10 @@ class BaseUpdate:
 
     def plus(self, later: BaseUpdate) -> BaseUpdate:
         """Both updates, one after the other: ranks add up, to at most min(d_out, d_in)."""
-        names = [*self.modules, *(name for name in later.modules if name not in self.modules)]
-        return BaseUpdate({name: _sum(self.modules.get(name), later.modules.get(name)) for name in names})
+        both = {
+            name: _compact(self.modules[name], pair) for name, pair in later.modules.items() if name in self.modules
+        }
+        return BaseUpdate({**self.modules, **later.modules, **both})
 
     def wire_bytes(self) -> int:
         """Bytes as sent: per module the factors, or the dense matrix where that is smaller."""
@@ -102,10 +104,11 @@ class BaseUpdate:
             raise AdapterError(f"{path}: {error}") from None
 
 
-def _compact(pair: Factors) -> Factors:
-    if pair.rank < min(pair.shape):
-        return pair.to(torch.float32)
-    return ProductSum.of([pair], [1.0]).factors().to(torch.float32)
+def _compact(*pairs: Factors) -> Factors:
+    """The sum as one pair, in fp32."""
+    if len(pairs) == 1 and pairs[0].rank < min(pairs[0].shape):
+        return pairs[0].to(torch.float32)
+    return ProductSum.of(pairs, [1.0] * len(pairs)).factors().to(torch.float32)
 
 
 def _stored(pair: Factors) -> dict[str, Tensor]:
@@ -123,11 +126,3 @@ def _pair(module: str, sides: Mapping[str, Tensor]) -> Factors:
     if missing := {"left", "right"} - sides.keys():
         raise AdapterError(f"base update: module '{module}' has no '{missing.pop()}', and no '.dense' alone (a matrix)")
     return Factors(sides["left"], sides["right"])
-
-
-def _sum(one: Factors | None, other: Factors | None) -> Factors:
-    if one is None or other is None:
-        found = one or other
-        assert found is not None
-        return found
-    return ProductSum.of([one, other], [1.0, 1.0]).factors().to(torch.float32)

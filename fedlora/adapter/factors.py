@@ -91,7 +91,8 @@ class ProductSum:
         return torch.cat(self.left, dim=1) @ (torch.cat(self.right, dim=1).T @ wanted)
 
     def truncated(self, rank: int) -> TruncatedSVD:
-        """The best approximation of rank `rank`, or of the joint rank where that is less (Eckart–Young)."""
+        """The best approximation of rank `rank`, or of the joint rank where that is less (Eckart–Young): by QR of the
+        stack and the SVD of the small core, or by the SVD of the dense matrix."""
         frame = Frame(self)
         left, values, right = torch.linalg.svd(frame.total, full_matrices=False)
         outer, inner = frame.lift(left[:, :rank], right[:rank].T)
@@ -227,15 +228,6 @@ class TruncatedSVD:
         if not self.S.numel() or self.S.max() <= 0:
             return torch.zeros_like(self.S, dtype=torch.bool)
         return _NULL * self.S.max() < self.S
-
-
-def truncated_svd(factors: Iterable[Factors], coefficients: Tensor | Sequence[float], rank: int) -> TruncatedSVD:
-    """The best approximation of `Σ c_k B_k A_k` of rank `rank`, or of the joint rank where that is less (Eckart–Young).
-
-    By QR of the stacked factors and the SVD of the small core; by one dense accumulator where the joint rank reaches
-    min(d_out, d_in).
-    """
-    return ProductSum.of(factors, coefficients).truncated(rank)
 
 
 def mean(tensors: Iterable[Tensor], weights: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedlora.adapter import Factors
-from fedlora.adapter.factors import truncated_svd
+from fedlora.adapter.factors import ProductSum
 from fedlora.adapter.updates import Updates
 from fedlora.strategies.base import ONLY_B, Family, Plan, ServerState, Strategy, Traits
 
@@ -31,5 +31,5 @@ class FedSVD(Strategy):
         for module in updates.modules:
             rank = state.rank(module)
             product = Factors(updates.mean_b(module, rank), state.adapter.factors[module].A)
-            new[module] = truncated_svd([product], [1.0], rank).on_b()
+            new[module] = ProductSum.of([product], [1.0]).truncated(rank).on_b()
         return state.with_factors(new)

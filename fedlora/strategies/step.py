@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fedlora.adapter import Factors
 from fedlora.adapter.base_update import BaseUpdate
 from fedlora.adapter.divergence import Divergence, measure
-from fedlora.adapter.factors import truncated_svd
+from fedlora.adapter.factors import ProductSum
 from fedlora.adapter.updates import Updates
 from fedlora.strategies.base import Strategy
 from fedlora.strategies.state import ServerState
@@ -58,7 +58,7 @@ def advance(strategy: Strategy, state: ServerState, updates: Updates, svd_order:
 
 def _ordered(pair: Factors) -> Factors:
     """The same product with its largest directions first; a start from B = 0 has no order and stays as it is."""
-    return truncated_svd([pair], [1.0], pair.rank).balanced() if pair.B.any() else pair
+    return ProductSum.of([pair], [1.0]).truncated(pair.rank).balanced() if pair.B.any() else pair
 
 
 def measure_round(strategy: Strategy, new: ServerState, updates: Updates) -> Divergence:

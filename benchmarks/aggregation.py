@@ -184,7 +184,7 @@ def cells() -> Iterator[dict[str, Any]]:
             row: dict[str, Any] = {"shape": name, "modules": modules, "rank": rank, "clients": clients}
             for chosen in STRATEGIES:
                 row[chosen] = _cell(chosen, shape, rank, adapters, updates)
-            row["ρ"] = measured(lambda: measure(updates, [adapters[0]] * clients) and None)  # noqa: B023
+            row["ρ"] = measured(lambda: measure(updates, [adapters[0]] * clients, common=True) and None)  # noqa: B023
             print(_line(row), flush=True)
             yield row
 

@@ -73,7 +73,7 @@ def bare_loop(run: RunFolder, model: ResidentModel) -> Iterator[float]:
             uploads.append(Update(chosen, len(examples), trained.adapter))
         updates = Updates.collect(uploads)
         state = advance(strategy, state, updates)
-        measure(updates, [state.adapter] * len(updates))
+        measure(updates, [state.adapter] * len(updates), common=True)
         model.load(state.adapter)
         yield score(model, data, np.arange(len(data.test)), config).accuracy
 

@@ -116,7 +116,7 @@ class Measured:
 def example(strategy: Strategy, ranks: Sequence[int] | None, examples: Sequence[int]) -> tuple[ServerState, Updates]:
     """The state before round ROUND, and what clients that start from it upload: every part that they train moves by
     noise of the size that it has, drawn by client and part, the same for every strategy."""
-    clients = range(1 if strategy.pools_data else len(examples))
+    clients = range(1 if strategy.traits.pools_data else len(examples))
     given = ranks or [RANK] * len(examples)
     fresh = Adapter({MODULE: Factors(torch.zeros(D_OUT, max(given)), _draw("A", 0, (max(given), D_IN)))})
     state = ServerState(fresh, scaling=2.0, ranks={u: given[u] for u in clients if given[u] < max(given)})
@@ -167,8 +167,8 @@ def measure(strategy: Strategy, ranks: Sequence[int] | None = None, examples: Se
     return Measured(
         _mean([_numbers(adapter, up) for adapter in updates.adapters]),
         _mean([_numbers(strategy.broadcast(after, client), down) + base for client in updates.clients]),
-        _mean([value(strategy.cost_up, odd=ROUND % 2, r=r, **every) for r in uploaded]),
-        _mean([value(strategy.cost_down, odd=(ROUND + 1) % 2, r=r, **every) for r in uploaded]),
+        _mean([value(strategy.traits.cost_up, odd=ROUND % 2, r=r, **every) for r in uploaded]),
+        _mean([value(strategy.traits.cost_down, odd=(ROUND + 1) % 2, r=r, **every) for r in uploaded]),
         measure_round(strategy, after, updates),
     )
 
@@ -240,15 +240,15 @@ def properties() -> str:
         found = registry.find(name)
         cells = (
             f"[`{name}`](strategies/{name}.md)",
-            found.family.value,
-            _yes(found.exact),
-            "one" if found.one_rank else "free",
-            "changes" if found.changes_base else "stays",
-            "own" if found.personal else "one",
+            found.traits.family.value,
+            _yes(found.traits.exact),
+            "one" if found.traits.one_rank else "free",
+            "changes" if found.traits.changes_base else "stays",
+            "own" if found.traits.personal else "one",
             ", ".join(f"`{variant}`" for variant in _VARIANTS if found.refusal(variant, False, False)) or "–",
             gauge(name),
-            latex(found.cost_up),
-            latex(found.cost_down),
+            latex(found.traits.cost_up),
+            latex(found.traits.cost_down),
         )
         rows.append(_row(cells))
     return "\n".join([_row(heads), "|---" * len(heads) + "|", *rows])
@@ -260,7 +260,7 @@ def measurements() -> str:
     rows = []
     for name in described():
         equal = measure(registry.make(name))
-        one_rank = registry.find(name).one_rank
+        one_rank = registry.find(name).traits.one_rank
         mixed = None if one_rank else measure(registry.make(name), MIXED).divergence
         bound = "≤ " if equal.down < equal.formula_down else ""
         cells = (
@@ -286,16 +286,16 @@ def facts(name: str) -> str:
     """What a strategy's class says of it, for its page."""
     found = registry.find(name)
     rows = [
-        ("family", _WORDS[found.family.value]),
-        ("exact (ρ = 0)", _yes(found.exact)),
+        ("family", _WORDS[found.traits.family.value]),
+        ("exact (ρ = 0)", _yes(found.traits.exact)),
         ("clients train", _by_round(name, "trains")),
         ("sent up", _by_round(name, "up")),
-        ("sent down", _by_round(name, "down") + (", base update" if found.changes_base else "")),
-        ("numbers up", latex(found.cost_up)),
-        ("numbers down", latex(found.cost_down)),
-        ("clients of several ranks", f"refused: {found.one_rank}" if found.one_rank else "yes"),
-        ("changes the base", _yes(found.changes_base)),
-        ("clients keep adapters of their own", _yes(found.personal)),
+        ("sent down", _by_round(name, "down") + (", base update" if found.traits.changes_base else "")),
+        ("numbers up", latex(found.traits.cost_up)),
+        ("numbers down", latex(found.traits.cost_down)),
+        ("clients of several ranks", f"refused: {found.traits.one_rank}" if found.traits.one_rank else "yes"),
+        ("changes the base", _yes(found.traits.changes_base)),
+        ("clients keep adapters of their own", _yes(found.traits.personal)),
         ("blind to the gauge, at equal ranks", {"–": "clients share a factor"}.get(gauge(name), gauge(name))),
         *((f"`lora.variant={variant}`", _or_refused(found.refusal(variant, False, False))) for variant in _VARIANTS),
         ("`lora.truncation=svd`", _or_refused(found.refusal("lora", False, True))),
@@ -327,14 +327,14 @@ def _by_round(name: str, what: Literal["trains", "up", "down"]) -> str:
 
 
 def _parts(parts: frozenset[Part], strategy: Strategy) -> str:
-    wanted = ("A", "B", "core") if strategy.trains_core else ("A", "B")
+    wanted = ("A", "B", "core") if strategy.traits.trains_core else ("A", "B")
     return ", ".join(part for part in wanted if part in parts) or "no factor"
 
 
 def _aggregates(found: type[Strategy]) -> str:
-    if found.pools_data:
+    if found.traits.pools_data:
         return "refused: there is nothing to aggregate"
-    return "refused: PEFT folders hold no core" if found.trains_core else "yes"
+    return "refused: PEFT folders hold no core" if found.traits.trains_core else "yes"
 
 
 def _or_refused(refused: Refusal | None) -> str:
@@ -347,7 +347,7 @@ def _yes(flag: bool) -> str:
 
 def scalings() -> str:
     """The strategies for which clients may have different alpha/r."""
-    return ", ".join(f"`{name}`" for name in own_names() if registry.find(name).any_scaling)
+    return ", ".join(f"`{name}`" for name in own_names() if registry.find(name).traits.any_scaling)
 
 
 def peft_keys() -> str:

@@ -75,9 +75,9 @@ def problems(strategy: str | Strategy, seed: int = 0) -> list[str]:
 
 
 def _settings(strategy: Strategy) -> list[Setting]:
-    if strategy.pools_data:
+    if strategy.traits.pools_data:
         return [ALONE]
-    return [EQUAL, ALONE] if strategy.one_rank else [EQUAL, ALONE, MIXED]
+    return [EQUAL, ALONE] if strategy.traits.one_rank else [EQUAL, ALONE, MIXED]
 
 
 def _description(strategy: Strategy) -> Iterator[str]:
@@ -173,16 +173,16 @@ def _pure(strategy: Strategy, state: ServerState, updates: Updates, new: ServerS
 
 def _claims(strategy: Strategy, setting: Setting, updates: Updates, new: ServerState) -> Iterator[str]:
     rho = measure_round(strategy, new, updates).rho
-    if strategy.exact and len(set(setting.ranks)) == 1 and rho > 1e-6:
+    if strategy.traits.exact and len(set(setting.ranks)) == 1 and rho > 1e-6:
         yield f"exact is True, but ρ is {rho:.2g}"
-    if not strategy.changes_base and new.base_step:
+    if not strategy.traits.changes_base and new.base_step:
         yield "changes_base is False, but the base was updated"
-    if not strategy.personal and new.personal:
+    if not strategy.traits.personal and new.personal:
         yield "personal is False, but the state holds adapters of single clients"
-    if not strategy.personal and len(set(setting.ranks)) == 1:
+    if (not strategy.traits.personal or strategy.broadcasts_to_all) and len(set(setting.ranks)) == 1:
         sent = [strategy.broadcast(new, client).tensors() for client in updates.clients]
         if not all(_same(sent[0], other) for other in sent[1:]):
-            yield "personal is False, but clients of one rank receive different adapters"
+            yield "personal is False or common_broadcast True, but clients of one rank receive different adapters"
 
 
 def _broadcasts(strategy: Strategy, state: ServerState, setting: Setting) -> Iterator[str]:

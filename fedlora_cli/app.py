@@ -76,7 +76,7 @@ def aggregate(
     from fedlora.exchange.result import check_target
     from fedlora.strategies import registry
 
-    check_target(out, registry.find(strategy).personal, per_client, report)
+    check_target(out, registry.find(strategy).traits.personal, per_client, report)
     result = aggregation.aggregate(
         clients,
         strategy,
@@ -134,8 +134,8 @@ def strategies(
         except ConfigError as error:
             broken.append(f"not usable: {error}")
             continue
-        ranks = "one" if s.one_rank else "any"
-        rows.append((s.name, s.family.value, "yes" if s.exact else "", ranks, s.summary))
+        ranks = "one" if s.traits.one_rank else "any"
+        rows.append((s.name, s.traits.family.value, "yes" if s.traits.exact else "", ranks, s.summary))
     tables.listing(("name", "family", "exact", "ranks", "what it does"), rows, sys.stdout)
     print("family: SP sum-product, PS product-sum; exact: ρ = 0; ranks: whether clients may have different ones.")
     print("More about one, and its options: fedlora strategies NAME")

@@ -108,13 +108,13 @@ def strategy(found: type[Strategy], stream: TextIO) -> None:
     shown.print(inspect.cleandoc(found.__doc__ or ""), markup=False)
     facts = {
         "source": found.source,
-        "family": found.family.value,
-        "exact": "yes" if found.exact else "no",
-        "clients receive": "their own" if found.personal else "the same",
-        "ranks": f"one: {found.one_rank}" if found.one_rank else "any",
-        "base": "is changed" if found.changes_base else "stays as it is",
-        "numbers up": f"{found.cost_up}  (per module and client; r its rank, R the sum of all ranks)",
-        "numbers down": found.cost_down,
+        "family": found.traits.family.value,
+        "exact": "yes" if found.traits.exact else "no",
+        "clients receive": "their own" if found.traits.personal else "the same",
+        "ranks": f"one: {found.traits.one_rank}" if found.traits.one_rank else "any",
+        "base": "is changed" if found.traits.changes_base else "stays as it is",
+        "numbers up": f"{found.traits.cost_up}  (per module and client; r its rank, R the sum of all ranks)",
+        "numbers down": found.traits.cost_down,
     }
     print(file=stream)
     for key, value in facts.items():

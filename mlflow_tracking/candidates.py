@@ -176,7 +176,7 @@ def may_compete(strategy: str) -> bool:
     from fedlora.strategies.base import Family
 
     found = registry.find(strategy)
-    return not (found.personal or found.pools_data or found.family is Family.CONTROL)
+    return not (found.traits.personal or found.traits.pools_data or found.traits.family is Family.CONTROL)
 
 
 def as_candidate(group: Sequence[Entrant], sweep: str) -> Candidate:

@@ -267,7 +267,7 @@ def _description(candidate: Candidate) -> str:
         "|---|---|",
         *(f"| {score.seed} | {score.accuracy:.4f} |" for score in candidate.scores),
     ]
-    if registry.find(candidate.strategy).changes_base:
+    if registry.find(candidate.strategy).traits.changes_base:
         lines += ["", "The base was changed too (`base_delta.safetensors`): load it with `fedlora.load_adapter`."]
     return "\n".join(lines)
 

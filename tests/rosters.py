@@ -28,9 +28,9 @@ def entries(but: Iterable[str] = (), mixed_but: Iterable[str] = (), of: Iterable
     return [
         pytest.param(each, id=f"{each[0]}-{'mixed' if each[1] else 'equal'}")
         for each in found
-        if not each[1] or not (registry.find(each[0]).one_rank or each[0] in set(mixed_but))
+        if not each[1] or not (registry.find(each[0]).traits.one_rank or each[0] in set(mixed_but))
     ]
 
 
-CHANGE_THE_BASE = [name for name in NAMES if registry.find(name).changes_base]
-TRAIN_A_CORE = [name for name in NAMES if registry.find(name).trains_core]
+CHANGE_THE_BASE = [name for name in NAMES if registry.find(name).traits.changes_base]
+TRAIN_A_CORE = [name for name in NAMES if registry.find(name).traits.trains_core]

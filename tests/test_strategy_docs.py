@@ -73,7 +73,7 @@ class TestCosts:
         self.check(docs, name, examples=(3, 4))
 
     def test_with_ranks_that_differ(self, docs, name):
-        if registry.find(name).one_rank:
+        if registry.find(name).traits.one_rank:
             return
         self.check(docs, name, docs.MIXED)
 

@@ -1,7 +1,8 @@
 """What a strategy adds to the frozen base weights, as factors: versioned by round, composable, exportable.
 
 A module's update is `left @ right` with left (d_out × k) and right (k × d_in); the scaling s is included, so that the
-effective weight is `W0 + s·B·A + left·right`. Files name the tensors `<module>.left` and `<module>.right`.
+effective weight is `W0 + s·B·A + left·right`. Files name the tensors `<module>.left` and `<module>.right`, or
+`<module>.dense` where one of them is an identity; older files hold that too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedlora.adapter.factors import ProductSum
+from fedlora.adapter.factors import ProductSum, beside_identity
 from fedlora.adapter.weights import Factors
 from fedlora.errors import AdapterError
 from fedlora.files.atomic import write_atomic
@@ -43,38 +44,36 @@ class BaseUpdate:
 
     def plus(self, later: BaseUpdate) -> BaseUpdate:
         """Both updates, one after the other: ranks add up, to at most min(d_out, d_in)."""
-        names = [*self.modules, *(name for name in later.modules if name not in self.modules)]
-        return BaseUpdate({name: _sum(self.modules.get(name), later.modules.get(name)) for name in names})
+        both = {
+            name: _compact(self.modules[name], pair) for name, pair in later.modules.items() if name in self.modules
+        }
+        return BaseUpdate({**self.modules, **later.modules, **both})
 
     def wire_bytes(self) -> int:
         """Bytes as sent: per module the factors, or the dense matrix where that is smaller."""
         return sum(_BYTES * min(pair.rank * sum(pair.shape), math.prod(pair.shape)) for pair in self.modules.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """`<module>.left` and `<module>.right`."""
-        named: dict[str, Tensor] = {}
-        for module in sorted(self.modules):
-            named[f"{module}.left"] = self.modules[module].B.contiguous()
-            named[f"{module}.right"] = self.modules[module].A.contiguous()
-        return named
+        """`<module>.left` and `<module>.right`, or `<module>.dense`."""
+        stored = {module: _stored(self.modules[module]) for module in sorted(self.modules)}
+        return {
+            f"{module}.{side}": each.contiguous() for module, sides in stored.items() for side, each in sides.items()
+        }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> BaseUpdate:
         """The inverse of `tensors`.
 
         Raises:
-            AdapterError: a name that is neither, a side without the other, shapes that do not fit.
+            AdapterError: a name that is none of these, a side without the other, shapes that do not fit.
         """
         modules: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             module, _, side = name.rpartition(".")
-            if not module or side not in ("left", "right"):
-                raise AdapterError(f"base update: tensor '{name}' is neither '<module>.left' nor '<module>.right'")
+            if not module or side not in ("left", "right", "dense"):
+                raise AdapterError(f"base update: tensor '{name}' is no '<module>.left', '.right' or '.dense'")
             modules.setdefault(module, {})[side] = tensor
-        for module, sides in modules.items():
-            if missing := {"left", "right"} - sides.keys():
-                raise AdapterError(f"base update: module '{module}' has no '{missing.pop()}'")
-        return cls({module: Factors(sides["left"], sides["right"]) for module, sides in modules.items()})
+        return cls({module: _pair(module, sides) for module, sides in modules.items()})
 
     def write(self, folder: Path) -> None:
         """`base_delta.safetensors` in `folder`.
@@ -105,15 +104,25 @@ class BaseUpdate:
             raise AdapterError(f"{path}: {error}") from None
 
 
-def _compact(pair: Factors) -> Factors:
-    if pair.rank < min(pair.shape):
-        return pair.to(torch.float32)
-    return ProductSum.of([pair], [1.0]).factors().to(torch.float32)
+def _compact(*pairs: Factors) -> Factors:
+    """The sum as one pair, in fp32."""
+    if len(pairs) == 1 and pairs[0].rank < min(pairs[0].shape):
+        return pairs[0].to(torch.float32)
+    return ProductSum.of(pairs, [1.0] * len(pairs)).factors().to(torch.float32)
 
 
-def _sum(one: Factors | None, other: Factors | None) -> Factors:
-    if one is None or other is None:
-        found = one or other
-        assert found is not None
-        return found
-    return ProductSum.of([one, other], [1.0, 1.0]).factors().to(torch.float32)
+def _stored(pair: Factors) -> dict[str, Tensor]:
+    """Both sides, or the matrix alone where it stands beside an identity."""
+    if pair.rank == min(pair.shape):
+        eye, dense = (pair.B, pair.A) if pair.shape[0] <= pair.shape[1] else (pair.A, pair.B)
+        if torch.equal(eye, torch.eye(pair.rank, dtype=eye.dtype)):
+            return {"dense": dense}
+    return {"left": pair.B, "right": pair.A}
+
+
+def _pair(module: str, sides: Mapping[str, Tensor]) -> Factors:
+    if sides.keys() == {"dense"} and sides["dense"].ndim == 2:
+        return beside_identity(sides["dense"])
+    if missing := {"left", "right"} - sides.keys():
+        raise AdapterError(f"base update: module '{module}' has no '{missing.pop()}', and no '.dense' alone (a matrix)")
+    return Factors(sides["left"], sides["right"])

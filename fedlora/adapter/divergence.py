@@ -121,6 +121,7 @@ def measure(
     base_step: BaseUpdate | None = None,
     scaling: float = 1.0,
     scalings: Mapping[str, float] | None = None,
+    common: bool = False,
 ) -> Divergence:
     """Compare what the clients will hold with the ideal.
 
@@ -131,6 +132,7 @@ def measure(
         base_step: what the round added to the base (scaling included), part of what every client holds.
         scaling: s, which relates `base_step` to the products.
         scalings: those of modules that have another: their products count by its ratio to s in what adds up.
+        common: whether clients of one rank restart from the same.
     """
     mixing, step, own = mixing or {}, base_step or BaseUpdate(), scalings or {}
     found = {}
@@ -143,6 +145,7 @@ def measure(
             updates.clients,
             mixing.get(module),
             _unscaled(step.modules.get(module), s),
+            common,
         )
         found[module] = measured if s == scaling else _in_units(measured, s / scaling)
     return Divergence(found)
@@ -165,6 +168,7 @@ def measure_module(
     clients: Sequence[int] | None = None,
     mixing: Tensor | None = None,
     base: Factors | None = None,
+    common: bool = False,
 ) -> ModuleDivergence:
     """ρ, floor, R, P, Q and dispersion of one module, exact in float64.
 
@@ -174,10 +178,11 @@ def measure_module(
     Args:
         uploads: (B_u, A_u) of U clients.
         weights: (U), summing to one.
-        broadcasts: (B̂_u, Â_u) of the same clients; what is equal for several should be the same tensors.
+        broadcasts: (B̂_u, Â_u) of the same clients.
         clients: their ids, for `by_client`.
         mixing: (U), weights behind `effective_clients` (`weights` by default).
         base: what every client's base got in this round, in units of the product.
+        common: whether clients of one rank receive the same, which is then measured once.
     """
     w = weights.tolist()
     ideal, moves = ProductSum(broadcasts[0].shape), []
@@ -185,7 +190,7 @@ def measure_module(
         own = upload.to_double()
         ideal.add(weight, own)
         moves.append(_moved(own, hat))
-    groups = _groups(broadcasts)
+    groups = _groups(broadcasts, common)
     hats = [_held(broadcasts[members[0]], base) for members in groups]
     frame = Frame(ideal, hats)
     errors2 = [0.0] * len(w)
@@ -212,11 +217,11 @@ def measure_module(
     )
 
 
-def _groups(broadcasts: Sequence[Factors]) -> list[list[int]]:
-    """Positions of clients that receive the same: the same memory at the same rank."""
-    found: dict[tuple[int, int, int], list[int]] = {}
+def _groups(broadcasts: Sequence[Factors], common: bool) -> list[list[int]]:
+    """Positions of clients that receive the same: those of one rank where the broadcast is common, else nobody."""
+    found: dict[int, list[int]] = {}
     for position, pair in enumerate(broadcasts):
-        found.setdefault((pair.B.data_ptr(), pair.A.data_ptr(), pair.rank), []).append(position)
+        found.setdefault(pair.rank if common else position, []).append(position)
     return list(found.values())
 
 

@@ -81,9 +81,7 @@ class ProductSum:
         """The sum as one exact pair: the stack, or the dense matrix beside an identity on its smaller side."""
         if self.dense is None:
             return Factors(torch.cat(self.left, dim=1), torch.cat(self.right, dim=1).T)
-        d_out, d_in = self.shape
-        eye = torch.eye(min(self.shape), dtype=torch.float64)
-        return Factors(eye, self.dense) if d_out <= d_in else Factors(self.dense, eye)
+        return beside_identity(self.dense)
 
     def times(self, matrix: Tensor) -> Tensor:
         """`(Σ c_k B_k A_k) @ matrix` (d_out × n) for a `matrix` (d_in × n)."""
@@ -93,11 +91,18 @@ class ProductSum:
         return torch.cat(self.left, dim=1) @ (torch.cat(self.right, dim=1).T @ wanted)
 
     def truncated(self, rank: int) -> TruncatedSVD:
-        """The best approximation of rank `rank`, or of the joint rank where that is less (Eckart–Young)."""
+        """The best approximation of rank `rank`, or of the joint rank where that is less (Eckart–Young): by QR of the
+        stack and the SVD of the small core, or by the SVD of the dense matrix."""
         frame = Frame(self)
         left, values, right = torch.linalg.svd(frame.total, full_matrices=False)
         outer, inner = frame.lift(left[:, :rank], right[:rank].T)
         return TruncatedSVD(outer, values[:rank], inner.T, values[rank:])
+
+
+def beside_identity(dense: Tensor) -> Factors:
+    """A matrix (d_out × d_in) as a pair: itself, and an identity on its smaller side."""
+    eye = torch.eye(min(dense.shape), dtype=dense.dtype)
+    return Factors(eye, dense) if dense.shape[0] <= dense.shape[1] else Factors(dense, eye)
 
 
 class Frame:
@@ -225,15 +230,6 @@ class TruncatedSVD:
         return _NULL * self.S.max() < self.S
 
 
-def truncated_svd(factors: Iterable[Factors], coefficients: Tensor | Sequence[float], rank: int) -> TruncatedSVD:
-    """The best approximation of `Σ c_k B_k A_k` of rank `rank`, or of the joint rank where that is less (Eckart–Young).
-
-    By QR of the stacked factors and the SVD of the small core; by one dense accumulator where the joint rank reaches
-    min(d_out, d_in).
-    """
-    return ProductSum.of(factors, coefficients).truncated(rank)
-
-
 def mean(tensors: Iterable[Tensor], weights: Tensor) -> Tensor:
     """`Σ w_k T_k` for tensors of one shape, accumulated in float64 in the order given, one at a time.
 
@@ -283,17 +279,17 @@ def keep_trainable(pair: Factors, before: Factors) -> Factors:
     return Factors(padded.B, torch.where(idle[:, None], rows, padded.A))
 
 
-def fresh_a(rank: int, d_in: int, kind: Kind = "linear", generator: torch.Generator | None = None) -> Tensor:
-    """A (rank × d_in) as every adapter starts, in fp32: uniform within ±1/√d_in for a linear layer, standard normal for
-    an embedding, whose rows are looked up and not summed.
+def fresh_factors(
+    shape: tuple[int, int], rank: int, kind: Kind = "linear", generator: torch.Generator | None = None
+) -> Factors:
+    """Factors of a product (d_out × d_in) as every adapter starts, in fp32: B zero, and A uniform within ±1/√d_in, or
+    standard normal for an embedding, whose rows are looked up and not summed.
 
-    The one home of this draw, from torch's global generator where none is given. Two others stay on purpose, because
-    what finished runs promise by their digest depends on their bits: PEFT draws the A of linear layers before round one
-    (the same distribution, `kaiming_uniform_` with a = √5, of another stream), and strategies with a core draw
-    orthonormal factors (`fedlora.strategies.core.orthonormal`), which are no start of training but never change.
+    Drawn from torch's global generator where none is given. PEFT draws the A of linear layers before round one: the
+    same distribution of another stream, on which the bits of finished runs depend.
     """
+    d_out, d_in = shape
     if kind in ("embedding", "hira_embedding"):
-        return torch.randn(rank, d_in, generator=generator)
-    bound: float = d_in**0.5
-    uniform: Tensor = (2 * torch.rand(rank, d_in, generator=generator) - 1) / bound
-    return uniform
+        return Factors(torch.zeros(d_out, rank), torch.randn(rank, d_in, generator=generator))
+    uniform = 2 * torch.rand(rank, d_in, generator=generator) - 1
+    return Factors(torch.zeros(d_out, rank), uniform / d_in**0.5)

@@ -50,7 +50,7 @@ class Message:
 
 def fate(config: RunConfig, turn: Turn) -> Fate:
     """The fate of a client; none, good or bad, where one client trains on everybody's data (a control)."""
-    if registry.find(config.strategy).pools_data:
+    if registry.find(config.strategy).traits.pools_data:
         return Fate()
     faults = config.channel.faults
     draw = seeds.numpy_generator(turn.seed, f"faults/{turn.attempt}", turn.round, turn.client)

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from fedlora.adapter.base_update import FILE
+from fedlora.adapter.factors import fresh_factors
 from fedlora.adapter.updates import Update, Updates
-from fedlora.adapter.weights import Adapter, Factors, wire_size
+from fedlora.adapter.weights import Adapter, wire_size
 from fedlora.errors import AdapterError, ConfigError
 from fedlora.exchange.aggregation_checks import check_alike, check_possible, checked_weights
 from fedlora.exchange.alignment import Alignment, aligned, ratios_of, union_of_tokens
@@ -64,7 +65,7 @@ def aggregate(
             shapes that do not match, a file that is not safetensors, impossible weights or ranks.
     """
     chosen = registry.make(strategy, options)
-    if chosen.pools_data:
+    if chosen.traits.pools_data:
         raise ConfigError(f"strategy {strategy} trains one client on everybody's data; there is nothing to aggregate")
     clients = tuple(open_peft_folder(Path(path), limits) for path in paths)
     for client in clients:
@@ -131,8 +132,8 @@ def _start(
             raise AdapterError(
                 f"ranks: {rank} is above the smaller side of module '{module}' ({d_out} × {d_in}); choose at most that"
             )
-        draw = torch.rand(rank, d_in, generator=torch_generator(seed, "start", 0, position))
-        factors[module] = Factors(torch.zeros(d_out, rank), (2 * draw - 1) / d_in**0.5)
+        generator = torch_generator(seed, "start", 0, position)
+        factors[module] = fresh_factors((d_out, d_in), rank, generator=generator)
     first = adapters[0]
     adapter = Adapter(factors, dict(first.head), dict(first.magnitudes), first.kinds)
     scaling = alignment.scalings[max(highest.shapes, key=lambda module: highest.shapes[module][1])]

@@ -132,7 +132,7 @@ def check_possible(strategy: Strategy, clients: Sequence[PeftFolder], ranks: Seq
     """
     if ranks is not None and (len(ranks) != len(clients) or min(ranks) < 1):
         raise AdapterError(f"ranks {list(ranks)} for {counted(len(clients), 'client')}; give one each, from 1")
-    if ranks is not None and strategy.personal:
+    if ranks is not None and strategy.traits.personal:
         raise ConfigError(f"strategy {strategy.name} gives every client its own adapter back; leave the ranks out")
     kinds = {tuple(rank for _, rank, _ in client.shapes.values()) for client in clients}
     mixed = len(kinds) > 1 or any(rank != clients[0].rank for rank in ranks or ())
@@ -140,7 +140,7 @@ def check_possible(strategy: Strategy, clients: Sequence[PeftFolder], ranks: Seq
         found = f"clients of rank {sorted({client.rank for client in clients})}" if mixed else clients[0].variant
         raise ConfigError(f"strategy {strategy.name} cannot aggregate these adapters ({found}): {refused.reason}")
     _check_scalings(strategy, clients)
-    if strategy.changes_base:
+    if strategy.traits.changes_base:
         _check_base(strategy, clients[0])
 
 
@@ -148,7 +148,7 @@ def _check_scalings(strategy: Strategy, clients: Sequence[PeftFolder]) -> None:
     """Clients have one alpha/r by module, unless only their updates count."""
     first = clients[0]
     for client, ratios in zip(clients, ratios_of(clients, first.scalings), strict=True):
-        if ratios and not strategy.any_scaling:
+        if ratios and not strategy.traits.any_scaling:
             module = min(ratios)
             raise ConfigError(
                 f"strategy {strategy.name} cannot aggregate these adapters: {client.path} has alpha/r "
@@ -161,7 +161,7 @@ def _check_scalings(strategy: Strategy, clients: Sequence[PeftFolder]) -> None:
 
 def _check_base(strategy: Strategy, client: PeftFolder) -> None:
     """What the strategy adds to base weights finds them: by the names of modules, one scaling each."""
-    if len(set(client.scalings.values())) > 1 and not strategy.scales_by_module:
+    if len(set(client.scalings.values())) > 1 and not strategy.traits.scales_by_module:
         raise ConfigError(
             f"strategy {strategy.name} adds to the base with one alpha/r for all modules, but {client.path} has several"
         )

@@ -59,7 +59,7 @@ class Aggregated:
     @property
     def adapter(self) -> Adapter | None:
         """The global adapter at the highest rank; None where clients keep adapters of their own."""
-        return None if self.strategy.personal else self.state.adapter
+        return None if self.strategy.traits.personal else self.state.adapter
 
     @property
     def base(self) -> BaseUpdate:
@@ -150,7 +150,7 @@ def _notes(result: Aggregated) -> list[str]:
         first = next(client for client in result.clients if note in client.notes)
         count = sum(note in client.notes for client in result.clients) - 1
         found.append(f"{first.path}{f' and {count} more' if count else ''}: {note}")
-    if result.alignment.mixed and not result.strategy.personal:
+    if result.alignment.mixed and not result.strategy.traits.personal:
         found.append(_words_of_scalings(result))
     return found
 
@@ -173,7 +173,7 @@ def _write(result: Aggregated, out: Path, per_client: bool, report: Path | None)
         AdapterError: `out` is there already, or there is no global adapter and `per_client` is not set.
         RunFolderError: it cannot be written.
     """
-    check_target(out, result.strategy.personal, per_client, report)
+    check_target(out, result.strategy.traits.personal, per_client, report)
     with new_folder(out) as draft:
         _fill(result, draft, per_client)
         if report:

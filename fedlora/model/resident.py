@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedlora import seeds
 from fedlora.adapter.base_update import BaseUpdate
-from fedlora.adapter.factors import fresh_a
+from fedlora.adapter.factors import fresh_factors
 from fedlora.adapter.weights import EVERY_PART, PEFT_PREFIX, Adapter, Factors, Part, full_core, parse_name
 from fedlora.config import ModelConfig
 from fedlora.config.lora import LoraConfig
@@ -80,12 +80,14 @@ class ResidentModel:
     def _start_embeddings(self) -> None:
         """A random and B zero, as for every other layer: PEFT has it the other way round for embeddings, and what
         trains B alone would learn nothing beside A = 0."""
+        live = Adapter.from_tensors(self._handles)
         with torch.no_grad():
-            for name, parameter in self._handles.items():
-                parsed = parse_name(name)
-                if parsed.kind in ("embedding", "hira_embedding"):
-                    rank, d_in = parameter.shape
-                    parameter.copy_(fresh_a(rank, d_in, parsed.kind) if parsed.part == "A" else torch.zeros(()))
+            for module, kind in live.kinds.items():
+                if kind in ("embedding", "hira_embedding"):
+                    pair = live.factors[module]
+                    fresh = fresh_factors(pair.shape, pair.rank, kind)
+                    pair.A.copy_(fresh.A)
+                    pair.B.copy_(fresh.B)
 
     def _check_rank(self, lora: LoraConfig) -> None:
         for module, pair in self.factors().items():

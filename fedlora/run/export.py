@@ -40,7 +40,7 @@ def adapter(run: RunFolder, number: int, folder: Path) -> None:
     Where clients keep adapters of their own, each has a folder `client-NNN/` instead.
     """
     state, strategy = run.read_state(number), run.strategy
-    if not strategy.personal:
+    if not strategy.traits.personal:
         _adapter_folder(run, number, state.adapter, folder, state.scaling)
     if state.base:
         state.base.write(folder)
@@ -70,7 +70,7 @@ def _card(run: RunFolder, number: int, peft_config: Mapping[str, Any]) -> str:
         if "/" in name and name.split("/")[0] in ("global", "local", "gap", "rho")
     )
     base = ""
-    if run.strategy.changes_base:
+    if run.strategy.traits.changes_base:
         base = (
             "\n\n**The strategy also changed the base.** `base_delta.safetensors` holds what is added to its weights:"
             '\ncall `fedlora.apply_base_update(base, "this folder")` before `PeftModel.from_pretrained`, or make a'

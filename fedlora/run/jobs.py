@@ -140,7 +140,7 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
     config = run.config
     dealt = ranks.at_start(config.lora, config.clients, config.seed)
     fresh = ServerState(adapter, scaling=config.lora.scaling, seed=config.seed, ranks=dealt)
-    if run.strategy.changes_base:
+    if run.strategy.traits.changes_base:
         model.check_untied()
     begun = run.strategy.begin(fresh, model.base_weight)
     model.load(begun.adapter)  # what does not fit the model is refused now, not when the first client trains

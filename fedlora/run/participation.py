@@ -123,7 +123,7 @@ def next_ask(run: RunFolder, number: int) -> Ask | None:
 
 def drawn(config: RunConfig, number: int) -> list[int]:
     """The clients that a round asks first, drawn without replacement by (seed, round)."""
-    if registry.find(config.strategy).pools_data:
+    if registry.find(config.strategy).traits.pools_data:
         return [0]
     generator = seeds.numpy_generator(config.seed, "select", number)
     return sorted(generator.choice(config.clients, config.clients_asked, replace=False).tolist())
@@ -134,7 +134,7 @@ def _others(config: RunConfig, number: int, roll: Roll) -> list[int]:
     asked = {entry.client for entry in roll.entries}
     again = {entry.client for entry in roll.entries if entry.status != "failed"} - set(roll.completed)
     generator = seeds.numpy_generator(config.seed, f"select/{roll.attempts}", number)
-    pools = registry.find(config.strategy).pools_data
+    pools = registry.find(config.strategy).traits.pools_data
     unasked = [] if pools else generator.permutation(sorted(set(range(config.clients)) - asked)).tolist()
     wanted = config.clients_asked - len(roll.completed)
     return sorted([*unasked, *generator.permutation(sorted(again)).tolist()][:wanted])

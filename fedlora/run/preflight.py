@@ -158,8 +158,8 @@ def _layers(config: RunConfig) -> tuple[Layer, ...] | None:
     strategy = registry.find(config.strategy)
     for layer in layers:
         model.check_sides(config.lora, layer.name, (layer.d_out, layer.d_in))
-        if strategy.trains_core and not layer.linear:
+        if strategy.traits.trains_core and not layer.linear:
             raise model.no_place_for_core(layer.name)
-        if strategy.changes_base and layer.tied:
+        if strategy.traits.changes_base and layer.tied:
             raise model.would_change_both(layer.name, layer.tied)
     return layers

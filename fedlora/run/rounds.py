@@ -50,7 +50,7 @@ class Examples:
 
 def examples_of(strategy: Strategy, partition: Partition, client: int) -> Examples:
     """A client's own rows, or everybody's where the strategy pools the data."""
-    if not strategy.pools_data:
+    if not strategy.traits.pools_data:
         return Examples(partition.train[client], partition.test[client], (len(partition.train[client]),))
     train, test = (np.unique(np.concatenate(parts)) for parts in (partition.train, partition.test))
     return Examples(train, test, partition.sizes)
@@ -65,7 +65,7 @@ def evaluation_parts(run: RunFolder, number: int) -> list[Part]:
     config = run.config
     if number not in (0, config.rounds) and number % config.evaluation.every:
         return probe.parts(run, number)
-    personal = run.strategy.personal
+    personal = run.strategy.traits.personal
     examples = Setup.read(run).examples["test"]
     step = config.clients if personal else math.ceil(examples / _LARGEST_PART)
     parts = [Part("global", index if personal else None, index, step) for index in range(min(step, examples))]

@@ -102,7 +102,7 @@ class Server:
     def _most(self, client: int) -> int:
         """Examples that a client can have trained on."""
         self._most_examples = self._most_examples or Partition.load(self.run.path / "partition.npz").sizes
-        return sum(self._most_examples) if self.run.strategy.pools_data else self._most_examples[client]
+        return sum(self._most_examples) if self.run.strategy.traits.pools_data else self._most_examples[client]
 
     def aggregate(self, number: int) -> Outcome:
         """Combine the updates that round `number` has accepted, save the new state, and measure the divergence of its

@@ -8,8 +8,8 @@ follows from the run's seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from fedlora.adapter.weights import Adapter, Part, wire_size
 from fedlora.metrics import Bytes
@@ -52,7 +52,7 @@ def missed_base(run: RunFolder, turn: Turn) -> int:
     if not total:
         return 0
     since, _ = _last_asked(run, turn)
-    return min(sum(int(record["base_bytes"]) for _, record in _closed(run, turn, max(since, 1))), total)
+    return min(sum(before.base_bytes for before in _closed(run, turn, max(since, 1))), total)
 
 
 def _last_asked(run: RunFolder, turn: Turn) -> tuple[int, float]:
@@ -61,13 +61,26 @@ def _last_asked(run: RunFolder, turn: Turn) -> tuple[int, float]:
     roll = run.read_json(run.roll_name(turn.round)) or {"entries": []}
     if any(entry["client"] == turn.client for entry in roll["entries"]):
         return turn.round, math.inf
-    for number, record in _closed(run, turn, 1):
-        if turn.client in record["asked"]:
-            return number, record.get("ranks", {}).get(str(turn.client), math.inf)
+    for before in _closed(run, turn, 1):
+        if turn.client in before.asked:
+            return before.round, before.lower_ranks.get(turn.client, math.inf)
     return 0, math.inf
 
 
-def _closed(run: RunFolder, turn: Turn, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records of the rounds before this one, the latest first, down to `first`."""
+@dataclass(frozen=True)
+class _Closed:
+    """What the record of a round says of who was sent what."""
+
+    round: int
+    asked: frozenset[int]
+    lower_ranks: Mapping[int, int]
+    """Of those who were asked and had not the highest."""
+    base_bytes: int
+
+
+def _closed(run: RunFolder, turn: Turn, first: int) -> Iterator[_Closed]:
+    """The rounds before this one, the latest first, down to `first`."""
     for number in range(turn.round - 1, first - 1, -1):
-        yield number, run.need_json(run.record_name(number))
+        record = run.need_json(run.record_name(number))
+        ranks = {int(client): rank for client, rank in record.get("ranks", {}).items()}
+        yield _Closed(number, frozenset(record["asked"]), ranks, int(record["base_bytes"]))

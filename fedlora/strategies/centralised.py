@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedlora.adapter.updates import Updates
-from fedlora.strategies.base import NOTHING, Family, Plan, ServerState, Strategy
+from fedlora.strategies.base import NOTHING, Family, Plan, ServerState, Strategy, Traits
 
 
 class Centralised(Strategy):
@@ -11,12 +11,12 @@ class Centralised(Strategy):
     `local_epochs`). The control for what the distribution of the data costs. What it costs to move the data is not
     counted."""
 
-    name, family, exact = "centralised", Family.CONTROL, True
+    name = "centralised"
     summary = "control: one client with all the data, the same number of optimiser steps"
     source = "control"
-    cost_up = cost_down = "0"
-    pools_data = True
-    one_rank = "there is one client"
+    traits = Traits(
+        family=Family.CONTROL, exact=True, pools_data=True, one_rank="there is one client", cost_up="0", cost_down="0"
+    )
 
     def plan(self, round_number: int) -> Plan:
         return Plan(up=NOTHING, down=NOTHING)

@@ -10,7 +10,7 @@ import torch
 from fedlora.adapter import Factors, Part
 from fedlora.adapter.updates import Updates
 from fedlora.seeds import torch_generator
-from fedlora.strategies.base import Family, Plan, ServerState, Strategy
+from fedlora.strategies.base import Family, Plan, ServerState, Strategy, Traits
 
 _CORE: frozenset[Part] = frozenset({"core", "head"})
 
@@ -18,9 +18,13 @@ _CORE: frozenset[Part] = frozenset({"core", "head"})
 class CoreStrategy(Strategy):
     """The update is `s·B C A` with B, A fixed and shared, so that the mean of C is exact."""
 
-    family, exact = Family.PRODUCT_SUM, True
-    keeps_gauge = trains_core = True
-    one_rank = "clients of another rank would have other fixed factors"
+    traits = Traits(
+        family=Family.PRODUCT_SUM,
+        exact=True,
+        keeps_gauge=True,
+        trains_core=True,
+        one_rank="clients of another rank would have other fixed factors",
+    )
 
     def plan(self, round_number: int) -> Plan:
         return Plan(trains=_CORE, up=_CORE, down=_CORE)

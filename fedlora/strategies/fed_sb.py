@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, cast
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,14 +26,15 @@ class FedSB(CoreStrategy):
     name = "fed-sb"
     summary = "an r × r matrix between fixed factors is all that is trained and sent: exact, r² numbers"
     source = "arXiv 2502.15436"
-    cost_up = cost_down = "r*r"
+    traits = replace(CoreStrategy.traits, cost_up="r*r", cost_down="r*r")
+    options: Options
 
     class Options(Section):
         start: Literal["base", "random"] = "base"
         """Fixed factors: the leading singular directions of the base weight, or random orthonormal ones by seed."""
 
     def begin(self, state: ServerState, weight: Callable[[str], Tensor]) -> ServerState:
-        random = cast(FedSB.Options, self.options).start == "random"
+        random = self.options.start == "random"
         fixed = {}
         for position, module in enumerate(state.adapter.modules):
             rank = state.rank(module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedlora.adapter import Factors
 from fedlora.adapter.factors import ProductSum
 from fedlora.adapter.updates import Updates
-from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.base import Family, ServerState, Strategy, Traits
 
 
 class FedExLoRA(Strategy):
@@ -15,12 +15,19 @@ class FedExLoRA(Strategy):
     `Σ_{u<U} w_u (B_u − B̄)(A_u − A_U)`, or dense where that is smaller.
     """
 
-    name, family, exact = "fedex-lora", Family.PRODUCT_SUM, True
-    changes_base = scales_by_module = any_scaling = True
+    name = "fedex-lora"
     summary = "means as in fedit, and what they miss added to the base: exact, the residual travels down"
     source = "arXiv 2410.09432"
-    cost_down = "r*(d_out + d_in) + min((R - r)*(d_out + d_in), d_out*d_in)"
-    one_rank = "the residual is one for all, but clients of lower rank would hold another adapter; use flora or oracle"
+    traits = Traits(
+        family=Family.PRODUCT_SUM,
+        exact=True,
+        changes_base=True,
+        any_scaling=True,
+        scales_by_module=True,
+        one_rank="the residual is one for all, but clients of lower rank would hold another adapter; "
+        "use flora or oracle",
+        cost_down="r*(d_out + d_in) + min((R - r)*(d_out + d_in), d_out*d_in)",
+    )
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         means, step = {}, {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import replace
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
 from fedlora.strategies.base import Family, ServerState, Strategy
 from fedlora.strategies.energy import directions_for
+from fedlora.strategies.fedex_lora import FedExLoRA
 
 
 class FedMomentum(Strategy):
@@ -22,24 +23,27 @@ class FedMomentum(Strategy):
     the scaling s (public code leaves it out). With a share of 1 it is `oracle`.
     """
 
-    name, family, exact = "fedmomentum", Family.SUM_PRODUCT, False
-    changes_base = scales_by_module = any_scaling = True
+    name = "fedmomentum"
     summary = "top r directions of the mean product as adapter, the next ones into the base, noise dropped"
     source = "arXiv 2603.08014"
-    cost_down = "r*(d_out + d_in) + min(max(R - r, 0)*(d_out + d_in), d_out*d_in)"
-    one_rank = "the residual is one for all, but clients of lower rank would hold another adapter; use flora or oracle"
+    traits = replace(
+        FedExLoRA.traits,
+        family=Family.SUM_PRODUCT,
+        exact=False,
+        cost_down="r*(d_out + d_in) + min(max(R - r, 0)*(d_out + d_in), d_out*d_in)",
+    )
+    options: Options
 
     class Options(Section):
         energy: float = Field(0.9999, gt=0, le=1)
         """Share of the squared singular values that adapter and base update keep together."""
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
-        energy = cast(FedMomentum.Options, self.options).energy
         adapters, step = {}, {}
         for module in updates.modules:
             rank = state.rank(module)
             found = updates.mean_product(module).truncated(min(state.adapter.factors[module].shape))
-            kept = max(directions_for(torch.cat([found.S, found.tail]), energy), rank)
+            kept = max(directions_for(torch.cat([found.S, found.tail]), self.options.energy), rank)
             adapters[module] = found.first(rank).balanced()
             left, right = found.U[:, rank:kept], found.Vh[rank:kept]
             step[module] = Factors(left * (state.scaling_of(module) * found.S[rank:kept]), right)

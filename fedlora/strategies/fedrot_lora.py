@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -12,7 +10,7 @@ from fedlora.adapter import Factors
 from fedlora.adapter.factors import mean_factors
 from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
-from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.base import Family, ServerState, Strategy, Traits
 
 
 class FedRotLoRA(Strategy):
@@ -24,17 +22,22 @@ class FedRotLoRA(Strategy):
     determinant +1 is enforced; where the blend is singular the rotation itself is taken.
     """
 
-    name, family, exact = "fedrot-lora", Family.PRODUCT_SUM, False
+    name = "fedrot-lora"
     summary = "factors rotated towards the last broadcast, then averaged: products unchanged, means closer"
     source = "arXiv 2602.23638"
-    one_rank = "a rotation mixes rank indices, so clients of several ranks would not be comparable after it"
+    traits = Traits(
+        family=Family.PRODUCT_SUM,
+        exact=False,
+        one_rank="a rotation mixes rank indices, so clients of several ranks would not be comparable after it",
+    )
+    options: Options
 
     class Options(Section):
         strength: float = Field(0.5, ge=0, le=1)
         """Share λ of the rotation that is carried out; 0 is `fedit`, 1 the full rotation."""
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
-        strength = cast(FedRotLoRA.Options, self.options).strength
+        strength = self.options.strength
         new = {}
         for module in updates.modules:
             reference = state.adapter.factors[module].to_double()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
 
 import torch
 
 from fedlora.adapter import Adapter, Factors, Part
 from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
-from fedlora.strategies.base import Family, Plan, ServerState, Strategy
+from fedlora.strategies.base import Family, Plan, ServerState, Strategy, Traits
 
 
 class FedSALoRA(Strategy):
@@ -20,24 +19,31 @@ class FedSALoRA(Strategy):
     with B at the client (our reading).
     """
 
-    name, family, exact = "fedsa-lora", Family.PRODUCT_SUM, False
-    personal = True
+    name = "fedsa-lora"
     summary = "A is averaged, every client keeps its own B: personal models for half the bytes"
     source = "arXiv 2410.01463"
-    cost_up = cost_down = "r*d_in"
-    keeps_gauge = any_scaling = True
-    one_rank = "the paper averages A of one rank; with clients of several ranks use replication or flexlora"
+    traits = Traits(
+        family=Family.PRODUCT_SUM,
+        exact=False,
+        personal=True,
+        keeps_gauge=True,
+        any_scaling=True,
+        one_rank="the paper averages A of one rank; with clients of several ranks use replication or flexlora",
+        cost_up="r*d_in",
+        cost_down="r*d_in",
+    )
+    options: Options
 
     class Options(Section):
         own_head: bool = False
         """Every client also keeps its own head; otherwise heads are averaged."""
 
     def plan(self, round_number: int) -> Plan:
-        sent: frozenset[Part] = frozenset({"A"}) if self._own_head else frozenset({"A", "head"})
+        sent: frozenset[Part] = frozenset({"A"}) if self.options.own_head else frozenset({"A", "head"})
         return Plan(up=sent, down=sent)
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
-        own = dict(zip(updates.clients, (_kept(adapter) for adapter in updates.adapters), strict=True))
+        own = dict(zip(updates.clients, map(self._kept, updates.adapters), strict=True))
         means = {m: Factors(state.adapter.factors[m].B, updates.mean_a(m).to(torch.float32)) for m in updates.modules}
         return replace(state.with_factors(means), personal={**state.personal, **own})
 
@@ -46,13 +52,10 @@ class FedSALoRA(Strategy):
             return state.adapter
         own, shared = state.personal[client], state.adapter
         factors = {m: Factors(own.factors[m].B, shared.factors[m].A) for m in shared.factors}
-        return replace(own, factors=factors, head=own.head if self._own_head else shared.head)
+        return replace(own, factors=factors, head=own.head if self.options.own_head else shared.head)
 
-    @property
-    def _own_head(self) -> bool:
-        return cast(FedSALoRA.Options, self.options).own_head
-
-
-def _kept(adapter: Adapter) -> Adapter:
-    """What a client keeps, copied out of wherever it lives."""
-    return Adapter.from_tensors({name: tensor.clone() for name, tensor in adapter.tensors().items()})
+    def _kept(self, adapter: Adapter) -> Adapter:
+        """What a client keeps, copied out of wherever it lives: nothing that is averaged, so an A of no columns."""
+        own = {m: Factors(pair.B, pair.A[:, :0]) for m, pair in adapter.factors.items()}
+        kept = replace(adapter, factors=own, head=adapter.head if self.options.own_head else {})
+        return Adapter.from_tensors({name: tensor.clone() for name, tensor in kept.tensors().items()})

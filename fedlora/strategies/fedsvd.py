@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fedlora.adapter import Factors
-from fedlora.adapter.factors import truncated_svd
+from fedlora.adapter.factors import ProductSum
 from fedlora.adapter.updates import Updates
-from fedlora.strategies.base import ONLY_B, Family, Plan, ServerState, Strategy
+from fedlora.strategies.base import ONLY_B, Family, Plan, ServerState, Strategy, Traits
 
 
 class FedSVD(Strategy):
@@ -16,12 +16,12 @@ class FedSVD(Strategy):
     clients of lower rank: they hold the first rows of Â (the largest directions), and their B counts as zero beyond.
     """
 
-    name, family, exact = "fedsvd", Family.PRODUCT_SUM, True
+    name = "fedsvd"
     summary = "as ffa-lora, with A made orthonormal each round by the SVD of the product: exact"
     source = "arXiv 2505.12805"
-    cost_up = "r*d_out"
-    shares = "A"
-    in_svd_order = any_scaling = True
+    traits = Traits(
+        family=Family.PRODUCT_SUM, exact=True, shares="A", in_svd_order=True, any_scaling=True, cost_up="r*d_out"
+    )
 
     def plan(self, round_number: int) -> Plan:
         return Plan(trains=ONLY_B, up=ONLY_B)
@@ -31,5 +31,5 @@ class FedSVD(Strategy):
         for module in updates.modules:
             rank = state.rank(module)
             product = Factors(updates.mean_b(module, rank), state.adapter.factors[module].A)
-            new[module] = truncated_svd([product], [1.0], rank).on_b()
+            new[module] = ProductSum.of([product], [1.0]).truncated(rank).on_b()
         return state.with_factors(new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedlora.adapter import Factors
 from fedlora.adapter.updates import Updates
-from fedlora.strategies.base import ONLY_B, Family, Plan, ServerState, Strategy
+from fedlora.strategies.base import ONLY_B, Family, Plan, ServerState, Strategy, Traits
 
 
 class FFALoRA(Strategy):
@@ -14,12 +14,18 @@ class FFALoRA(Strategy):
     the first rows of A, and their B counts as zero beyond (which keeps the mean exact).
     """
 
-    name, family, exact = "ffa-lora", Family.PRODUCT_SUM, True
+    name = "ffa-lora"
     summary = "A frozen at one shared random start, mean of B: exact, half the bytes, half the capacity"
     source = "arXiv 2403.12313"
-    cost_up = cost_down = "r*d_out"
-    shares = "A"
-    keeps_gauge = any_scaling = True
+    traits = Traits(
+        family=Family.PRODUCT_SUM,
+        exact=True,
+        shares="A",
+        keeps_gauge=True,
+        any_scaling=True,
+        cost_up="r*d_out",
+        cost_down="r*d_out",
+    )
 
     def plan(self, round_number: int) -> Plan:
         return Plan(trains=ONLY_B, up=ONLY_B, down=ONLY_B)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedlora.adapter.updates import Updates
-from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.base import Family, ServerState, Strategy, Traits
 
 
 class FlexLoRA(Strategy):
@@ -12,10 +12,10 @@ class FlexLoRA(Strategy):
     The scaling s is not in the product that is decomposed, so it is not divided out either: `s·B·A` is W*, truncated.
     """
 
-    name, family, exact = "flexlora", Family.SUM_PRODUCT, False
+    name = "flexlora"
     summary = "mean of products cut to each client's rank, its size on B and A orthonormal"
     source = "arXiv 2402.11505"
-    in_svd_order = any_scaling = True
+    traits = Traits(family=Family.SUM_PRODUCT, exact=False, in_svd_order=True, any_scaling=True)
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         return state.with_factors({m: updates.mean_product(m).truncated(state.rank(m)).on_b() for m in updates.modules})

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from fedlora.adapter import Factors
-from fedlora.adapter.factors import fresh_a
+from fedlora.adapter.factors import fresh_factors
 from fedlora.adapter.updates import Updates
 from fedlora.seeds import torch_generator
-from fedlora.strategies.base import Family, Plan, ServerState, Strategy
+from fedlora.strategies.base import Family, Plan, ServerState, Strategy, Traits
 
 
 class FLoRA(Strategy):
@@ -18,11 +16,17 @@ class FLoRA(Strategy):
     draws it anew at each client) and is not sent. Weights and scaling enter once, on the right factor.
     """
 
-    name, family, exact = "flora", Family.SUM_PRODUCT, True
-    changes_base = scales_by_module = any_scaling = True
+    name = "flora"
     summary = "everybody's factors stacked into the base, a fresh adapter each round: exact for any ranks"
     source = "arXiv 2409.05976"
-    cost_down = "min(R*(d_out + d_in), d_out*d_in)"
+    traits = Traits(
+        family=Family.SUM_PRODUCT,
+        exact=True,
+        changes_base=True,
+        any_scaling=True,
+        scales_by_module=True,
+        cost_down="min(R*(d_out + d_in), d_out*d_in)",
+    )
 
     def plan(self, round_number: int) -> Plan:
         return Plan(down=frozenset({"magnitude", "head"}))
@@ -32,15 +36,13 @@ class FLoRA(Strategy):
         for module in updates.modules:
             stacked = updates.mean_product(module).factors()
             step[module] = Factors(stacked.B, state.scaling_of(module) * stacked.A)
-            fresh[module] = fresh_factors(state, module)
+            fresh[module] = begun_anew(state, module)
         return state.with_factors(fresh).with_base(step)
 
 
-def fresh_factors(state: ServerState, module: str) -> Factors:
-    """B = 0 and A drawn by (seed, round, module) as at the start (see `fresh_a`)."""
-    d_out, d_in = state.adapter.factors[module].shape
-    rank = state.rank(module)
-    position = sorted(state.adapter.factors).index(module)
-    generator = torch_generator(state.seed, "fresh", state.round + 1, position)
-    A = fresh_a(rank, d_in, state.adapter.kinds.get(module, "linear"), generator)
-    return Factors(torch.zeros(d_out, rank), A)
+def begun_anew(state: ServerState, module: str) -> Factors:
+    """B = 0 and A drawn by (seed, round, module) as at the start."""
+    adapter = state.adapter
+    generator = torch_generator(state.seed, "fresh", state.round + 1, adapter.modules.index(module))
+    kind = adapter.kinds.get(module, "linear")
+    return fresh_factors(adapter.factors[module].shape, state.rank(module), kind, generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from fedlora.adapter import Factors
 from fedlora.adapter.factors import mean, mean_factors
 from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
-from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.base import Family, ServerState, Strategy, Traits
 from fedlora.strategies.simplex import minimise_on_simplex, project_to_simplex
 
 
@@ -26,9 +26,11 @@ class FLoRANA(Strategy):
     Our reading for clients of several ranks: their factors are padded with zeros, and p, q fit the padded product.
     """
 
-    name, family, exact = "flora-na", Family.PRODUCT_SUM, False
+    name = "flora-na"
     summary = "means with fitted weights, as near to the mean of products as one weight per client and factor allows"
     source = "arXiv 2509.26399"
+    traits = Traits(family=Family.PRODUCT_SUM, exact=False)
+    options: Options
 
     class Options(Section):
         solver: Literal["als", "adam"] = "als"
@@ -45,12 +47,11 @@ class FLoRANA(Strategy):
         """Keep p and q non-negative with sum one, as weights of a mean are."""
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
-        options = cast(FLoRANA.Options, self.options)
         uploaded = {m: list(updates.factors(m, state.rank(m))) for m in updates.modules}
-        groups = [list(updates.modules)] if options.shared else [[module] for module in updates.modules]
+        groups = [list(updates.modules)] if self.options.shared else [[module] for module in updates.modules]
         factors, diagnostics = {}, {}
         for group in groups:
-            fit = solve([_in_common_units(state, m, uploaded[m]) for m in group], updates.weights, options)
+            fit = solve([_in_common_units(state, m, uploaded[m]) for m in group], updates.weights, self.options)
             for module in group:
                 factors[module] = _combine(uploaded[module], updates.weights, fit)
                 diagnostics[module] = {"p": fit.p, "q": fit.q, "objective": fit.objective}

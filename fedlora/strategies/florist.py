@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import replace
 
 from pydantic import Field
 
 from fedlora.adapter import Factors
 from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
-from fedlora.strategies.base import Family, Plan, ServerState, Strategy
+from fedlora.strategies.base import ServerState
 from fedlora.strategies.energy import directions_for
-from fedlora.strategies.flora import fresh_factors
+from fedlora.strategies.flora import FLoRA, begun_anew
 
 
-class FLoRIST(Strategy):
+class FLoRIST(FLoRA):
     """`Σ w_u B_uA_u = U S Vᵀ`; the fewest directions that hold a share τ of the energy are merged into the base, then
     B = 0 and a fresh random A. arXiv 2506.09199.
 
@@ -22,25 +22,21 @@ class FLoRIST(Strategy):
     from seed and round (our reading, as for `flora`).
     """
 
-    name, family, exact = "florist", Family.SUM_PRODUCT, False
-    changes_base = scales_by_module = any_scaling = True
+    name = "florist"
     summary = "as flora, with the stack cut where a share of its energy is reached: fewer bytes down"
     source = "arXiv 2506.09199"
-    cost_down = "min(R*(d_out + d_in), d_out*d_in)"
+    traits = replace(FLoRA.traits, exact=False)
+    options: Options
 
     class Options(Section):
         energy: float = Field(0.9, gt=0, le=1)
         """Share τ of the squared singular values that is kept, per module."""
 
-    def plan(self, round_number: int) -> Plan:
-        return Plan(down=frozenset({"magnitude", "head"}))
-
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
-        energy = cast(FLoRIST.Options, self.options).energy
         fresh, step = {}, {}
         for module in updates.modules:
             found = updates.mean_product(module).truncated(min(state.adapter.factors[module].shape))
-            kept = found.first(directions_for(found.S, energy))
+            kept = found.first(directions_for(found.S, self.options.energy))
             step[module] = Factors(kept.U * (state.scaling_of(module) * kept.S), kept.Vh)
-            fresh[module] = fresh_factors(state, module)
+            fresh[module] = begun_anew(state, module)
         return state.with_factors(fresh).with_base(step)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import cast
 
 import torch
 from pydantic import Field
@@ -14,7 +13,7 @@ from fedlora.adapter import Adapter, Factors
 from fedlora.adapter.factors import mean_factors, product_norm
 from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
-from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.base import Family, ServerState, Strategy, Traits
 
 
 class HetLoRA(Strategy):
@@ -25,9 +24,11 @@ class HetLoRA(Strategy):
     client whose weight is zero stays out, and where nothing was learned the clients' own weights are used.
     """
 
-    name, family, exact = "hetlora", Family.PRODUCT_SUM, False
+    name = "hetlora"
     summary = "zero-padding weighted by the norm of each update; clients prune their own rank"
     source = "arXiv 2401.06432"
+    traits = Traits(family=Family.PRODUCT_SUM, exact=False)
+    options: Options
 
     class Options(Section):
         keep: float = Field(0.99, gt=0, le=1)
@@ -44,23 +45,18 @@ class HetLoRA(Strategy):
         return state.with_factors(factors, diagnostics)
 
     def penalty(self, factors: Mapping[str, Factors], start: Adapter) -> Tensor | None:
-        options = self._options
-        if not options.penalty or self._kept(start.rank) == start.rank:
+        if not self.options.penalty or self._kept(start.rank) == start.rank:
             return None
-        return options.penalty * self._tail(factors, start.rank)
+        return self.options.penalty * self._tail(factors, start.rank)
 
     def after_training(self, start: Adapter, trained: Adapter) -> Adapter:
         rank = start.rank
         pruned = float(self._tail(trained.factors, rank)) < float(self._tail(start.factors, rank))
         return trained.cut(self._kept(rank)) if pruned else trained
 
-    @property
-    def _options(self) -> HetLoRA.Options:
-        return cast(HetLoRA.Options, self.options)
-
     def _kept(self, rank: int) -> int:
         # In decimals, as the share was typed: in binary 0.58 · 50 is 28.999…, and would be cut to 28.
-        return max(1, int(Decimal(str(self._options.keep)) * rank))
+        return max(1, int(Decimal(str(self.options.keep)) * rank))
 
     def _tail(self, factors: Mapping[str, Factors], rank: int) -> Tensor:
         """`Σ ‖B[:, k:r]‖·‖A[k:r]‖` over modules."""

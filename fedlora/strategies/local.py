@@ -8,18 +8,24 @@ import torch
 
 from fedlora.adapter import Adapter
 from fedlora.adapter.updates import Updates
-from fedlora.strategies.base import NOTHING, Family, Plan, ServerState, Strategy
+from fedlora.strategies.base import NOTHING, Family, Plan, ServerState, Strategy, Traits
 
 
 class Local(Strategy):
     """Every client goes on with its own adapter and head; nothing travels. The control for what federation gains."""
 
-    name, family, exact = "local", Family.CONTROL, False
-    personal = True
+    name = "local"
     summary = "control: each client trains alone, nothing is sent"
     source = "control"
-    cost_up = cost_down = "0"
-    keeps_gauge = any_scaling = True
+    traits = Traits(
+        family=Family.CONTROL,
+        exact=False,
+        personal=True,
+        keeps_gauge=True,
+        any_scaling=True,
+        cost_up="0",
+        cost_down="0",
+    )
 
     def plan(self, round_number: int) -> Plan:
         return Plan(up=NOTHING, down=NOTHING)

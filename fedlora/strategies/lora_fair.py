@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 from fedlora.adapter import Factors
 from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
-from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.base import Family, ServerState, Strategy, Traits
 
 
 class LoRAFAIR(Strategy):
@@ -21,21 +19,22 @@ class LoRAFAIR(Strategy):
     possible, so ρ is at most FedIT's. Our reading for mixed ranks: the means are those of zero-padded factors.
     """
 
-    name, family, exact = "lora-fair", Family.PRODUCT_SUM, False
+    name = "lora-fair"
     summary = "mean of A, and B corrected by regularised least squares towards the mean product"
     source = "arXiv 2411.14961"
+    traits = Traits(family=Family.PRODUCT_SUM, exact=False)
+    options: Options
 
     class Options(Section):
         ridge: float = Field(0.01, ge=0)
         """λ0: strength of the regularisation, relative to the mean eigenvalue of ĀĀᵀ."""
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
-        ridge = cast(LoRAFAIR.Options, self.options).ridge
         new = {}
         for module in updates.modules:
             means = updates.mean_factors(module, state.rank(module))
             missed = updates.mean_product(module).add(-1.0, means).times(means.A.T)
-            new[module] = Factors(means.B + correction(missed, means.A, ridge), means.A)
+            new[module] = Factors(means.B + correction(missed, means.A, self.options.ridge), means.A)
         return state.with_factors(new)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from fedlora.adapter import Factors
 from fedlora.adapter.updates import Updates
-from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.base import Family, ServerState, Strategy, Traits
 
 
 class Oracle(Strategy):
@@ -17,11 +17,17 @@ class Oracle(Strategy):
     next singular vectors (our reading, so that it is exact for every client).
     """
 
-    name, family, exact = "oracle", Family.CONTROL, True
-    changes_base = scales_by_module = any_scaling = True
+    name = "oracle"
     summary = "control: the rank-r optimum as adapter, the rest of the mean product in the base; nothing is lost"
     source = "control"
-    cost_down = "r*(d_out + d_in) + min((R - m)*(d_out + d_in), d_out*d_in)"
+    traits = Traits(
+        family=Family.CONTROL,
+        exact=True,
+        changes_base=True,
+        any_scaling=True,
+        scales_by_module=True,
+        cost_down="r*(d_out + d_in) + min((R - m)*(d_out + d_in), d_out*d_in)",
+    )
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         lowest = min([*state.ranks.values(), state.adapter.rank])

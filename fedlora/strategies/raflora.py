@@ -7,7 +7,7 @@ import torch
 from fedlora.adapter import Factors
 from fedlora.adapter.factors import ProductSum
 from fedlora.adapter.updates import Updates
-from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.base import Family, ServerState, Strategy, Traits
 from fedlora.strategies.replication import ownership
 
 
@@ -20,10 +20,10 @@ class RAFLoRA(Strategy):
     keeps its previous product. With several ranks it aims at another matrix than W*, so ρ does not vanish with rank.
     """
 
-    name, family, exact = "raflora", Family.SUM_PRODUCT, False
+    name = "raflora"
     summary = "mean of products, each rank index over the clients that hold it, cut to rank r"
     source = "arXiv 2602.13486"
-    in_svd_order = any_scaling = True
+    traits = Traits(family=Family.SUM_PRODUCT, exact=False, in_svd_order=True, any_scaling=True)
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         return state.with_factors(

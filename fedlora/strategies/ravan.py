@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from dataclasses import replace
 
 from pydantic import Field
 from torch import Tensor
@@ -24,21 +24,18 @@ class RAVAN(CoreStrategy):
     name = "ravan"
     summary = "h small matrices between fixed orthonormal factors: exact, r²/h numbers at rank r"
     source = "arXiv 2506.05568"
-    cost_up = cost_down = "r*r/h"
+    traits = replace(CoreStrategy.traits, cost_up="r*r/h", cost_down="r*r/h")
+    options: Options
 
     class Options(Section):
         heads: int = Field(4, ge=1)
         """Heads h among which the rank is divided."""
 
-    @property
-    def _heads(self) -> int:
-        return cast(RAVAN.Options, self.options).heads
-
     def refuses_rank(self, rank: int) -> str | None:
-        if rank % self._heads == 0:
+        if rank % self.options.heads == 0:
             return None
-        return f"it cannot be divided among strategy_options.heads={self._heads}; choose a multiple of it"
+        return f"it cannot be divided among strategy_options.heads={self.options.heads}; choose a multiple of it"
 
     def begin(self, state: ServerState, weight: Callable[[str], Tensor]) -> ServerState:
         fixed = {module: orthonormal(state, position) for position, module in enumerate(state.adapter.modules)}
-        return with_fixed(state, fixed, self._heads)
+        return with_fixed(state, fixed, self.options.heads)

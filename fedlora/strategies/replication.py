@@ -8,7 +8,7 @@ from torch import Tensor
 from fedlora.adapter import Factors
 from fedlora.adapter.factors import mean_factors
 from fedlora.adapter.updates import Updates
-from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.base import Family, ServerState, Strategy, Traits
 
 
 class Replication(Strategy):
@@ -18,9 +18,10 @@ class Replication(Strategy):
     owner took part, the previous global value of j stays (our reading). With equal ranks it is FedIT.
     """
 
-    name, family, exact = "replication", Family.PRODUCT_SUM, False
+    name = "replication"
     summary = "every rank index is averaged over the clients that hold it: nothing is diluted"
     source = "arXiv 2406.17477"
+    traits = Traits(family=Family.PRODUCT_SUM, exact=False)
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         return state.with_factors({m: owners_mean(state, updates, m) for m in updates.modules})

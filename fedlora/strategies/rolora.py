@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-import torch
-
 from fedlora.adapter import Adapter, Factors
 from fedlora.adapter.updates import Updates
 from fedlora.errors import AdapterError
-from fedlora.strategies.base import ONLY_A, ONLY_B, Family, Plan, ServerState, Strategy, with_shared
+from fedlora.strategies.base import ONLY_A, ONLY_B, Family, Plan, ServerState, Strategy, Traits, one_factor, with_shared
 
 
 class RoLoRA(Strategy):
@@ -22,12 +20,17 @@ class RoLoRA(Strategy):
     trained factor counts as zero beyond their rank.
     """
 
-    name, family, exact = "rolora", Family.PRODUCT_SUM, True
+    name = "rolora"
     summary = "B and A take turns by round, mean of the one that was trained: exact, half the bytes"
     source = "arXiv 2502.01755"
-    cost_up = "r*d_out if odd else r*d_in"
-    cost_down = "r*d_in if odd else r*d_out"
-    keeps_gauge = any_scaling = True
+    traits = Traits(
+        family=Family.PRODUCT_SUM,
+        exact=True,
+        keeps_gauge=True,
+        any_scaling=True,
+        cost_up="r*d_out if odd else r*d_in",
+        cost_down="r*d_in if odd else r*d_out",
+    )
 
     def plan(self, round_number: int) -> Plan:
         now, before = (ONLY_B, ONLY_A) if _trains_b(round_number) else (ONLY_A, ONLY_B)
@@ -45,14 +48,9 @@ class RoLoRA(Strategy):
 
     def rescaled(self, uploads: Sequence[Adapter]) -> Literal["A", "B"]:
         """The factor that was trained: the other is shared, and stays as it is."""
-        first = uploads[0]
-        for adapter in uploads[1:]:
-            for module in first.modules:
-                own, wanted = adapter.factors[module], first.factors[module]
-                rank = min(own.rank, wanted.rank)
-                if not torch.equal(own.A[:rank], wanted.A[:rank]):
-                    return "A"
-        return "B"
+        first = uploads[0].factors
+        alike = (one_factor(each.factors[module], first[module], "A") for each in uploads[1:] for module in first)
+        return "B" if all(alike) else "A"
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         by_b = _trains_b(state.round + 1)

@@ -67,7 +67,7 @@ class ServerState:
     def with_base(self, step: Mapping[str, Factors]) -> ServerState:
         """The state with `step` added to the base: left (d_out × k), right (k × d_in) by module, scaling included.
 
-        Factors of a rank that is not below min(d_out, d_in) are stored as one dense matrix beside an identity.
+        Factors of a rank that is not below min(d_out, d_in) become one dense matrix beside an identity.
         """
         update = BaseUpdate.of(step)
         return replace(self, base=self.base.plus(update), base_step=update)

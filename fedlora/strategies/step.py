@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fedlora.adapter import Adapter, Factors
+from fedlora.adapter import Factors
 from fedlora.adapter.base_update import BaseUpdate
 from fedlora.adapter.divergence import Divergence, measure
-from fedlora.adapter.factors import truncated_svd
+from fedlora.adapter.factors import ProductSum
 from fedlora.adapter.updates import Updates
 from fedlora.strategies.base import Strategy
 from fedlora.strategies.state import ServerState
@@ -46,7 +45,7 @@ def advance(strategy: Strategy, state: ServerState, updates: Updates, svd_order:
     """
     sent = strategy.plan(state.round + 1).up
     new = strategy.aggregate(replace(state, base_step=BaseUpdate()), updates)
-    if svd_order and not strategy.in_svd_order:
+    if svd_order and not strategy.traits.in_svd_order:
         new = new.with_factors({m: _ordered(pair) for m, pair in new.adapter.factors.items()}, new.diagnostics)
     if "head" in sent:
         new = new.with_head(updates.mean_head())
@@ -59,18 +58,16 @@ def advance(strategy: Strategy, state: ServerState, updates: Updates, svd_order:
 
 def _ordered(pair: Factors) -> Factors:
     """The same product with its largest directions first; a start from B = 0 has no order and stays as it is."""
-    return truncated_svd([pair], [1.0], pair.rank).balanced() if pair.B.any() else pair
+    return ProductSum.of([pair], [1.0]).truncated(pair.rank).balanced() if pair.B.any() else pair
 
 
 def measure_round(strategy: Strategy, new: ServerState, updates: Updates) -> Divergence:
     """The divergence of what the clients of a round will hold, from the state after it."""
     mixing = {module: values["p"] for module, values in new.diagnostics.items() if "p" in values}
-    broadcasts = _folded([strategy.broadcast(new, client) for client in updates.clients])
-    return measure(updates.folded(), broadcasts, mixing, new.base_step, new.scaling, new.scalings)
-
-
-def _folded(broadcasts: Sequence[Adapter]) -> list[Adapter]:
-    """The same as plain factors; what is sent to all is folded once, so that it is seen to be one broadcast."""
-    distinct = {id(sent.cores): sent for sent in broadcasts if sent.cores}
-    folded = {key: sent.folded() for key, sent in distinct.items()}
-    return [folded.get(id(sent.cores), sent) for sent in broadcasts]
+    common = strategy.broadcasts_to_all
+    keys = [new.rank_of(client) if common else client for client in updates.clients]
+    sent = {
+        key: strategy.broadcast(new, u).folded() for key, u in dict(zip(keys, updates.clients, strict=True)).items()
+    }
+    broadcasts = [sent[key] for key in keys]
+    return measure(updates.folded(), broadcasts, mixing, new.base_step, new.scaling, new.scalings, common)

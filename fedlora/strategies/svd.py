@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedlora.adapter.updates import Updates
-from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.base import Family, ServerState, Strategy, Traits
 
 
 class SVD(Strategy):
@@ -14,10 +14,10 @@ class SVD(Strategy):
     FlexLoRA (arXiv 2402.11505) is the same truncation with an uneven split.
     """
 
-    name, family, exact = "svd", Family.SUM_PRODUCT, False
+    name = "svd"
     summary = "mean of products cut to rank r: the smallest divergence that rank r allows"
     source = "our reading, after arXiv 2402.11505"
-    in_svd_order = any_scaling = True
+    traits = Traits(family=Family.SUM_PRODUCT, exact=False, in_svd_order=True, any_scaling=True)
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         return state.with_factors(

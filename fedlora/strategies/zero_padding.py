@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedlora.adapter.updates import Updates
-from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.base import Family, ServerState, Strategy, Traits
 
 
 class ZeroPadding(Strategy):
@@ -13,9 +13,10 @@ class ZeroPadding(Strategy):
     with r_u > j hold it, so the higher indices are diluted. With equal ranks it is FedIT.
     """
 
-    name, family, exact = "zero-padding", Family.PRODUCT_SUM, False
+    name = "zero-padding"
     summary = "factors padded with zeros to the highest rank and averaged: high indices are diluted"
     source = "arXiv 2401.06432, baseline"
+    traits = Traits(family=Family.PRODUCT_SUM, exact=False)
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         return state.with_factors({m: updates.mean_factors(m, state.rank(m)) for m in updates.modules})

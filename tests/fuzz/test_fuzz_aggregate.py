@@ -130,7 +130,7 @@ def by_command(call, clients, out, report):
 
 def check_output(out, call):
     """PEFT's folder again, and finite."""
-    personal = registry.find(call["strategy"]).personal
+    personal = registry.find(call["strategy"]).traits.personal
     places = ([] if personal else [out]) + (sorted(out.glob("client-*")) if call["per_client"] else [])
     assert places
     for folder in places:

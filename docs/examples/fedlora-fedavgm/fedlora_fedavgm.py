@@ -10,16 +10,17 @@ from pydantic import Field
 from fedlora.adapter import Factors
 from fedlora.adapter.updates import Updates
 from fedlora.config import Section
-from fedlora.strategies.base import Family, ServerState, Strategy
+from fedlora.strategies.base import Family, ServerState, Strategy, Traits
 
 
 class FedAvgM(Strategy):
     """`V ← β·V + (mean − global)`, then `global ← global + V`, for B and A apart. arXiv 1909.06335, on factors."""
 
-    name, family, exact = "fedavgm", Family.PRODUCT_SUM, False
+    name = "fedavgm"
     summary = "fedit with momentum on the server"
     source = "arXiv 1909.06335"
-    one_rank = "the mean is fedit's"
+    traits = Traits(family=Family.PRODUCT_SUM, exact=False, one_rank="the mean is fedit's")
+    options: Options
 
     class Options(Section):
         momentum: float = Field(0.5, ge=0, lt=1)

@@ -108,6 +108,32 @@ class TestFiles:
             "tall.mlp.right": (2, 4),
         }
 
+    @pytest.mark.parametrize("name", SHAPES)
+    def test_a_dense_one_is_stored_alone(self, uploads, tmp_path, name):
+        """Older files hold the identity too, and say the same."""
+        given = update(uploads, 20, names=[name])
+        given.write(tmp_path)
+        assert {key: tuple(tensor.shape) for key, tensor in load_file(tmp_path / FILE).items()} == {
+            f"{name}.dense": SHAPES[name]
+        }
+        (pair,) = given.modules.values()
+        (tmp_path / "older").mkdir()
+        save_file({f"{name}.left": pair.B, f"{name}.right": pair.A}, tmp_path / "older" / FILE)
+        for found in (BaseUpdate.read(tmp_path), BaseUpdate.read(tmp_path / "older")):
+            assert torch.equal(found.modules[name].B, pair.B)
+            assert torch.equal(found.modules[name].A, pair.A)
+            assert found.tensors().keys() == {f"{name}.dense"}
+
+    def test_factors_of_full_rank_are_stored_as_they_are(self, uploads):
+        pair = uploads.factors((5, 12), 5, uploads.generator(0))
+        assert BaseUpdate({"m": pair}).tensors().keys() == {"m.left", "m.right"}
+        assert torch.equal(BaseUpdate.from_tensors(BaseUpdate({"m": pair}).tensors()).modules["m"].B, pair.B)
+
+    def test_a_dense_one_is_a_matrix(self, tmp_path):
+        save_file({"linear.dense": torch.ones(3)}, tmp_path / FILE)
+        with pytest.raises(AdapterError, match="module 'linear' has no"):
+            BaseUpdate.read(tmp_path)
+
     def test_cuts_and_shared_memory_can_be_written(self, uploads, tmp_path):
         pair = update(uploads, 3, names=["linear"]).modules["linear"]
         shared = BaseUpdate({"linear": pair, "again": pair, "cut": pair.at_rank(2)})
@@ -122,8 +148,10 @@ class TestFiles:
         [
             (["linear.left"], "module 'linear' has no 'right'"),
             (["linear.right"], "module 'linear' has no 'left'"),
-            (["linear.middle"], "'linear.middle' is neither '<module>.left' nor '<module>.right'"),
-            (["left"], "'left' is neither"),
+            (["linear.middle"], "'linear.middle' is no '<module>.left', '.right' or '.dense'"),
+            (["left"], "'left' is no"),
+            (["dense"], "'dense' is no"),
+            (["linear.dense", "linear.left"], "module 'linear' has no 'right'"),
             (["linear.left", "linear.right"], "factors do not fit"),
         ],
     )

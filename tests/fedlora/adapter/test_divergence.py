@@ -71,7 +71,7 @@ def test_against_dense(dense, uploads, shape, ranks, common, merged, seed):
     broadcasts = make(uploads, shape, down, seed + 1)
     broadcasts = broadcasts[:1] * len(ranks) if common else broadcasts
     (base,) = make(uploads, shape, [merged], seed + 2) if merged else [None]
-    found = measure_module(factors, w, broadcasts, range(len(ranks)), base=base)
+    found = measure_module(factors, w, broadcasts, range(len(ranks)), base=base, common=common)
     check(dense, found, factors, w, broadcasts, base.product().numpy() if merged else 0.0)
     if not merged:
         assert found.floor <= found.rho + 1e-9
@@ -82,7 +82,7 @@ def test_against_dense(dense, uploads, shape, ranks, common, merged, seed):
 def test_two_hundred_clients(dense, uploads):
     factors, w = make(uploads, (13, 8), [2] * 200), weights(200)
     broadcasts = make(uploads, (13, 8), [2], 1) * 200
-    check(dense, measure_module(factors, w, broadcasts), factors, w, broadcasts)
+    check(dense, measure_module(factors, w, broadcasts, common=True), factors, w, broadcasts)
 
 
 SIZES = [((90, 60), 6), ((9, 14), 6), ((90, 60), 1)]
@@ -190,15 +190,15 @@ class TestPersonalBroadcasts:
         w /= w.sum()
         ideal = dense.mean_product(pairs, w.numpy())
         spread = sum(x * np.linalg.norm(B @ A - ideal) ** 2 for x, (B, A) in zip(w.numpy(), pairs, strict=True))
-        found = measure_module(factors, w, [common] * count)
+        found = measure_module(factors, w, [common] * count, common=True)
         assert found.dispersion == pytest.approx(spread, rel=1e-5)
         assert pytest.approx(found.error2 + spread, rel=1e-5) == found.R
 
     def test_equal_ones_give_what_a_common_one_gives(self, uploads):
         factors, w = make(uploads, (7, 5), [2] * 3), weights(3)
         (pair,) = make(uploads, (7, 5), [2], 1)
-        common = measure_module(factors, w, [pair] * 3, (0, 1, 2))
-        apart = measure_module(factors, w, [Factors(pair.B.clone(), pair.A.clone()) for _ in range(3)], (0, 1, 2))
+        common = measure_module(factors, w, [pair] * 3, (0, 1, 2), common=True)
+        apart = measure_module(factors, w, [pair] * 3, (0, 1, 2))
         for name in ("error2", "ideal2", "tail2", "R", "P", "Q", "dispersion"):
             assert getattr(apart, name) == pytest.approx(getattr(common, name), rel=1e-9, abs=1e-9)
         assert common.by_client == {}
@@ -206,14 +206,13 @@ class TestPersonalBroadcasts:
 
 
 class TestGrouping:
-    """What is the same memory is measured once; what differs by rank, or by what lies in it, is not."""
+    """A common broadcast is measured once for each rank; others by client, whatever memory they share."""
 
     def test_by_rank(self, dense, uploads):
-        """Cuts of one adapter share its memory."""
         factors, w = make(uploads, (12, 9), [3, 1, 2, 1, 3]), weights(5)
         (whole,) = make(uploads, (12, 9), [3], 1)
         broadcasts = [whole.at_rank(f.rank) for f in factors]
-        found = measure_module(factors, w, broadcasts, range(5))
+        found = measure_module(factors, w, broadcasts, range(5), common=True)
         check(dense, found, factors, w, broadcasts)
         assert found.by_client[0] == found.by_client[4]
         assert found.by_client[1] == found.by_client[3]
@@ -230,7 +229,7 @@ class TestGrouping:
     def test_a_common_one_has_no_values_by_client(self, uploads):
         factors = make(uploads, (12, 9), [2] * 3)
         (hat,) = make(uploads, (12, 9), [2], 1)
-        assert measure_module(factors, weights(3), [hat] * 3, (7, 8, 9)).by_client == {}
+        assert measure_module(factors, weights(3), [hat] * 3, (7, 8, 9), common=True).by_client == {}
 
     def test_p_and_q_by_hand(self):
         """Upload of rank 1, broadcast of rank 2: P = (3−1)² + 2², Q = 0 + 5²."""
@@ -273,7 +272,7 @@ class TestModel:
     def measured(self, uploads):
         updates = uploads.updates(4)
         hat = uploads.adapter(77)
-        return updates, hat, measure(updates, [hat] * 4, {"narrow": torch.tensor([1.0, 0, 0, 0])})
+        return updates, hat, measure(updates, [hat] * 4, {"narrow": torch.tensor([1.0, 0, 0, 0])}, common=True)
 
     def test_squares_add_up_over_modules(self, dense, uploads, measured):
         """ρ_model = sqrt(Σ num²/Σ den²), not the mean of the modules' ρ."""
@@ -312,4 +311,4 @@ class TestModel:
     def test_heads_do_not_matter(self, uploads, measured):
         updates, hat, found = measured
         bare = Updates(updates.clients, tuple(Adapter(a.factors) for a in updates.adapters), updates.weights)
-        assert measure(bare, [Adapter(hat.factors)] * 4).rho == found.rho
+        assert measure(bare, [Adapter(hat.factors)] * 4, common=True).rho == found.rho

@@ -10,11 +10,11 @@ from fedlora.adapter import Factors
 from fedlora.adapter.factors import (
     Frame,
     ProductSum,
+    fresh_factors,
     keep_trainable,
     mean,
     mean_factors,
     product_norm,
-    truncated_svd,
 )
 
 ROUTES = {
@@ -144,7 +144,7 @@ class TestTruncatedSVD:
     def test_is_the_best_approximation(self, dense, case, rank):
         factors, c = case
         ideal = dense.mean_product(dense.pairs(factors), c.numpy())
-        cut = truncated_svd(factors, c, rank)
+        cut = ProductSum.of(factors, c).truncated(rank)
         assert (cut.U.shape, cut.S.shape, cut.Vh.shape) == ((len(ideal), rank), (rank,), (rank, ideal.shape[1]))
         np.testing.assert_allclose((cut.U * cut.S) @ cut.Vh, dense.truncated(ideal, rank), atol=1e-10)
         left_out = np.linalg.svd(ideal, compute_uv=False)[rank:]
@@ -157,20 +157,23 @@ class TestTruncatedSVD:
     def test_of_a_joint_rank_below_what_is_asked(self, uploads):
         """As many directions as there are; whoever stores them fills up the rest."""
         (pair,) = make(uploads, (30, 20), [2])
-        cut = truncated_svd([pair], [1.0], 5)
+        cut = ProductSum.of([pair], [1.0]).truncated(5)
         assert cut.S.shape == (2,)
         assert not cut.tail.numel()
 
     def test_the_leading_directions_of_the_leading_directions(self, dense, uploads):
         factors = make(uploads, (30, 20), [3, 3])
-        few, many = truncated_svd(factors, [1.0, 1.0], 2), truncated_svd(factors, [1.0, 1.0], 5).first(2)
+        few, many = (
+            ProductSum.of(factors, [1.0, 1.0]).truncated(2),
+            ProductSum.of(factors, [1.0, 1.0]).truncated(5).first(2),
+        )
         for name in ("U", "S", "Vh", "tail"):
             torch.testing.assert_close(getattr(many, name), getattr(few, name))
 
     def test_balanced_by_hand(self):
         """B = (0, 3)ᵀ, A = (0, 0, 12): one singular value, 36, so that each side has norm 6."""
         factors = Factors(torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0, 0.0, 12.0]]))
-        split, uneven = (getattr(truncated_svd([factors], [1.0], 1), kind)() for kind in ("balanced", "on_b"))
+        split, uneven = (getattr(ProductSum.of([factors], [1.0]).truncated(1), kind)() for kind in ("balanced", "on_b"))
         assert split.B.abs().flatten().tolist() == pytest.approx([0, 6])
         assert split.A.abs().flatten().tolist() == pytest.approx([0, 0, 6])
         assert uneven.B.abs().flatten().tolist() == pytest.approx([0, 36])
@@ -183,7 +186,7 @@ class TestTruncatedSVD:
         """B of rank one in three columns: two directions are idle, and rounding must not make them look learned."""
         (pair,) = make(uploads, (11, 7), [3])
         flat = Factors(pair.B[:, :1] @ torch.ones(1, 3, dtype=torch.float64), pair.A)
-        split = getattr(truncated_svd([flat, flat], [0.5, 0.5], 3), kind)()
+        split = getattr(ProductSum.of([flat, flat], [0.5, 0.5]).truncated(3), kind)()
         assert (split.B != 0).any(dim=0).tolist() == [True, False, False]
         torch.testing.assert_close(split.A[1:] @ split.A[1:].T, torch.eye(2, dtype=torch.float64))
         torch.testing.assert_close(split.product(), flat.product())
@@ -191,7 +194,7 @@ class TestTruncatedSVD:
     @pytest.mark.parametrize("shape", [(5, 4), (30, 20)])
     def test_of_nothing(self, shape):
         zero = Factors(torch.zeros(shape[0], 2), torch.ones(2, shape[1]) + torch.eye(2, shape[1]))
-        split = truncated_svd([zero, zero], [0.5, 0.5], 2).balanced()
+        split = ProductSum.of([zero, zero], [0.5, 0.5]).truncated(2).balanced()
         assert not split.B.any()
         torch.testing.assert_close(split.A @ split.A.T, torch.eye(2, dtype=torch.float64))
 
@@ -269,3 +272,15 @@ def test_any_shape_and_ranks(dense, uploads, shape, ranks, dull, seed):
     cut = total.truncated(min(2, *shape, sum(ranks)))
     np.testing.assert_allclose((cut.U * cut.S) @ cut.Vh, dense.truncated(wanted, len(cut.S)), rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(cut.Vh @ cut.Vh.T, np.eye(len(cut.S)), atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["linear", "hira", "embedding", "hira_embedding"])
+def test_fresh_factors(uploads, kind):
+    """Bit for bit, as finished runs began with them: from a generator, and from torch's own."""
+    found, g = fresh_factors((5, 7), 3, kind, uploads.generator(4)), uploads.generator(4)
+    normal = "embedding" in kind
+    wanted = torch.randn(3, 7, generator=g) if normal else (2 * torch.rand(3, 7, generator=g) - 1) / 7**0.5
+    assert torch.equal(found.A, wanted)
+    assert torch.equal(found.B, torch.zeros(5, 3))
+    torch.manual_seed(4)
+    assert torch.equal(fresh_factors((5, 7), 3, kind).A, wanted)

@@ -279,7 +279,7 @@ CASES = [
     for base in BASES
     for name in EXPECTED
     for ranks in (EQUAL, MIXED)
-    if not (ranks == MIXED and registry.find(name).one_rank)
+    if not (ranks == MIXED and registry.find(name).traits.one_rank)
     and (base == "net" or name in ("fedit", "svd", "flora", "fedex-lora", "florist", "flora-na", "oracle"))
 ]
 
@@ -296,7 +296,7 @@ def test_what_peft_computes_from_the_output(clients, tmp_path, name, ranks, base
     for part, tensor in head.items():
         sent = [files_of(folder)[f"{BASES[base][2][0]}.{part}"] for folder in folders]
         close(tensor.double().numpy(), np.tensordot(W, np.stack(sent), 1))
-    assert (tmp_path / "out/base_delta.safetensors").exists() == registry.find(name).changes_base
+    assert (tmp_path / "out/base_delta.safetensors").exists() == registry.find(name).traits.changes_base
     for index, rank in enumerate(ranks):
         folder = tmp_path / "out" / f"client-{index:03d}"
         check_effective(folder, {m: held(rank) for m, held in functions.items()}, base, tmp_path / "out", rank)

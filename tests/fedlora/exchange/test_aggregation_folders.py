@@ -367,7 +367,7 @@ class TestManyClients:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert len(result.weights) == 300
         assert most[0] <= 12
-        assert registry.find(name).exact == (result.divergence.rho < 1e-6) or name == "svd"
+        assert registry.find(name).traits.exact == (result.divergence.rho < 1e-6) or name == "svd"
 
 
 class TestWhatIsSaid:

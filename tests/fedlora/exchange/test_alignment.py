@@ -6,6 +6,7 @@ import json
 import math
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import peft
@@ -127,7 +128,7 @@ def close(actual, wanted, tolerance=1e-5):
     assert np.linalg.norm(actual - wanted) <= tolerance * max(np.linalg.norm(wanted), 1e-3)
 
 
-BY_PRODUCT = [name for name in registry.names() if registry.find(name).any_scaling]
+BY_PRODUCT = [name for name in registry.names() if registry.find(name).traits.any_scaling]
 TRUNCATED = {"svd": best, "flexlora": best}
 SHARED = {"ffa-lora": "A", "fedsvd": "A", "rolora": "A"}
 WHOLE = {"florist": {"energy": 1}, "fedmomentum": {"energy": 1}}
@@ -136,13 +137,13 @@ WHOLE = {"florist": {"energy": 1}, "fedmomentum": {"energy": 1}}
 class TestScalingsOfClients:
     def folders(self, client, name):
         """One alpha for ranks 2, 4 and 1; where the strategy wants one rank, three alphas for rank 3."""
-        if registry.find(name).one_rank:
+        if registry.find(name).traits.one_rank:
             made = [("a", 3, 3), ("b", 3, 12), ("c", 3, 6)]
         else:
             made = [("a", 2, 6), ("b", 4, 6), ("c", 1, 6)]
         return [client(who, r=r, lora_alpha=alpha, shares=SHARED.get(name, "")) for who, r, alpha in made]
 
-    @pytest.mark.parametrize("name", [name for name in BY_PRODUCT if not registry.find(name).personal])
+    @pytest.mark.parametrize("name", [name for name in BY_PRODUCT if not registry.find(name).traits.personal])
     def test_the_mean_of_updates(self, client, tmp_path, name):
         folders = self.folders(client, name)
         result = fedlora.aggregate(folders, name, WEIGHTS, options=WHOLE.get(name))
@@ -162,7 +163,7 @@ class TestScalingsOfClients:
                     wanted = products(folders, module)
                 if wanted is not None:
                     close(found[module], wanted)
-        if registry.find(name).exact and name not in SHARED:
+        if registry.find(name).traits.exact and name not in SHARED:
             assert result.divergence.rho < 1e-6
         assert [note for note in result.notes if "different alpha/r" in note and "B of each" in note]
 
@@ -328,7 +329,8 @@ class TestScalingsOfModules:
             assert scaling(tmp_path / "svd", module) == pytest.approx(scaling(folders[1], module))
 
     def test_a_plug_in_that_knows_one_scaling(self, client, monkeypatch):
-        monkeypatch.setattr(registry.find("flora"), "scales_by_module", False)
+        flora = registry.find("flora")
+        monkeypatch.setattr(flora, "traits", replace(flora.traits, scales_by_module=False))
         with pytest.raises(ConfigError, match="one alpha/r for all modules"):
             fedlora.aggregate([client("a", alpha_pattern={"v": 5})], "flora")
         fedlora.aggregate([client("b")], "flora")

@@ -175,11 +175,11 @@ def test_every_strategy_runs_with_a_sensible_divergence(finished, strategy):
     values = measured(finished({"strategy": strategy}))[1:]
     rho, floor = ([v[name] for v in values] for name in ("rho/model", "rho/floor"))
     assert len(rho) == 2
-    if registry.find(strategy).exact:
+    if registry.find(strategy).traits.exact:
         assert max(rho) < 1e-5
     elif strategy in ("svd", "flexlora"):
         assert rho == pytest.approx(floor, abs=1e-6)
-    elif not registry.find(strategy).changes_base:  # what is added to the base is not bound by the rank
+    elif not registry.find(strategy).traits.changes_base:  # what is added to the base is not bound by the rank
         assert all(r > f - 1e-6 > 0 for r, f in zip(rho, floor, strict=True))
     if strategy in ("fedit", "flora-na", "lora-fair"):
         assert all(r > 1.01 * f for r, f in zip(rho, floor, strict=True))
@@ -273,7 +273,7 @@ def test_a_client_goes_on_from_what_it_was_given(by_hand, strategy):
     start, examples = Adapter.from_tensors(given), tokens.examples(data.train, rows)
     trained = client.train(network, start, examples, run.config.training, turn, trains, 0)
     uploaded = run.read_tensors(run.client_stem(2, who))
-    assert bool(before.base) == registry.find(strategy).changes_base
+    assert bool(before.base) == registry.find(strategy).traits.changes_base
     assert all(torch.equal(tensor, uploaded[name]) for name, tensor in trained.adapter.tensors().items())
 
 

@@ -147,6 +147,30 @@ def test_what_a_strategy_remembers_outlives_an_interruption(configure, finished,
     assert files == {path.relative_to(whole) for path in whole.rglob("*")}
 
 
+@pytest.mark.parametrize("changes", [{"strategy": "fedsa-lora"}, {"strategy": "flora", "lora.rank": 60}], ids=str)
+def test_a_run_goes_on_from_a_state_of_an_earlier_version(configure, finished, copied, changes):
+    """It held identities beside what is added to the base, and all that a client had uploaded."""
+    folder, run = copied(changes), RunFolder(finished(changes))
+    shutil.rmtree(folder / "rounds/002")
+    record, tensors = run.read_record("rounds/001/state"), run.read_tensors("rounds/001/state")
+    older = {name: tensor for name, tensor in tensors.items() if not name.endswith(".dense")}
+    for kind, update in (("base", run.read_state(1).base), ("base_step", run.read_state(1).base_step)):
+        for module, pair in update.modules.items():
+            older |= {f"{kind}/{module}.left": pair.B.clone(), f"{kind}/{module}.right": pair.A.clone()}
+    for client in run.read_state(1).personal:
+        upload = run.read_tensors(run.client_stem(1, client))
+        older |= {f"personal/{client}/{name}": tensor for name, tensor in upload.items()}
+    assert sum(tensor.numel() for tensor in older.values()) > sum(tensor.numel() for tensor in tensors.values())
+    RunFolder(folder).write_tensors("rounds/001/state", older, record)
+    train(configure(changes), folder)
+    assert without_times(folder) == without_times(finished(changes))
+    for path in [
+        *finished(changes).glob("adapter/**/*.safetensors"),
+        finished(changes) / "rounds/002/state.safetensors",
+    ]:
+        assert (folder / path.relative_to(finished(changes))).read_bytes() == path.read_bytes(), path
+
+
 @pytest.mark.parametrize(
     ("moment", "marked"),
     [

@@ -194,7 +194,7 @@ class Rounds:
 
     def uploaded(self, strategy, state, count, seed=0, drift=1.0) -> list[Update]:
         """One upload each of clients 0 … count − 1; of one client where the strategy knows no more."""
-        counts = self.uploads.example_counts(1 if strategy.pools_data else count)
+        counts = self.uploads.example_counts(1 if strategy.traits.pools_data else count)
         return [Update(u, n, self.train(strategy, state, u, seed, drift)) for u, n in enumerate(counts)]
 
     def situation(self, name, count=5, mixed=False, seed=0, drift=1.0, **state):

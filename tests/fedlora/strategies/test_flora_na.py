@@ -132,7 +132,7 @@ class TestOptions:
         updates, state = uploads.updates(5, seed=4, drift=0.6), uploads.state()
         fitted = advance(registry.make("flora-na", chosen), state, updates)
         plain = advance(registry.make("fedit"), state, updates)
-        rho = [measure(updates, [new.adapter] * 5).rho for new in (fitted, plain)]
+        rho = [measure(updates, [new.adapter] * 5, common=True).rho for new in (fitted, plain)]
         assert rho[0] <= rho[1] + 1e-6
         for values in fitted.diagnostics.values():
             assert (values["objective"].diff() < 0).all()
@@ -196,7 +196,7 @@ def test_degenerate_uploads_stay_finite_and_no_worse_than_fedit(uploads, updates
     state = uploads.state()
     fitted, plain = (advance(registry.make(name), state, updates) for name in ("flora-na", "fedit"))
     assert all(torch.isfinite(tensor).all() for tensor in fitted.adapter.tensors().values())
-    rho = [measure(updates, [new.adapter] * len(updates)).rho for new in (fitted, plain)]
+    rho = [measure(updates, [new.adapter] * len(updates), common=True).rho for new in (fitted, plain)]
     assert rho[0] <= rho[1] + 1e-6
 
 
@@ -204,9 +204,9 @@ def test_effective_clients_are_seen(uploads, updates):
     """Far-apart clients: the optimum leans on few of them, and the diagnostics say so."""
     new = advance(registry.make("flora-na"), uploads.state(), updates)
     mixing = {module: values["p"] for module, values in new.diagnostics.items()}
-    found = measure(updates, [new.adapter] * len(updates), mixing)
+    found = measure(updates, [new.adapter] * len(updates), mixing, common=True)
     for module, p in mixing.items():
         share = (p.abs() / p.abs().sum()).numpy()
         assert found.modules[module].effective_clients == pytest.approx(1 / (share**2).sum())
-    plain = measure(updates, [new.adapter] * len(updates)).effective_clients
+    plain = measure(updates, [new.adapter] * len(updates), common=True).effective_clients
     assert plain == pytest.approx(1 / float(updates.weights.square().sum()))

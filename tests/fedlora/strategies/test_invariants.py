@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from rosters import entries
 
@@ -45,7 +45,7 @@ def played(draw, names):
     shape = draw(st.tuples(st.integers(2, 18), st.integers(2, 18)))
     count = draw(st.integers(1, 7))
     rank = draw(st.integers(1, min(3, *shape)))
-    mixed = draw(st.booleans()) and not registry.find(name).one_rank and rank == 3
+    mixed = draw(st.booleans()) and not registry.find(name).traits.one_rank and rank == 3
     weights = draw(st.lists(st.sampled_from([0, 0, 1, 2.5, 40]), min_size=count, max_size=count).filter(any))
     return name, shape, rank, mixed, draw(st.sampled_from(KINDS)), weights, draw(st.integers(0, 999))
 
@@ -53,8 +53,9 @@ def played(draw, names):
 def play(rounds, case):
     name, shape, rank, mixed, kind, weights, seed = case
     strategy = rounds.make(name)
+    assume(strategy.refuses_rank(rank) is None)
     state = rounds.state(strategy, mixed, modules={"m": shape}, rank=rank)
-    count = 1 if strategy.pools_data else len(weights)
+    count = 1 if strategy.traits.pools_data else len(weights)
     updates = []
     for client, weight in enumerate(weights[:count]):
         twin = client if kind != "identical" or mixed else 0
@@ -82,7 +83,7 @@ def test_finite_and_consistent(rounds, data):
     elif module.ideal2 > 0:
         rms = sum(x * module.by_client[c] ** 2 for x, c in zip(w, found.updates.clients, strict=True)) ** 0.5
         assert module.rho == pytest.approx(rms, rel=1e-9)
-    if not found.strategy.changes_base:
+    if not found.strategy.traits.changes_base:
         assert module.error2 >= module.tail2 - 1e-6 * size
     assert module.effective_clients <= len(w) + 1e-9
 
@@ -132,8 +133,8 @@ def test_two_hundred_clients(rounds, entry):
     found = rounds.run(strategy, state, rounds.uploaded(strategy, state, 200))
     module = found.measured().modules["m"]
     assert np.isfinite(module.rho)
-    if strategy.exact and not mixed:
+    if strategy.traits.exact and not mixed:
         assert module.rho < 1e-5
-    assert len(found.broadcasts) == (1 if strategy.pools_data else 200)
+    assert len(found.broadcasts) == (1 if strategy.traits.pools_data else 200)
     base = found.after.base.modules.get("m")
     assert base is None or base.rank <= 9

@@ -194,12 +194,13 @@ class TestPersonalStaysPersonal:
         assert not any(torch.equal(bs[0], other) for other in bs[1:])
 
     def test_every_strategy_that_says_so_broadcasts_by_client(self, rounds, name):
-        different = len({b.factors["narrow"].B.data_ptr() for b in rounds.play(name, 4).broadcasts}) > 1
-        assert different == registry.find(name).personal
+        first, *others = (b.factors["narrow"].B for b in rounds.play(name, 4).broadcasts)
+        different = not all(torch.equal(first, other) for other in others)
+        assert different == registry.find(name).traits.personal != registry.make(name).broadcasts_to_all
 
 
 def test_a_state_with_no_base_update_holds_just_its_product(rounds):
     """So that the tests above see what clients hold: nothing is hidden in the base of other strategies."""
     assert not ServerState(rounds.uploads.adapter(0)).base_step
     for name in rounds.expected:
-        assert bool(rounds.play(name, 3).after.base_step) == registry.find(name).changes_base
+        assert bool(rounds.play(name, 3).after.base_step) == registry.find(name).traits.changes_base

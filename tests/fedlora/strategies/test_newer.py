@@ -1,11 +1,14 @@
 """raflora, fedrot-lora, fedmomentum, florist, fed-sb and ravan beyond the tables: what only they do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from fedlora.strategies import registry
 from fedlora.strategies.energy import directions_for
+from fedlora.strategies.fedit import FedIT
 from fedlora.strategies.step import advance, measure_round
 from fedlora.testing import EQUAL, begin, upload
 
@@ -108,3 +111,31 @@ def test_a_core_sent_to_all_is_measured_as_one_broadcast(name):
     found = measure_round(strategy, advance(strategy, state, updates), updates)
     assert all(module.by_client == {} for module in found.modules.values())
     assert found.rho < 1e-6
+
+
+class TestOwnBroadcast:
+    """A plug-in that says what it sends; it sends what it would have sent anyhow."""
+
+    class Plain(FedIT):
+        def broadcast(self, state, client):
+            return state.adapter.cut(state.rank_of(client))
+
+    class Common(Plain):
+        traits = replace(FedIT.traits, common_broadcast=True)
+
+    class Older(Plain):
+        common_broadcast = True
+
+    def measured(self, strategy):
+        state = begin(strategy, EQUAL)
+        updates = upload(strategy, state, EQUAL)
+        return measure_round(strategy, advance(strategy, state, updates), updates)
+
+    def test_is_measured_by_client(self):
+        found, of_all = self.measured(self.Plain()), self.measured(FedIT())
+        assert all(sorted(module.by_client) == [0, 1, 2, 3, 4] for module in found.modules.values())
+        assert (found.rho, found.R) == pytest.approx((of_all.rho, of_all.R), rel=1e-9)
+
+    @pytest.mark.parametrize("kind", [Common, Older])
+    def test_is_measured_once_where_it_says_that_it_is_for_all(self, kind):
+        assert self.measured(kind()) == self.measured(FedIT())

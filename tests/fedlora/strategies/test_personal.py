@@ -71,6 +71,15 @@ class TestFedSA:
         assert [b.magnitudes["narrow"][0].item() for b in played.broadcasts] == [1, 2]
         assert played.after.adapter.magnitudes["narrow"][0] == 1
 
+    @pytest.mark.parametrize("own_head", [False, True])
+    def test_nothing_is_kept_that_is_averaged(self, rounds, own_head):
+        strategy = registry.make("fedsa-lora", {"own_head": own_head})
+        state = rounds.state(strategy)
+        played = rounds.run(strategy, state, rounds.uploaded(strategy, state, 2))
+        for own, upload in zip(played.after.personal.values(), played.updates.adapters, strict=True):
+            assert own.head.keys() == (upload.head.keys() if own_head else set())
+            assert all(pair.A.numel() == 0 for pair in own.factors.values())
+
     def test_what_is_kept_is_a_copy(self, rounds):
         """An upload may live in a file that is soon gone, or in memory that is used again."""
         strategy, state, given = rounds.situation("fedsa-lora", 2)

@@ -25,7 +25,7 @@ class TestOneOrIdenticalClients:
     @pytest.mark.parametrize("count", [1, 4])
     def test_of_the_highest_rank(self, rounds, name, count):
         strategy, state, (one, *_) = rounds.situation(name, 1)
-        copies = 1 if strategy.pools_data else count
+        copies = 1 if strategy.traits.pools_data else count
         played = rounds.run(strategy, state, [Update(u, 3 + 5 * u, one.adapter) for u in range(copies)])
         self.check(rounds, played)
 
@@ -115,22 +115,22 @@ def test_nobody_is_below_the_floor(rounds, entry, count):
 def test_exact_strategies_lose_nothing(dense, rounds, name, count):
     """Property 4: everybody of the highest rank holds W*, to 1e-6; those that change the base at every rank."""
     strategy = registry.find(name)
-    assert strategy.exact
-    for mixed in (False, True) if not strategy.one_rank else (False,):
+    assert strategy.traits.exact
+    for mixed in (False, True) if not strategy.traits.one_rank else (False,):
         for number in (1, 2):
             played = rounds.play(name, count, mixed, number=number)
             for module in rounds.modules:
                 pairs = dense.pairs(played.sent.factors(module))
                 ideal = played.before.scaling * dense.mean_product(pairs, played.updates.weights.numpy())
                 for actual, (_, A) in zip(played.held(module), pairs, strict=True):
-                    if len(A) == rounds.rank or strategy.changes_base:
+                    if len(A) == rounds.rank or strategy.traits.changes_base:
                         rounds.close(actual, ideal, 1e-6)
-            if strategy.changes_base or not mixed:
+            if strategy.traits.changes_base or not mixed:
                 assert played.measured().rho < 1e-6
 
 
 def test_exact_is_said_of_these_and_of_no_other(rounds):
-    assert {name for name in rounds.expected if registry.find(name).exact} == {*EXACT, "centralised"}
+    assert {name for name in rounds.expected if registry.find(name).traits.exact} == {*EXACT, "centralised"}
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -160,7 +160,7 @@ def turned(rounds, updates):
 @pytest.mark.parametrize("name", NO_GAUGE)
 def test_the_gauge_does_not_matter(rounds, name, count):
     """Property 6."""
-    for mixed in (False, True) if not registry.find(name).one_rank else (False,):
+    for mixed in (False, True) if not registry.find(name).traits.one_rank else (False,):
         played = rounds.play(name, count, mixed)
         other = rounds.run(name, played.before, turned(rounds, played.updates))
         for module in rounds.modules:
@@ -233,9 +233,9 @@ class TestPure:
         assert strategy.name == name
         assert strategy.summary
         assert strategy.source
-        assert strategy.cost_up
-        assert strategy.cost_down
-        assert strategy.personal == (name in ("local", "fedsa-lora"))
+        assert strategy.traits.cost_up
+        assert strategy.traits.cost_down
+        assert strategy.traits.personal == (name in ("local", "fedsa-lora"))
         assert plan.up <= plan.trains
 
 

@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fedlora.adapter.divergence import measure
 from fedlora.config import configfile
 from fedlora.errors import ConfigError, StrategyRefusal
 from fedlora.strategies import registry
-from fedlora.strategies.base import Strategy
+from fedlora.strategies.base import Family, Strategy, Traits
 from fedlora.strategies.step import advance
 
 PLUGIN = '''
@@ -95,6 +96,27 @@ def test_a_plugin_may_refuse_settings_with_its_reason_alone(plugin, monkeypatch)
     registry.check_combination("damped", "lora", False, False)
     with pytest.raises(StrategyRefusal, match="strategy=damped does not go with these settings of lora: it is shy"):
         registry.check_combination("damped", "lora", True, False)
+
+
+def test_traits_as_attributes_of_the_class(plugin):
+    """As the contract was before there were `Traits`: of a plug-in, of its own subclass, and of one of ours."""
+    damped = registry.find("damped")
+    assert damped.traits == Traits(family=Family.PRODUCT_SUM, exact=False)
+    assert (damped.exact, damped.personal, damped.cost_up) == (False, False, "r*(d_out + d_in)")
+
+    class Free:
+        one_rank = ""
+
+    class Own(Free, registry.find("fedsa-lora")):
+        name = "own"
+        changes_base = any_scaling = True
+        cost_up = cost_down = "0"
+
+    old = registry.find("fedsa-lora").traits
+    assert Own.traits == replace(old, one_rank="", changes_base=True, cost_up="0", cost_down="0")
+    assert (Own({}).personal, Own.changes_base, Own.cost_down, Own.one_rank) == (True, True, "0", "")
+    assert Own.refusal("dora", False, False).setting == "variant=dora"
+    assert Own.refusal("lora", True, False) is None
 
 
 def test_a_plugin_cannot_take_a_builtin_name(plugin):

@@ -93,7 +93,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(uploads, tmp_path, name)
     zero = {m: Factors(torch.zeros_like(f.B), f.A) for m, f in start.factors.items()}
     weights = {m: f.product() for m, f in start.factors.items()}
     state = strategy.begin(ServerState(start.with_factors(zero), scaling=4.0, seed=3), weights.__getitem__)
-    given = uploads.list(1 if strategy.pools_data else 3)
+    given = uploads.list(1 if strategy.traits.pools_data else 3)
     cores = state.adapter.cores
     given = [
         replace(update, adapter=replace(update.adapter, cores={m: c + 1 for m, c in cores.items()})) for update in given

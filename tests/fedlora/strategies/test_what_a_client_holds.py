@@ -20,7 +20,7 @@ from fedlora.run.participation import Entry
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.server import Server, Timings
 from fedlora.seeds import Turn
-from fedlora.strategies.flora import fresh_factors
+from fedlora.strategies.flora import begun_anew
 from fedlora.strategies.step import advance
 
 FRESH = ("flora", "florist")
@@ -66,7 +66,7 @@ class World:
             if client not in silent:
                 updates.append(Update(client, 3 + client, trained))
         self.state = advance(self.strategy, self.state, Updates.collect(updates))
-        if self.strategy.personal or self.strategy.pools_data:
+        if self.strategy.traits.personal or self.strategy.traits.pools_data:
             for update in updates:
                 self.clients[update.client].held |= update.adapter.tensors()
         self.state = replace(self.state, ranks={**self.state.ranks, **(risen or {})})
@@ -100,7 +100,7 @@ class World:
         if not self.state.round:
             return {}
         before = replace(self.state, round=self.state.round - 1)
-        fresh = {module: fresh_factors(before, module) for module in self.state.adapter.modules}
+        fresh = {module: begun_anew(before, module) for module in self.state.adapter.modules}
         own = Adapter(fresh, kinds=self.state.adapter.kinds).cut(self.state.rank_of(client))
         return own.tensors()
 
@@ -124,7 +124,7 @@ def test_what_was_counted_as_sent_is_what_a_client_restarts_from(entry, rounds, 
     name, mixed = entry
     world = World(rounds, configure, tmp_path / "run", name, mixed)
     for number, present in enumerate(PRESENT, start=1):
-        asked = [0] if world.strategy.pools_data else present
+        asked = [0] if world.strategy.traits.pools_data else present
         world.play(asked, {client for r, client in SILENT if r == number} if len(asked) > 1 else ())
 
 
@@ -132,10 +132,10 @@ def test_what_was_counted_as_sent_is_what_a_client_restarts_from(entry, rounds, 
 def test_with_everybody_present_bytes_are_those_of_the_plan(name, rounds, configure, tmp_path, everybody):
     """Parameters of the cost table, and not one byte more; the base update of one round."""
     world = World(rounds, configure, tmp_path / "run", name)
-    present = [0] if world.strategy.pools_data else [0, 1, 2, 3]
+    present = [0] if world.strategy.traits.pools_data else [0, 1, 2, 3]
     for number in range(1, 5):
         before, plan = world.state, world.strategy.plan(number)
-        if not everybody and not world.strategy.pools_data:
+        if not everybody and not world.strategy.traits.pools_data:
             present = [0, number % 3 + 1]
         counted = world.play(present)[0]
         start = world.strategy.broadcast(before, 0)

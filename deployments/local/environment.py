@@ -29,8 +29,6 @@ class Services:
     mlflow_url: str
     processes: dict[str, Process]
     """By name: `prefect`, `mlflow`, `worker`, `gpu-worker`."""
-    database: str = ""
-    """The PostgreSQL server of `up --database`, without password; empty otherwise."""
     host: str = "127.0.0.1"
     """The address that the servers listen on; the URLs hold one under which this machine reaches them."""
     authenticated: bool = False

@@ -3,6 +3,7 @@ for others ask who is calling."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -24,7 +25,6 @@ from standins import marked, set_home
 from deployments.form import AS_IN_PRESET
 from deployments.local import authentication, environment, launch
 from deployments.local import registering as deploying
-from deployments.local.database import Databases
 from deployments.local.environment import Services
 from deployments.local.processes import ServiceError
 from deployments.local.services import down, up
@@ -283,7 +283,7 @@ def test_servers_for_others_ask_for_passwords_and_these_are_written_nowhere(
 
 
 def test_only_the_gpu_worker_sees_gpus() -> None:
-    environ = launch.environments(Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", {}), Databases({}, {}))
+    environ = launch.environments(Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", {}))
     assert environ["worker"]["CUDA_VISIBLE_DEVICES"] == ""
     assert environ["gpu-worker"].get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
     assert environ["worker"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
@@ -332,8 +332,8 @@ def test_parameters_that_no_run_can_have_are_one_line_before_anything_starts(tmp
     assert "\n" not in str(refused.value)
 
 
-def test_the_record_keeps_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_of_an_earlier_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDLORA_HOME", str(tmp_path))
-    services = Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", {"prefect": (1, 2.0)}, "postgresql://me@h:1")
-    services.save()
+    services = Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", {"prefect": (1, 2.0)})
+    home.services_file().write_text(json.dumps({**dataclasses.asdict(services), "database": "postgresql://me@h:1"}))
     assert environment.recorded_services() == services

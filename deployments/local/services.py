@@ -15,7 +15,6 @@ that asks for it. Metrics go through the server, so that the SQLite file has one
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Container, Iterable, Iterator
@@ -24,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
+from filelock import FileLock, Timeout
 
 from deployments.local import authentication, launch, planning, ports, server_log, waiting
 from deployments.local import registering as deploying
@@ -305,16 +305,12 @@ def _alone() -> Iterator[None]:
     try:
         # A new one is this user's alone: Prefect keeps the key to its secret blocks in the same database as these.
         home.home().mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (home.home() / "services.lock").open("w")
+        lock = FileLock(home.home() / "services.lock", timeout=0).acquire()
+    except Timeout:
+        raise ServiceError("another `fedlora up` or `fedlora down` is at work; try again when it has ended") from None
     except OSError as error:
         raise ServiceError(
             f"cannot write in {home.home()}: {error.strerror or error}. FEDLORA_HOME chooses another folder."
         ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ServiceError(
-                "another `fedlora up` or `fedlora down` is at work; try again when it has finished"
-            ) from error
         yield

@@ -24,7 +24,7 @@ from fedlora.errors import AdapterError
 from fedlora.exchange.description import description, from_pretrained, tokenizer_if_any
 from fedlora.exchange.peftconfig import read_configuration
 from fedlora.exchange.peftfolder import DESCRIPTION, PeftFolder, open_peft_folder
-from fedlora.files.atomic import new_folder, write_atomic
+from fedlora.files.atomic import new_folder, write_atomic, write_json
 from fedlora.files.folders import check_free
 from fedlora.files.limits import UPLOAD, clean
 from fedlora.files.tensorfile import read_tensors, serialise
@@ -158,7 +158,7 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
             _write_classifier(merged, draft)
         write_atomic(draft / "README.md", _card(merged, tokenizer is not None, description).encode())
         if description:
-            write_atomic(draft / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
+            write_json(draft / DESCRIPTION, description)
 
 
 def attach(model: Any, folder: Path) -> Any:

@@ -27,7 +27,7 @@ from fedlora import __version__
 from fedlora.config import RunConfig, configfile
 from fedlora.errors import AdapterError, ConfigError, RunFolderError
 from fedlora.files import limits, lock
-from fedlora.files.atomic import check_writable, write_atomic
+from fedlora.files.atomic import check_writable, write_atomic, write_json
 from fedlora.files.tensorfile import read_tensors, serialise
 from fedlora.strategies import registry
 from fedlora.strategies import state as states
@@ -185,7 +185,7 @@ class RunFolder:
         """Write a JSON file; a mapping gets a seal, by which damage is found."""
         if isinstance(content, Mapping):
             content = {**content, _SEAL: _seal(content)}
-        write_atomic(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
+        write_json(self.path / name, content)
 
     def read_json(self, name: str) -> Any | None:
         """The content of a JSON file of the run, without its seal, or None when it is not there or damaged."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,13 @@ if TYPE_CHECKING:  # a light caller may only want the names here
 
 _ROWS_AT_A_TIME = 1_000
 _FORMAT = 2
+
+
+class Padding(NamedTuple):
+    """What shorter texts of a batch are filled up with, and on which side."""
+
+    token: int
+    side: str = "right"
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,11 @@ class TokenisedData:
     padding_side: str
     train: pa.Table
     test: pa.Table
+
+    @property
+    def padding(self) -> Padding:
+        """As the tokenizer has it."""
+        return Padding(self.pad_token_id, self.padding_side)
 
 
 @dataclass(frozen=True)

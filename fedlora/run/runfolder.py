@@ -218,7 +218,7 @@ class RunFolder:
         tensors: Mapping[str, Tensor],
         record: Mapping[str, Any],
         on_the_way: Callable[[bytes], bytes] = bytes,
-    ) -> dict[str, Any]:
+    ) -> None:
         """`<stem>.safetensors` and then `<stem>.json` with `record` and the digest of the tensors.
 
         Args:
@@ -229,9 +229,7 @@ class RunFolder:
         """
         content = serialise(tensors)
         write_atomic(self.path / f"{stem}.safetensors", on_the_way(content))
-        complete = {**record, "digest": hashlib.sha256(content).hexdigest()}
-        self.write_json(f"{stem}.json", complete)
-        return complete
+        self.write_json(f"{stem}.json", {**record, "digest": hashlib.sha256(content).hexdigest()})
 
     def read_record(self, stem: str) -> dict[str, Any] | None:
         """The record of `<stem>`, or None unless both files are there and the digest holds."""
@@ -297,14 +295,14 @@ class RunFolder:
         record, tensors = self._read_whole(self.state_stem(number))
         return states.from_tensors(tensors, record["state"])
 
-    def write_state(self, state: ServerState, record: Mapping[str, Any]) -> dict[str, Any]:
+    def write_state(self, state: ServerState, record: Mapping[str, Any]) -> None:
         complete = {
             **record,
             "state": states.scalars(state),
             "base_bytes": state.base_step.wire_bytes(),
             "base_total_bytes": state.base.wire_bytes(),
         }
-        return self.write_tensors(self.state_stem(state.round), states.tensors(state), complete)
+        self.write_tensors(self.state_stem(state.round), states.tensors(state), complete)
 
     def finished_rounds(self) -> list[int]:
         """Rounds that are complete, in order, without a gap."""

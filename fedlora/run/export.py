@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path,
     write_peft_folder(weights, folder, peft_config, _card(run, number, peft_config))
     content = {"model": run.config.model.model_dump(mode="json"), "labels": list(setup.labels), "round": number}
     content |= {"max_length": run.config.data.max_length, "strategy": run.config.strategy}
-    content["provenance"] = {"model": setup.model, "data": setup.data}
+    content["provenance"] = {"model": setup.model, "data": asdict(setup.data)}
     write_json(folder / DESCRIPTION, content)
 
 

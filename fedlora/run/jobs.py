@@ -24,7 +24,7 @@ from fedlora.model import outline, provenance
 from fedlora.model.base import check_length, load_tokenizer
 from fedlora.model.resident import ResidentModel
 from fedlora.run import ranks
-from fedlora.run.records import ClientRecord, Part, Setup
+from fedlora.run.records import ClientRecord, DataRead, Part, Setup
 from fedlora.run.rounds import examples_of
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.traffic import crossing
@@ -81,7 +81,7 @@ def prepare_data(bench: Workbench, folder: Path) -> None:
         labels=tuple(data.labels),
         pad_token_id=data.pad_token_id,
         padding_side=tokenizer.padding_side,
-        data={"name": data.name, "origin": data.origin, "digest": data.digest, "read": list(text.notes)},
+        data=DataRead(data.name, data.origin, data.digest, tuple(text.notes)),
         examples={"train": len(data.train), "test": len(data.test)},
         model=origin,
         notes=tuple(parts.notes()),
@@ -92,7 +92,7 @@ def prepare_data(bench: Workbench, folder: Path) -> None:
 def told_of_data(run: RunFolder) -> list[str]:
     """What a person should know of the data once `prepare_data` is done, a line each; nothing of a packaged set."""
     setup = Setup.read(run)
-    read = "" if setup.data["origin"] == "packaged" else "; ".join(setup.data.get("read", []))
+    read = "" if setup.data.origin == "packaged" else "; ".join(setup.data.read)
     return [line for line in (read, *setup.notes) if line]
 
 

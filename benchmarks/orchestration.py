@@ -67,7 +67,7 @@ def bare_loop(run: RunFolder, model: ResidentModel) -> Iterator[float]:
             examples = tokens.examples(data.train, parts.train[chosen])
             turn = Turn(config.seed, number, chosen)
             trained = client.train(
-                model, state.adapter, examples, config.training, turn, strategy.plan(number).trains, data.pad_token_id
+                model, state.adapter, examples, config.training, turn, strategy.plan(number).trains, data.padding
             )
             score(model, data, parts.test[chosen], config)
             uploads.append(Update(chosen, len(examples), trained.adapter))
@@ -80,7 +80,7 @@ def bare_loop(run: RunFolder, model: ResidentModel) -> Iterator[float]:
 
 def score(model: ResidentModel, data: tokens.TokenisedData, rows: np.ndarray, config: RunConfig) -> evaluation.Scores:
     examples = tokens.examples(data.test, rows)
-    return evaluation.evaluate(model, examples, len(data.labels), config.evaluation.batch_size, data.pad_token_id)
+    return evaluation.evaluate(model, examples, len(data.labels), config.evaluation.batch_size, data.padding)
 
 
 _TASKS: Any = ThreadPoolTaskRunner(max_workers=16)

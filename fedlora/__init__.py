@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from fedlora.config import RunConfig
     from fedlora.exchange.aggregation import aggregate
     from fedlora.exchange.inference import load_adapter, load_base
@@ -24,6 +26,21 @@ __all__ = [
     "train",
 ]
 
+
+def lazily(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's `__getattr__`: its public names, and modules under their own, are imported when first used."""
+
+    def found(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        home = import_module(homes[name])
+        return home if homes[name].endswith(f".{name}") else getattr(home, name)
+
+    return found
+
+
 _HOMES = {
     "RunConfig": "fedlora.config",
     "aggregate": "fedlora.exchange.aggregation",
@@ -33,21 +50,10 @@ _HOMES = {
     "load_merged": "fedlora.exchange.merging",
     "merge": "fedlora.exchange.merging",
     "train": "fedlora.run.loop",
+    "configfile": "fedlora.config.configfile",  # programs import it from here
 }
 
-_MODULES = {"configfile": "fedlora.config.configfile"}
-"""Modules that programs import from here (`from fedlora import configfile`), and where they are."""
-
-
-def __getattr__(name: str) -> Any:
-    """Import the public names when they are first used: `import fedlora` stays fast."""
-    if name not in {*_HOMES, *_MODULES}:
-        raise AttributeError(f"module 'fedlora' has no attribute '{name}'")
-    from importlib import import_module
-
-    if name in _MODULES:
-        return import_module(_MODULES[name])
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazily(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

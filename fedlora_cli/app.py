@@ -172,13 +172,7 @@ def models() -> None:
 def up(
     prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server.")] = 5000,
-    database: Annotated[
-        str | None,
-        typer.Option(
-            metavar="postgresql://USER@HOST:PORT",
-            help="PostgreSQL for both servers; the password in PGPASSWORD or ~/.pgpass. Without it: SQLite files.",
-        ),
-    ] = None,
+    database: Annotated[str | None, typer.Option(hidden=True)] = None,
     cpu_runs: Annotated[int | None, typer.Option(help="Flow runs at a time in cpu-workers; 2 at first.")] = None,
     gpu_runs: Annotated[
         int | None, typer.Option(help="The same for gpu-workers, 0 for no worker; one per GPU at first.")
@@ -196,18 +190,15 @@ def up(
     ] = False,
 ) -> None:
     """Start a local Prefect server, MLflow server and workers, on loopback, and register the deployments."""
+    if database is not None:
+        raise ConfigError(
+            "--database is gone: set PREFECT_SERVER_DATABASE_CONNECTION_URL and MLFLOW_BACKEND_STORE_URI, or, where "
+            "several people use a machine, take deployments/compose.yaml (docs/deployments.md, 'PostgreSQL')"
+        )
     environment.prepare()
     from deployments.local import services
 
-    services.up(
-        prefect_port,
-        mlflow_port,
-        host,
-        database=database,
-        cpu_runs=cpu_runs,
-        gpu_runs=gpu_runs,
-        authenticate=authenticate,
-    )
+    services.up(prefect_port, mlflow_port, host, cpu_runs=cpu_runs, gpu_runs=gpu_runs, authenticate=authenticate)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelling
 
+from deployments.local import waiting
 from fedlora.errors import ConfigError, counted, did_you_mean
 from flows.progress import Progress
 
@@ -60,14 +61,11 @@ def check(pool: str, patience: float = _SOMEBODY_WITHIN_S) -> str:
                 f"work pool '{pool}' has no deployment of the flow '{FLOW}'; `fedlora up` makes them, or "
                 "`prefect deploy --prefect-file deployments/prefect.yaml --all`"
             )
-        deadline = time.monotonic() + patience
-        while not anybody(client, pool):
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"no worker is online in work pool '{pool}', so nothing would run; start one: "
-                    f"prefect worker start --pool {pool}"
-                )
-            time.sleep(0.5)
+        if not waiting.until(lambda: anybody(client, pool), time.monotonic() + patience, every=0.5):
+            raise ConfigError(
+                f"no worker is online in work pool '{pool}', so nothing would run; start one: "
+                f"prefect worker start --pool {pool}"
+            )
     preferred = sorted(deployments, key=lambda found: (found.name not in ("custom", "gpu"), found.name))
     return f"{FLOW}/{preferred[0].name}"
 

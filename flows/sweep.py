@@ -153,7 +153,7 @@ def report_known(told: Progress, plan: Sweep, folder: SweepFolder) -> None:
 
 def note(plan: Sweep, folder: SweepFolder, parent: Parent, cell: Cell, trouble: str | None, told: Progress) -> None:
     """Write down how a cell ended: what MLflow holds of it decides."""
-    run = parents.finished(parent).get(cell.digest)
+    run = parents.finished(parent, cell.digest).get(cell.digest)
     if run:
         folder.mark(cell.digest, "finished", run=run)
         told.say(f"{cell.label}: finished, {len(folder.having('waiting'))} to go")

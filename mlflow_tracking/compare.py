@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import yaml
@@ -58,6 +58,20 @@ class Source:
             return self.title
         tags = self.parent.data.tags
         return str(tags.get(_INSTANCE) or f"{tags[_SWEEP]}-{self.parent.info.run_id[:8]}")
+
+
+class _Cell(NamedTuple):
+    """A run of a sweep, as its `sweep.json` tells of it."""
+
+    label: str
+    status: str
+    reason: str
+    run: str
+    """In MLflow; empty until it has finished."""
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished" and bool(self.run)
 
 
 def load(experiment: str, *, sweep: str | None = None, uri: str | None = None) -> pd.DataFrame:
@@ -135,7 +149,7 @@ def gather(source: str | Source, uri: str | None = None) -> Comparison:
     with store.errors(where):
         client = store.client(where)
         if found.parent is None:
-            cells: list[dict[str, Any]] = []
+            cells: list[_Cell] = []
             every = [run for run in store.search_runs(client, [found.experiment], "") if _SWEEP not in run.data.tags]
             parents = _parents(client, [found.experiment])
         else:
@@ -148,7 +162,7 @@ def gather(source: str | Source, uri: str | None = None) -> Comparison:
         )
         comparison = _with_artifacts(client, comparison, finished)
     present = {run.info.run_id for run in every}
-    missed = [_excluded(cell) for cell in cells if not (_is_finished(cell) and cell["run"] in present)]
+    missed = [_excluded(cell) for cell in cells if not (cell.finished and cell.run in present)]
     return replace(comparison, excluded=[*missed, *excluded])
 
 
@@ -231,17 +245,21 @@ def _last_ended(parents: Sequence[Any]) -> Any:
     return max(ended, key=lambda run: run.info.end_time, default=None)
 
 
-def _cells(client: MlflowClient, parent: Any) -> list[dict[str, Any]]:
+def _cells(client: MlflowClient, parent: Any) -> list[_Cell]:
     """The cells in a sweep's `sweep.json`; none where it has no such file."""
     content = _artifact(client, parent.info.run_id, "sweep.json")
     cells = content.get("cells") if isinstance(content, dict) else None
-    return [cell for cell in cells if isinstance(cell, dict)] if isinstance(cells, list) else []
+    return [
+        _Cell(*(str(cell.get(key) or "") for key in _Cell._fields))
+        for cell in (cells if isinstance(cells, list) else [])
+        if isinstance(cell, dict)
+    ]
 
 
-def _members(client: MlflowClient, parent: Any, cells: Sequence[dict[str, Any]]) -> list[Any]:
+def _members(client: MlflowClient, parent: Any, cells: Sequence[_Cell]) -> list[Any]:
     """The finished runs that a sweep's cells name, where they are still there; without cells, the parent's children."""
     if cells:
-        named = (store.find_run(client, cell["run"]) for cell in cells if _is_finished(cell))
+        named = (store.find_run(client, cell.run) for cell in cells if cell.finished)
         return [run for run in named if run is not None]
     return store.search_runs(client, [parent.info.experiment_id], f"tags.`{_PARENT}` = '{parent.info.run_id}'")
 
@@ -264,14 +282,10 @@ def _finished(runs: Sequence[Any]) -> tuple[list[Any], list[Excluded]]:
     return list(reversed(kept.values())), excluded
 
 
-def _is_finished(cell: dict[str, Any]) -> bool:
-    return cell.get("status") == "finished" and bool(cell.get("run"))
-
-
-def _excluded(cell: dict[str, Any]) -> Excluded:
-    if _is_finished(cell):
-        return Excluded(str(cell.get("label", "?")), "gone", f"its MLflow run {cell['run']} was deleted")
-    return Excluded(str(cell.get("label", "?")), str(cell.get("status", "?")), str(cell.get("reason") or ""))
+def _excluded(cell: _Cell) -> Excluded:
+    if cell.finished:
+        return Excluded(cell.label or "?", "gone", f"its MLflow run {cell.run} was deleted")
+    return Excluded(cell.label or "?", cell.status or "?", cell.reason)
 
 
 def _rounds(client: MlflowClient, runs: Sequence[Any]) -> pd.DataFrame:

@@ -76,18 +76,17 @@ def resume(parent: Parent) -> None:
         store.client(parent.uri).update_run(parent.run, status="RUNNING")
 
 
-def finished(parent: Parent) -> dict[str, str]:
-    """The finished runs under a parent: MLflow run id by the digest of the configuration.
+def finished(parent: Parent, digest: str = "") -> dict[str, str]:
+    """The finished runs under a parent, or the one of a digest: MLflow run id by the digest of the configuration.
 
     Raises:
         TrackingError: the store does not answer.
     """
+    query = f"tags.`mlflow.parentRunId` = '{parent.run}' and attributes.status = 'FINISHED'"
+    if digest:
+        query += f" and tags.`fedlora.config` = '{digest}'"
     with store.errors(parent.uri):
-        children = store.search_runs(
-            store.client(parent.uri),
-            [parent.experiment],
-            f"tags.`mlflow.parentRunId` = '{parent.run}' and attributes.status = 'FINISHED'",
-        )
+        children = store.search_runs(store.client(parent.uri), [parent.experiment], query)
     return {run.data.tags["fedlora.config"]: run.info.run_id for run in reversed(children)}
 
 

@@ -261,10 +261,10 @@ def _log_data(client: Any, tracked: Tracked, run: RunFolder) -> None:
     data = setup.data
     profile = {"examples": setup.examples, "labels": len(setup.labels), "partition": partition["hash"]}
     dataset = Dataset(
-        name=data["name"],
-        digest=data["digest"][:16],
-        source_type=data["origin"],
-        source=json.dumps({"name": data["name"], "origin": data["origin"], "read": data.get("read", [])}),
+        name=data.name,
+        digest=data.digest[:16],
+        source_type=data.origin,
+        source=json.dumps({"name": data.name, "origin": data.origin, "read": data.read}),
         schema=json.dumps({"labels": setup.labels}),
         profile=json.dumps(profile),
     )
@@ -272,7 +272,7 @@ def _log_data(client: Any, tracked: Tracked, run: RunFolder) -> None:
     client.set_tag(tracked.run, "partition.hash", partition["hash"])
     head = (run.read_record(run.state_stem(0)) or {}).get("head")
     tags = {
-        "data.digest": data["digest"],
+        "data.digest": data.digest,
         **provenance.tags(setup.model),
         **({"model.head": head} if head else {}),
     }

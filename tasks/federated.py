@@ -20,7 +20,7 @@ from fedlora.errors import ClientFailed, WorkerError, worth_retrying
 from fedlora.run import export, jobs, recovery
 from fedlora.run.participation import Ask, Roll
 from fedlora.run.play import Trained
-from fedlora.run.records import ClientRecord, Part
+from fedlora.run.records import Part
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.server import Server
 from fedlora.training import workers
@@ -64,38 +64,28 @@ def _round_step(name: str, detail: str = "") -> Callable[[Callable[..., Any]], A
 
 
 @_step("partition")
-def partition(run: Run) -> dict[str, Any]:
-    """Read, tokenise and partition the data; the partition's summary."""
-    summary: dict[str, Any] = _in_pool(run, jobs.prepare_data)
-    return summary
+def partition(run: Run) -> None:
+    """Read, tokenise and partition the data."""
+    _in_pool(run, jobs.prepare_data)
 
 
 @_step("initialise")
-def initialise(run: Run) -> dict[str, Any]:
-    """Attach a fresh adapter to the base model: the state before training; its size."""
-    size: dict[str, Any] = _in_pool(run, jobs.initialise)
-    return size
+def initialise(run: Run) -> str | None:
+    """Attach a fresh adapter to the base model: the state before training; what is to be said of the head."""
+    head: str | None = _in_pool(run, jobs.initialise)
+    return head
 
 
 @_round_step("fine-tune", " client {client}")
-def fine_tune(run: Run, number: int, client: int, attempt: int) -> dict[str, Any]:
-    """Train one client in the next free slot; its mean loss, local accuracy and seconds, or why it could not."""
+def fine_tune(run: Run, number: int, client: int, attempt: int) -> str | None:
+    """Train one client in the next free slot; why it could not, if it could not."""
     runner, path = run.folder.config.runner, run.folder.path
     try:
         with workers.current_pool(runner).slot() as slot, held(runner, slot.device):
-            record: ClientRecord | None = slot.run_within(
-                runner.timeout_s, jobs.fine_tune, path, number, client, attempt
-            )
+            slot.run_within(runner.timeout_s, jobs.fine_tune, path, number, client, attempt)
     except ClientFailed as error:
-        return {"client": client, "failed": str(error)}
-    if record is None:
-        return {"client": client, "sent": False}
-    return {
-        "client": client,
-        "loss": record.losses[-1],
-        "accuracy": record.local.accuracy if record.local and record.local.examples else None,
-        "seconds": record.seconds,
-    }
+        return str(error)
+    return None
 
 
 @_round_step("receive")
@@ -164,7 +154,7 @@ class TaskHands:
         partition.submit(self._run).result()
 
     def initialise(self) -> str | None:
-        head: str | None = initialise.submit(self._run).result().get("head")
+        head: str | None = initialise.submit(self._run).result()
         return head
 
     def fine_tune(self, ask: Ask, trained: Trained) -> Mapping[int, str]:
@@ -174,7 +164,7 @@ class TaskHands:
         failed = {}
         for done, future in enumerate(as_completed(list(answers)), start=1):
             try:
-                why = future.result().get("failed")
+                why = future.result()
             except WorkerError as error:  # after the retries
                 why = str(error)
             if why:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import httpx
 import pandas as pd
@@ -115,6 +116,24 @@ def postgresql():
         if (folder / "data" / "postmaster.pid").exists():
             call("pg_ctl", *data, "-m", "immediate", "stop")
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def new_database(postgresql):
+    """`new_database(name)`: the address, with password, of a new database there."""
+
+    def create(name: str) -> str:
+        import psycopg2
+
+        place = urlsplit(postgresql)
+        login = {"user": unquote(place.username), "password": unquote(place.password)}
+        connection = psycopg2.connect(host=place.hostname, port=place.port, dbname="postgres", **login)
+        connection.autocommit = True  # CREATE DATABASE does not run in a transaction
+        connection.cursor().execute(f"create database {name}")
+        connection.close()
+        return f"{postgresql}/{name}"
+
+    return create
 
 
 @pytest.fixture(scope="session")

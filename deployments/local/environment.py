@@ -5,7 +5,6 @@ What the user has set always wins; the defaults keep everything under `fedlora.f
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 from deployments.local import authentication
 from fedlora.config import addresses
 from fedlora.files import home
-from fedlora.files.atomic import write_atomic
+from fedlora.files.atomic import write_json
 
 Process = tuple[int, float]
 """A process id with the time its process started, which tells it from a later process with the same id."""
@@ -29,8 +28,6 @@ class Services:
     mlflow_url: str
     processes: dict[str, Process]
     """By name: `prefect`, `mlflow`, `worker`, `gpu-worker`."""
-    database: str = ""
-    """The PostgreSQL server of `up --database`, without password; empty otherwise."""
     host: str = "127.0.0.1"
     """The address that the servers listen on; the URLs hold one under which this machine reaches them."""
     authenticated: bool = False
@@ -43,7 +40,7 @@ class Services:
 
     def save(self) -> None:
         """Write the record whole or not at all: `down` relies on it."""
-        write_atomic(home.services_file(), json.dumps(asdict(self), indent=2).encode())
+        write_json(home.services_file(), asdict(self))
 
     def alive(self) -> dict[str, Process]:
         """Those of the recorded processes that still run."""

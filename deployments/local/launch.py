@@ -12,11 +12,11 @@ from urllib.parse import quote
 
 import httpx
 
-from deployments.local import authentication, database
+from deployments.local import authentication
 from deployments.local.asking import CPU_POOL, GPU_POOL
-from deployments.local.database import Databases
 from deployments.local.environment import Services, of_child, of_server
 from deployments.local.server_log import DATE_FORMAT
+from fedlora.errors import ConfigError
 from fedlora.files import home
 
 TITLES = {
@@ -31,6 +31,10 @@ WORKERS = {"worker": CPU_POOL, "gpu-worker": GPU_POOL}
 """The pool that each worker serves."""
 _OF_FLOW_RUNS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 """Secrets that neither server has a use for."""
+_PREFECT_DATABASE, _OLDER_NAME = "PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"
+_MLFLOW_DATABASE = "MLFLOW_BACKEND_STORE_URI"
+_OF_DATABASES = (_PREFECT_DATABASE, _OLDER_NAME, _MLFLOW_DATABASE, "PGPASSWORD")
+"""What a worker has no use for: it reaches both databases through their servers."""
 
 
 def commands(services: Services) -> dict[str, list[str]]:
@@ -50,9 +54,39 @@ def commands(services: Services) -> dict[str, list[str]]:
     }
 
 
-def environments(services: Services, databases: Databases) -> dict[str, dict[str, str]]:
+def databases() -> dict[str, str]:
+    """Where each server keeps what it knows: what its own variable says, or an SQLite file under `fedlora.files.home`.
+
+    Raises:
+        ConfigError: no address, or one database for both; shows neither, for they may hold a password.
+    """
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    prefect = os.environ.get(_PREFECT_DATABASE) or os.environ.get(_OLDER_NAME)
+    found = {
+        _PREFECT_DATABASE: prefect or home.sqlite_url(home.prefect_database(), "aiosqlite"),
+        _MLFLOW_DATABASE: os.environ.get(_MLFLOW_DATABASE) or home.sqlite_url(home.mlflow_database()),
+    }
+    places = set()
+    for variable, address in found.items():
+        try:
+            url = make_url(address)
+        except (ArgumentError, ValueError):
+            raise ConfigError(f"{variable} is no address of a database (docs/deployments.md, 'PostgreSQL')") from None
+        places.add((url.host, url.port or 5432, url.database))
+    if len(places) == 1:
+        raise ConfigError(
+            f"{_PREFECT_DATABASE} and {_MLFLOW_DATABASE} name the same database; each server needs one of its own, "
+            "for both keep a table alembic_version"
+        )
+    return found
+
+
+def environments(services: Services) -> dict[str, dict[str, str]]:
     """The environment of each process, stores and passwords included; each gets only those that it needs."""
-    common = _common(services)
+    common, at = _common(services), databases()
+    own = authentication.without(common, _OF_FLOW_RUNS + _OF_DATABASES[:-1])
     prefect = {
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # without these two, `--watch` shows events and no log
@@ -61,31 +95,25 @@ def environments(services: Services, databases: Databases) -> dict[str, dict[str
         **DATE_FORMAT,
         **of_server(),
         **_writable_ui_folder(),
-        **authentication.without(common, authentication.OF_MLFLOW + _OF_FLOW_RUNS),
+        **authentication.without(own, authentication.OF_MLFLOW),
         **authentication.prefect_client(),
-        **databases.prefect,
+        _PREFECT_DATABASE: at[_PREFECT_DATABASE],
     }
     mlflow = {
         "MLFLOW_DEFAULT_ARTIFACT_ROOT": _artifacts(),
         "MLFLOW_ARTIFACTS_DESTINATION": _artifacts(),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # jobs of LLM evaluation: more processes, unused here
-        **authentication.without(common, authentication.OF_PREFECT + _OF_FLOW_RUNS),
-        **databases.mlflow,
+        **authentication.without(own, authentication.OF_PREFECT),
+        _MLFLOW_DATABASE: at[_MLFLOW_DATABASE],
     }
     if services.authenticated:
         prefect.setdefault("PREFECT_SERVER_UI_API_URL", "/api")  # of whatever address the browser has called
         mlflow |= authentication.mlflow_server(services.host, httpx.URL(services.mlflow_url).port or 80)
-    if database.PREFECT_URL in databases.prefect:
-        prefect.pop("PREFECT_API_DATABASE_CONNECTION_URL", None)  # the older name of the same setting
-    if databases.postgres:  # neither server may see the other's
-        prefect.pop(database.MLFLOW_URL, None)
-        mlflow.pop(database.PREFECT_URL, None)
-        common = authentication.without(common, database.SECRETS)
     mlflow.pop("MLFLOW_TRACKING_URI", None)
     worker = {
         "MLFLOW_TRACKING_URI": services.mlflow_url,
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # by default a run waits up to ten seconds to be picked up
-        **authentication.without(common, authentication.OF_SERVERS),
+        **authentication.without(common, authentication.OF_SERVERS + _OF_DATABASES),
         **authentication.prefect_client(),
         **authentication.mlflow_client(),
     }

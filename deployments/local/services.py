@@ -15,7 +15,6 @@ that asks for it. Metrics go through the server, so that the SQLite file has one
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Container, Iterable, Iterator
@@ -24,11 +23,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
+from filelock import FileLock, Timeout
 
-from deployments.local import authentication, database, launch, planning, ports, server_log, waiting
+from deployments.local import authentication, launch, planning, ports, server_log, waiting
 from deployments.local import registering as deploying
 from deployments.local.asking import CPU_POOL, GPU_POOL, answers, ensure_pools, has_worker, verify
-from deployments.local.database import Databases
 from deployments.local.environment import Process, Services, is_alive, recorded_services
 from deployments.local.launch import SERVERS, TITLES, WORKERS
 from deployments.local.processes import ServiceError, ending, log_file, spawn, stop, stop_children
@@ -51,7 +50,6 @@ class _Plan:
     names: list[str]
     """Of the processes that belong to it."""
     source: Path
-    databases: Databases
     limits: dict[str, int | None]
     report: Report
 
@@ -63,7 +61,6 @@ def up(
     report: Report = print,
     *,
     source: Path = SOURCE,
-    database: str | None = None,
     cpu_runs: int | None = None,
     gpu_runs: int | None = None,
     authenticate: bool = False,
@@ -79,16 +76,14 @@ def up(
             one needs what `deployments.local.authentication` lists in the environment.
         report: Told what happens, line by line.
         source: Folder with `deployments/prefect.yaml` and the flows that it names.
-        database: PostgreSQL server for both, `postgresql://user@host:port`. None: what the variables of
-            `deployments.local.database` say, or SQLite files.
         cpu_runs: Flow runs at a time in the pool cpu-workers. None: as it is; 2 at first.
         gpu_runs: The same for gpu-workers, 0 for no GPU worker. None: as it is; as many as there are GPUs at first.
         authenticate: Ask callers for a password on loopback too, as behind a proxy that others reach.
 
     Raises:
         ConfigError: others could reach a server that asks for no password, `host` is not an address of this machine, a
-            port or number is invalid, in use or given twice, or the servers run otherwise (address, database).
-        FedloraError: the database cannot be reached or made.
+            port or number is invalid, in use or given twice, the servers run at another address, or both were given one
+            database.
         ServiceError: a process died or did not answer within two minutes (its last log lines follow the first line), a
             server that should ask for a password does not, or the Prefect server does not plan runs.
     """
@@ -101,14 +96,13 @@ def up(
         limits = {CPU_POOL: cpu_runs, GPU_POOL: gpu_runs}
         wanted = replace(before, processes=before.alive())
         names = _names(limits, wanted.processes)
-        databases = _databases(wanted, database)
         complete = wanted.processes.keys() >= set(names)
         reach = _reach(wanted, at if host is not None else "", asking, complete)
-        wanted = replace(wanted, database=databases.server, host=reach[0], authenticated=reach[1])
+        wanted = replace(wanted, host=reach[0], authenticated=reach[1])
         if not complete:
             stop(_without(before.processes, wanted.processes))  # children that outlived them
             wanted = _addressed(wanted, {"prefect": prefect_port, "mlflow": mlflow_port})
-        plan = _Plan(wanted, names, source, databases, limits, report)
+        plan = _Plan(wanted, names, source, limits, report)
         if complete:
             report("already running (`fedlora down` stops it):")
             _wait(plan, SERVERS)
@@ -129,19 +123,6 @@ def _names(limits: dict[str, int | None], alive: Container[str]) -> list[str]:
             raise ConfigError(f"{limit} runs at a time in {pool}: expected a whole number from {least}")
     found = launch.gpus() if limits[GPU_POOL] is None else limits[GPU_POOL]
     return [name for name in TITLES if name != "gpu-worker" or found or name in alive]
-
-
-def _databases(running: Services, option: str | None) -> Databases:
-    """Those that are asked for; beside servers that run, theirs count, and asking for others is refused."""
-    asked = database.choose(option)
-    if not running.processes.keys() & set(SERVERS):
-        return asked
-    if option and asked.server != running.database:
-        raise ConfigError(
-            f"the servers already run on {running.database or 'the databases they were started with'}, not on "
-            f"{asked.server}; stop them first with `fedlora down`"
-        )
-    return database.choose(running.database) if running.database else asked
 
 
 def _reach(running: Services, at: str, asking: bool, complete: bool) -> tuple[str, bool]:
@@ -167,12 +148,10 @@ def _addressed(wanted: Services, given: dict[str, int]) -> Services:
 
 
 def _prepare(plan: _Plan) -> None:
+    launch.databases()  # one for both is refused before anything is made
     deploying.check_source(plan.source)
     if plan.wanted.authenticated:
         authentication.prepare_files()
-    created = database.prepare(plan.databases)
-    if created:
-        plan.report(f"created the database{'s' if len(created) > 1 else ''} {listing(created)}")
 
 
 def _limit(plan: _Plan) -> None:
@@ -221,7 +200,7 @@ def _complete(before: Services, plan: _Plan) -> None:
 def _start(plan: _Plan) -> None:
     """Start what is missing; each process is on record as soon as it exists."""
     services = plan.wanted
-    environ, commands = launch.environments(services, plan.databases), launch.commands(services)
+    environ, commands = launch.environments(services), launch.commands(services)
     missing = [name for name in plan.names if name not in services.processes]
     workers = [name for name in missing if name in WORKERS]
 
@@ -281,8 +260,6 @@ def _announce(services: Services, report: Report) -> None:
     page = services.prefect_url.removesuffix("/api")
     report(f"Prefect  {page}  (a form for every deployment: {page}/v2/deployments)")
     report(f"MLflow   {services.mlflow_url}")
-    if services.database:
-        report(f"database {services.database}")
     served = listing(pool for name, pool in WORKERS.items() if name in services.processes)
     idle = "" if "gpu-worker" in services.processes else f"; {GPU_POOL} has none (no GPU found, or --gpu-runs 0)"
     report(f"workers  {served}{idle}")
@@ -328,16 +305,12 @@ def _alone() -> Iterator[None]:
     try:
         # A new one is this user's alone: Prefect keeps the key to its secret blocks in the same database as these.
         home.home().mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (home.home() / "services.lock").open("w")
+        lock = FileLock(home.home() / "services.lock", timeout=0).acquire()
+    except Timeout:
+        raise ServiceError("another `fedlora up` or `fedlora down` is at work; try again when it has ended") from None
     except OSError as error:
         raise ServiceError(
             f"cannot write in {home.home()}: {error.strerror or error}. FEDLORA_HOME chooses another folder."
         ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ServiceError(
-                "another `fedlora up` or `fedlora down` is at work; try again when it has finished"
-            ) from error
         yield

@@ -259,14 +259,15 @@ class Adapter:
         self.check_finite(who, "training diverged?")
 
     def check_finite(self, who: str, hint: str) -> None:
-        """Refuse NaN and infinities.
-
-        Raises:
-            AdapterError: naming `who` and the tensor, with the hint.
-        """
+        """Refuse NaN and infinities with an AdapterError that names `who` and the tensor, with the hint."""
         for name, tensor in self.tensors().items():
-            if not torch.isfinite(tensor).all():
-                raise AdapterError(f"{who}: tensor '{name}' has values that are not finite ({hint})")
+            check_finite(name, tensor, who, hint)
+
+
+def check_finite(name: str, tensor: Tensor, who: str, hint: str = "training diverged?") -> None:
+    """Refuse NaN and infinities in one tensor, as `Adapter.check_finite` does."""
+    if not torch.isfinite(tensor).all():
+        raise AdapterError(f"{who}: tensor '{name}' has values that are not finite ({hint})")
 
 
 class _Lazy(Mapping[str, V], Generic[P, V]):

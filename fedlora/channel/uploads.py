@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from fedlora.adapter.weights import Adapter, check_shapes
-from fedlora.errors import AdapterError
+from fedlora.adapter.weights import Adapter, check_finite, check_shapes
 from fedlora.files.limits import UPLOAD, Limits
 from fedlora.files.tensorfile import StoredTensors
 
@@ -46,8 +44,7 @@ def inspect(
     check_shapes(stored.shapes, like.shapes(), who, lower_rank=True)
     kept: dict[str, Tensor] = {}
     for name, tensor in stored.each():
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{who}: tensor '{name}' has values that are not finite (training diverged?)")
+        check_finite(name, tensor, who)
         if in_memory:
             kept[name] = tensor
     return Adapter.from_tensors(kept) if in_memory else Adapter.stored(stored)

@@ -56,8 +56,8 @@ def _refuse_twice(loader: Any, node: Any, seen: set[int]) -> None:
                 other = first.setdefault(_identity(loader, key), key)
                 if other is not key and not key.tag.endswith(":merge"):
                     raise _OurError(
-                        f"the key {short(key.value)} is there twice, on lines {_line_number(other)} and "
-                        f"{_line_number(key)}; make one of the two"
+                        f"the key {short(key.value)} is there twice, on lines {_line(other)} and "
+                        f"{_line(key)}; make one of the two"
                     )
             _refuse_twice(loader, value, seen)
 
@@ -68,8 +68,9 @@ def _identity(loader: Any, key: Any) -> tuple[str, Any]:
     return kind, loader.construct_object(key) if kind in ("int", "float") else key.value
 
 
-def _line_number(node: Any) -> int:
-    return int(node.start_mark.line) + 1
+def _line(place: Any) -> int:
+    """Of a node or an event."""
+    return int(place.start_mark.line) + 1
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -122,13 +123,13 @@ def _measure(events: Iterator[Any]) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             open_ones.append([event.anchor, 1])
             if len(open_ones) > _DEEPEST:
-                raise _OurError(f"{_line(event)}: nested deeper than {_DEEPEST} levels")
+                raise _OurError(f"line {_line(event)}: nested deeper than {_DEEPEST} levels")
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, size = open_ones.pop()
         elif isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, _ in open_ones):
-                raise _OurError(f"{_line(event)}: {short(event.anchor)} holds itself")
+                raise _OurError(f"line {_line(event)}: {short(event.anchor)} holds itself")
             anchor, size = None, sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.ScalarEvent):
             anchor, size = event.anchor, 1 + len(event.value)
@@ -139,10 +140,6 @@ def _measure(events: Iterator[Any]) -> None:
         open_ones[-1][1] += size
         if open_ones[-1][1] > LARGEST:
             raise _OurError(f"with its aliases written out it has more than {LARGEST} characters")
-
-
-def _line(event: Any) -> str:
-    return f"line {event.start_mark.line + 1}"
 
 
 def _check(content: Any) -> None:

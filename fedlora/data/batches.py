@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlora.data.tokens import Examples
+from fedlora.data.tokens import Examples, Padding
 from fedlora.errors import DataError
 
 _WINDOW = 8
@@ -57,8 +57,7 @@ def training_batches(
     batch_size: int,
     steps: int,
     generator: torch.Generator,
-    pad_token_id: int,
-    padding_side: str = "right",
+    padding: Padding,
 ) -> Iterator[Batch]:
     """Exactly `steps` batches from endless passes, each in a new random order; every pass has every example once.
 
@@ -75,27 +74,25 @@ def training_batches(
             if done == steps:
                 return
             done += 1
-            yield pad(examples, rows, pad_token_id, padding_side)
+            yield pad(examples, rows, padding)
 
 
-def evaluation_batches(
-    examples: Examples, batch_size: int, pad_token_id: int, padding_side: str = "right"
-) -> Iterator[Batch]:
+def evaluation_batches(examples: Examples, batch_size: int, padding: Padding) -> Iterator[Batch]:
     """Every example exactly once, in the order of length: no draw, the same batches every time."""
     order = np.argsort(examples.lengths, kind="stable")
     for start in range(0, len(order), batch_size):
-        yield pad(examples, order[start : start + batch_size], pad_token_id, padding_side)
+        yield pad(examples, order[start : start + batch_size], padding)
 
 
-def pad(examples: Examples, rows: npt.NDArray[np.int64], pad_token_id: int, padding_side: str = "right") -> Batch:
+def pad(examples: Examples, rows: npt.NDArray[np.int64], padding: Padding) -> Batch:
     """The examples at `rows` as one batch, padded to the longest of them on the side that the tokenizer names."""
     lengths = examples.lengths[rows]
     positions = np.arange(lengths.max())
     edge = lengths[:, None]
-    filled = positions < edge if padding_side == "right" else positions >= len(positions) - edge
+    filled = positions < edge if padding.side == "right" else positions >= len(positions) - edge
     types = examples.token_type_ids
     return Batch(
-        _fill(examples.input_ids, rows, filled, pad_token_id),
+        _fill(examples.input_ids, rows, filled, padding.token),
         torch.from_numpy(filled.astype(np.int64)),
         None if types is None else _fill(types, rows, filled, 0),
         torch.from_numpy(examples.labels[rows]),

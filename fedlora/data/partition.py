@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -143,16 +143,23 @@ class Partition:
         return loaded
 
 
+class Split(NamedTuple):
+    """A split that is to be dealt."""
+
+    labels: npt.ArrayLike
+    """Class index of every row."""
+    owners: Sequence[str] | None = None
+    """Owner of every row, for `natural-id`, where the data names owners."""
+
+
 def partition(
     config: PartitionConfig,
     clients: int,
     seed: int,
-    train_labels: npt.ArrayLike,
-    test_labels: npt.ArrayLike,
+    train: Split,
+    test: Split,
     labels: Sequence[str],
     data_digest: str,
-    train_owners: Sequence[str] | None = None,
-    test_owners: Sequence[str] | None = None,
 ) -> Partition:
     """Deal every training row to exactly one client, and the test rows after them; equal arguments, equal division.
 
@@ -160,35 +167,34 @@ def partition(
         config: the partitioner and its settings.
         clients: how many clients there are.
         seed: of the run.
-        train_labels: class index of every training row.
-        test_labels: class index of every test row.
+        train: the rows that are trained on.
+        test: those that follow them.
         labels: names of the classes.
         data_digest: names the data; goes into the hash.
-        train_owners: owner of every training row, for `natural-id`.
-        test_owners: owner of every test row, for `natural-id`; by label where it is None.
 
     Test rows of a label go to clients in proportion to their shares of its training rows. Under `natural-id` they go
-    where their owner's training rows are. Test rows of labels and owners that nobody trains on go to nobody.
+    where their owner's training rows are, if they have owners. Test rows of labels and owners that nobody trains on go
+    to nobody.
 
     Raises:
         DataError: the partitioner cannot give every client `min_size` examples, or not with these labels and owners.
     """
-    ours = np.asarray(train_labels, dtype=np.int64)
+    ours = np.asarray(train.labels, dtype=np.int64)
     _require_enough(len(ours), clients, config)
     generator = numpy_generator(seed, "partition")
-    owners = None if train_owners is None else list(train_owners)
-    train = _draw(Deal(config, clients, ours, tuple(labels), owners, generator, frozenset(test_owners or ())))
-    counts = np.stack([np.bincount(ours[rows], minlength=len(labels)) for rows in train]).astype(np.int64)
+    owners = None if train.owners is None else list(train.owners)
+    dealt = _draw(Deal(config, clients, ours, tuple(labels), owners, generator, frozenset(test.owners or ())))
+    counts = np.stack([np.bincount(ours[rows], minlength=len(labels)) for rows in dealt]).astype(np.int64)
     held: tuple[tuple[str, ...], ...] = ()
     if config.name == "natural-id" and owners is not None:
-        held = tuple(tuple(sorted({owners[row] for row in rows})) for rows in train)
-    if held and test_owners is not None:
-        test = _by_owner(held, test_owners)
-        unheld = len(test_owners) - sum(map(len, test))
+        held = tuple(tuple(sorted({owners[row] for row in rows})) for rows in dealt)
+    if held and test.owners is not None:
+        tested = _by_owner(held, test.owners)
+        unheld = len(test.owners) - sum(map(len, tested))
     else:
-        test, unheld = _by_share(counts, np.asarray(test_labels, dtype=np.int64), generator), 0
-    digest = _hash(train, test, data_digest)
-    return Partition(config.name, tuple(labels), train, test, counts, digest, data_digest, held, unheld)
+        tested, unheld = _by_share(counts, np.asarray(test.labels, dtype=np.int64), generator), 0
+    digest = _hash(dealt, tested, data_digest)
+    return Partition(config.name, tuple(labels), dealt, tested, counts, digest, data_digest, held, unheld)
 
 
 def _require_enough(examples: int, clients: int, config: PartitionConfig) -> None:

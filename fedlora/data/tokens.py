@@ -9,10 +9,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,13 @@ if TYPE_CHECKING:  # a light caller may only want the names here
 
 _ROWS_AT_A_TIME = 1_000
 _FORMAT = 2
+
+
+class Padding(NamedTuple):
+    """What shorter texts of a batch are filled up with, and on which side."""
+
+    token: int
+    side: str = "right"
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,11 @@ class TokenisedData:
     padding_side: str
     train: pa.Table
     test: pa.Table
+
+    @property
+    def padding(self) -> Padding:
+        """As the tokenizer has it."""
+        return Padding(self.pad_token_id, self.padding_side)
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ def tokenise(text: LabelledText, tokenizer: Any, max_length: int, cache: Path) -
         with _temporary_folder(cache) as folder:
             for split in ("train", "test"):
                 _write(folder / f"{split}.arrow", _encoded(text.tables[split], tokenizer, max_length, meta))
-            (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            (folder / "meta.json").write_text(json.dumps(asdict(meta), indent=1), encoding="utf-8")
             _publish(folder, path)
     except OSError as error:
         raise DataError(
@@ -94,13 +106,13 @@ def open_tokens(path: Path) -> TokenisedData:
     import pyarrow as pa
 
     try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        meta = _Meta(**json.loads((path / "meta.json").read_text(encoding="utf-8")))
         splits = {split: _mapped(path / f"{split}.arrow") for split in ("train", "test")}
         sizes = {split: len(data) for split, data in splits.items()}
-        if meta["format"] != _FORMAT or meta["sizes"] != sizes:
-            raise ValueError(f"it holds {sizes}, expected {meta['sizes']}")
-        fields = {key: meta[key] for key in ("name", "origin", "digest", "pad_token_id", "padding_side")}
-        return TokenisedData(path=path, labels=tuple(meta["labels"]), **fields, **splits)
+        if meta.format != _FORMAT or meta.sizes != sizes:
+            raise ValueError(f"it holds {sizes}, expected {meta.sizes}")
+        about = (meta.name, meta.origin, meta.digest, meta.pad_token_id, meta.padding_side)
+        return TokenisedData(path, tuple(meta.labels), *about, **splits)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         state = "is damaged" if path.is_dir() else "does not exist"
         reason = " ".join(str(error).split())[:160]
@@ -172,28 +184,35 @@ def _ragged(column: Any) -> list[npt.NDArray[np.int32]]:
     return np.split(lists.flatten().to_numpy(), ends[:-1])
 
 
-def _describe(text: LabelledText, tokenizer: Any) -> dict[str, Any]:
-    """What is worth knowing about a tokenised set without opening it."""
+@dataclass(frozen=True)
+class _Meta:
+    """What is worth knowing about a tokenised set without opening it (`meta.json`)."""
+
+    format: int
+    name: str
+    origin: str
+    digest: str
+    labels: list[str]
+    sizes: dict[str, int]
+    columns: list[str]
+    pad_token_id: int
+    padding_side: str
+
+
+def _describe(text: LabelledText, tokenizer: Any) -> _Meta:
     paired = "text_pair" in text.tables["train"].column_names
     types = paired and "token_type_ids" in tokenizer.model_input_names
     columns = ["input_ids", *(["token_type_ids"] if types else []), "label", "length"]
     # Models without a padding token never look at the positions that it fills: any id will do.
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    return {
-        "format": _FORMAT,
-        "name": text.name,
-        "origin": text.origin,
-        "digest": text.digest,
-        "labels": list(text.labels),
-        "sizes": {split: len(table) for split, table in text.tables.items()},
-        "columns": columns + (["client"] if "client" in text.tables["train"].column_names else []),
-        "pad_token_id": pad,
-        "padding_side": tokenizer.padding_side,
-    }
+    columns += ["client"] if "client" in text.tables["train"].column_names else []
+    sizes: dict[str, int] = {split: len(table) for split, table in text.tables.items()}
+    about = (text.name, text.origin, text.digest, list(text.labels))
+    return _Meta(_FORMAT, *about, sizes, columns, pad, tokenizer.padding_side)
 
 
-def _digest(meta: dict[str, Any], tokenizer: Any, max_length: int) -> str:
-    content = json.dumps([meta, max_length, _tokenizer_content(tokenizer)], sort_keys=True)
+def _digest(meta: _Meta, tokenizer: Any, max_length: int) -> str:
+    content = json.dumps([asdict(meta), max_length, _tokenizer_content(tokenizer)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -211,7 +230,7 @@ def _lasting(serialised: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _encoded(split: pa.Table, tokenizer: Any, max_length: int, meta: dict[str, Any]) -> Iterator[pa.Table]:
+def _encoded(split: pa.Table, tokenizer: Any, max_length: int, meta: _Meta) -> Iterator[pa.Table]:
     import pyarrow as pa
 
     paired = "text_pair" in split.column_names
@@ -220,13 +239,13 @@ def _encoded(split: pa.Table, tokenizer: Any, max_length: int, meta: dict[str, A
         texts, pairs = rows["text"].to_pylist(), rows["text_pair"].to_pylist() if paired else None
         found = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
         # A decoder's tokenizer makes nothing of an empty text, and a model needs at least one position.
-        ids: Sequence[Sequence[int]] = [row or [meta["pad_token_id"]] for row in found["input_ids"]]
+        ids: Sequence[Sequence[int]] = [row or [meta.pad_token_id] for row in found["input_ids"]]
         columns = {"input_ids": pa.array(ids, pa.list_(pa.int32()))}
-        if "token_type_ids" in meta["columns"]:
+        if "token_type_ids" in meta.columns:
             columns["token_type_ids"] = pa.array(found["token_type_ids"], pa.list_(pa.int32()))
         columns["label"] = rows["label"].cast(pa.int64())
         columns["length"] = pa.array([len(row) for row in ids], pa.int32())
-        if "client" in meta["columns"]:
+        if "client" in meta.columns:
             columns["client"] = rows["client"].cast(pa.string())
         yield pa.table(columns)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError, ModelError, first_line
@@ -12,15 +12,29 @@ from fedlora.files.limits import clean, file_within, read_json
 from fedlora.model import base as models
 
 
-def description(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """What `fedlora.json` beside an adapter says: the base model's configuration, and everything (`labels`, …).
+class Description(NamedTuple):
+    """What `fedlora.json` beside an adapter says."""
+
+    model: ModelConfig
+    """The base model."""
+    content: dict[str, Any]
+    """All of it, as it stands there."""
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes."""
+        return list(self.content["labels"])
+
+
+def description(path: Path) -> Description:
+    """What `fedlora.json` beside an adapter says.
 
     Raises:
         AdapterError: it is not there or not readable.
     """
     try:
         content = read_json(file_within(path, DESCRIPTION))
-        return _described(content), content
+        return Description(_described(content), content)
     except (OSError, ValueError) as error:
         if clients := sorted(path.glob("client-*")):
             raise AdapterError(

@@ -38,8 +38,8 @@ def load_adapter(folder: str | Path, trust_remote_code: bool = False) -> tuple[A
         ModelError: the base model cannot be loaded.
     """
     path = Path(folder)
-    config, content = description(path)
-    config = config.model_copy(update={"trust_remote_code": trust_remote_code})
+    described = description(path)
+    config = described.model.model_copy(update={"trust_remote_code": trust_remote_code})
     tokenizer = models.load_tokenizer(config)
-    base: Any = models.load_base(config, content["labels"], tokenizer.pad_token_id)
-    return apply_base_update(attach(base, path), path).eval(), tokenizer, content["labels"]
+    base: Any = models.load_base(config, described.labels, tokenizer.pad_token_id)
+    return apply_base_update(attach(base, path), path).eval(), tokenizer, described.labels

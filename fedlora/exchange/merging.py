@@ -21,10 +21,10 @@ from fedlora.adapter.base_update import FILE, BaseUpdate
 from fedlora.adapter.weights import PEFT_PREFIX, check_shapes
 from fedlora.config import ModelConfig
 from fedlora.errors import AdapterError
-from fedlora.exchange.description import description, from_pretrained, tokenizer_if_any
+from fedlora.exchange.description import Description, description, from_pretrained, tokenizer_if_any
 from fedlora.exchange.peftconfig import read_configuration
 from fedlora.exchange.peftfolder import DESCRIPTION, PeftFolder, open_peft_folder
-from fedlora.files.atomic import new_folder, write_atomic
+from fedlora.files.atomic import new_folder, write_atomic, write_json
 from fedlora.files.folders import check_free
 from fedlora.files.limits import UPLOAD, clean
 from fedlora.files.tensorfile import read_tensors, serialise
@@ -141,24 +141,24 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
     source, target = Path(folder), Path(out)
     check_free(target)
     transformers_logging.disable_progress_bar()
-    model, tokenizer, description = _base_of(source, base)
+    model, tokenizer, described = _base_of(source, base)
     attached = attach(model, source)
     apply_base_update(attached, source)  # after the embeddings that the adapter may hold, which replace the base's
     _check_merge(dict(_plain(attached).named_modules()))
     merged: Any = attached.merge_and_unload()
     pooled = isinstance(merged, PooledClassifier)
-    if pooled and description:  # in the encoder's configuration too, which is all that others read
-        merged.encoder.config.id2label = dict(enumerate(description["labels"]))
-        merged.encoder.config.label2id = {label: index for index, label in enumerate(description["labels"])}
+    if pooled and described:  # in the encoder's configuration too, which is all that others read
+        merged.encoder.config.id2label = dict(enumerate(described.labels))
+        merged.encoder.config.label2id = {label: index for index, label in enumerate(described.labels)}
     with new_folder(target) as draft:
         (merged.encoder if pooled else merged).save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         if pooled:
             _write_classifier(merged, draft)
-        write_atomic(draft / "README.md", _card(merged, tokenizer is not None, description).encode())
-        if description:
-            write_atomic(draft / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
+        write_atomic(draft / "README.md", _card(merged, tokenizer is not None, described).encode())
+        if described:
+            write_json(draft / DESCRIPTION, described.content)
 
 
 def attach(model: Any, folder: Path) -> Any:
@@ -218,11 +218,11 @@ def _write_classifier(model: PooledClassifier, folder: Path) -> None:
     write_atomic(folder / "1_Pooling" / "config.json", json.dumps(pooling).encode())
 
 
-def _card(model: Any, tokenizer: bool, description: Mapping[str, Any] | None) -> str:
+def _card(model: Any, tokenizer: bool, described: Description | None) -> str:
     """README.md of a merged model: how it is loaded without PEFT and fedlora, as code that runs from anywhere."""
     pooled = isinstance(model, PooledClassifier)
     kind = type(model).__name__
-    most = (description or {}).get("max_length", 128)
+    most = described.content.get("max_length", 128) if described else 128
     if pooled:
         code = _POOLED.format(most=most, pool=_POOLS[model.pooling])
     elif kind.endswith("ForSequenceClassification") and tokenizer:
@@ -289,24 +289,24 @@ def load_merged(folder: str | Path) -> tuple[Any, Any, list[str]]:
         ModelError: the model cannot be loaded.
     """
     path = Path(folder)
-    config, content = description(path)
-    here = ModelConfig(name=str(path.absolute()), pooling=config.pooling, dtype=config.dtype)
+    described = description(path)
+    here = ModelConfig(name=str(path.absolute()), pooling=described.model.pooling, dtype=described.model.dtype)
     tokenizer = models.load_tokenizer(here)
-    model = models.load_base(here, content["labels"], tokenizer.pad_token_id)
+    model = models.load_base(here, described.labels, tokenizer.pad_token_id)
     if isinstance(model, PooledClassifier):
         _read_classifier(model.classifier, path / _CLASSIFIER)
-    return model.eval(), tokenizer, content["labels"]
+    return model.eval(), tokenizer, described.labels
 
 
-def _base_of(folder: Path, base: Any) -> tuple[Any, Any, dict[str, Any] | None]:
+def _base_of(folder: Path, base: Any) -> tuple[Any, Any, Description | None]:
     """The base model, its tokenizer if there is one, and what fedlora knows of an adapter of its own."""
     if (folder / DESCRIPTION).is_file():
-        config, content = description(folder)
+        described = description(folder)
         if base is None or isinstance(base, str | Path):
-            config = config if base is None else config.model_copy(update={"name": str(base)})
+            config = described.model.model_copy(update={} if base is None else {"name": str(base)})
             tokenizer = models.load_tokenizer(config)
-            return models.load_base(config, content["labels"], tokenizer.pad_token_id), tokenizer, content
-        return base, None, content
+            return models.load_base(config, described.labels, tokenizer.pad_token_id), tokenizer, described
+        return base, None, described
     if base is not None and not isinstance(base, str | Path):
         return base, None, None
     return *_from_hub_or_folder(folder, base), None

@@ -30,7 +30,7 @@ from fedlora.exchange.peftfolder import (
     config_at_ranks,
     write_peft_folder,
 )
-from fedlora.files.atomic import new_folder, write_atomic
+from fedlora.files.atomic import new_folder, write_atomic, write_json
 from fedlora.files.folders import check_free, has_room, is_folder
 from fedlora.files.limits import file_within, read_json
 from fedlora.metrics import Bytes
@@ -192,7 +192,7 @@ def _within(report: Path, out: Path, draft: Path) -> Path:
 
 
 def _write_report(result: Aggregated, place: Path) -> None:
-    write_atomic(place, (json.dumps(result.report(), indent=1, allow_nan=False) + "\n").encode())
+    write_json(place, result.report(), allow_nan=False)
 
 
 def _fill(result: Aggregated, folder: Path, per_client: bool) -> None:

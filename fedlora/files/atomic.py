@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fedlora.errors import saving
 
@@ -31,6 +33,11 @@ def write_atomic(path: Path, content: bytes) -> None:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def write_json(path: Path, content: Any, allow_nan: bool = True) -> None:
+    """Write a value as JSON, so that it is there whole or not at all."""
+    write_atomic(path, (json.dumps(content, indent=1, allow_nan=allow_nan) + "\n").encode())
 
 
 def check_writable(folder: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from fedlora.errors import RunFolderError, saving
 
@@ -27,15 +28,12 @@ def held(folder: Path, what: str, instead: str) -> Iterator[None]:
     """
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / FILE).open("a+")
-    with file:
+        file = folder / FILE
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+            lock = FileLock(file, timeout=0).acquire()
+        except Timeout:
+            holder = file.read_text().strip() or "another process"
             raise RunFolderError(f"{what} is under way ({holder}); {instead}") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()}")
-        file.flush()
+    with lock:
+        file.write_text(f"process {os.getpid()}")
         yield

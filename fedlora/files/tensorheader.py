@@ -64,21 +64,13 @@ def _content(path: Path, size: int, limits: Limits) -> tuple[dict[str, Any], int
             raise ValueError(f"its header of {length} bytes is above the limit of {limits.header_bytes}")
         raw = file.read(length)
     # Counted first: Python's objects take many times the memory of the JSON that they come from.
-    if (
-        raw.count(b"{") > limits.tensors + 2
-        or raw.count(b"[") > 2 * limits.tensors
-        or raw.count(b'"') > _quotes(limits)
-    ):
+    most = {b"{": limits.tensors + 2, b"[": 2 * limits.tensors, b'"': 10 * limits.tensors + 10_000}  # some of metadata
+    if any(raw.count(sign) > number for sign, number in most.items()):
         raise ValueError(f"its header holds more than the {limits.tensors} tensors that are allowed")
     content = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
     if not isinstance(content, dict):
         raise ValueError("its header is no JSON object")
     return content, length
-
-
-def _quotes(limits: Limits) -> int:
-    """Quotation marks of that many entries, and some of metadata."""
-    return 10 * limits.tensors + 10_000
 
 
 def _tensors(content: Mapping[str, Any], values: int) -> dict[str, Stored]:

@@ -21,7 +21,7 @@ from fedlora.config import ModelConfig
 from fedlora.config.lora import LoraConfig
 from fedlora.errors import FedloraError, ModelError, RunFolderError, remembered
 from fedlora.files import home, limits
-from fedlora.files.atomic import write_atomic
+from fedlora.files.atomic import write_json
 from fedlora.files.limits import FileStates
 from fedlora.model import peftpattern
 from fedlora.model.base import (
@@ -167,7 +167,7 @@ def _kept(config: ModelConfig, files: FileStates) -> Outline | None:
         made = _make(config)
     if made is not None:
         with suppress(RunFolderError):  # a home that cannot be written is told of where something must be
-            write_atomic(file, json.dumps(asdict(made)).encode())
+            write_json(file, asdict(made))
     return made
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fedlora import lazily
 
 if TYPE_CHECKING:
     from fedlora.report.frames import Comparison, Excluded
@@ -10,18 +12,13 @@ if TYPE_CHECKING:
 
 __all__ = ["TABLES", "Comparison", "Excluded", "write"]
 
-_HOMES = {
-    "Comparison": "fedlora.report.frames",
-    "Excluded": "fedlora.report.frames",
-    "TABLES": "fedlora.report.page",
-    "write": "fedlora.report.page",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import what is asked for: pandas is not needed to draw the pictures of one run."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
+# Pandas is not needed to draw the pictures of one run.
+__getattr__ = lazily(
+    __name__,
+    {
+        "Comparison": "fedlora.report.frames",
+        "Excluded": "fedlora.report.frames",
+        "TABLES": "fedlora.report.page",
+        "write": "fedlora.report.page",
+    },
+)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from fedlora.adapter import Adapter
 from fedlora.config import RunConfig
 from fedlora.errors import counted, saving
 from fedlora.exchange.peftfolder import DESCRIPTION, config_at_ranks, write_peft_folder
-from fedlora.files.atomic import write_atomic
+from fedlora.files.atomic import write_json
 from fedlora.model import base as model
 from fedlora.report import plots
 from fedlora.run import rounds
@@ -57,8 +57,8 @@ def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path,
     write_peft_folder(weights, folder, peft_config, _card(run, number, peft_config))
     content = {"model": run.config.model.model_dump(mode="json"), "labels": list(setup.labels), "round": number}
     content |= {"max_length": run.config.data.max_length, "strategy": run.config.strategy}
-    content["provenance"] = {"model": setup.model, "data": setup.data}
-    write_atomic(folder / DESCRIPTION, (json.dumps(content, indent=1) + "\n").encode())
+    content["provenance"] = {"model": setup.model, "data": asdict(setup.data)}
+    write_json(folder / DESCRIPTION, content)
 
 
 def _card(run: RunFolder, number: int, peft_config: Mapping[str, Any]) -> str:

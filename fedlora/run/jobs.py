@@ -17,14 +17,14 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.channel import faults as channel
 from fedlora.data import sources, tokens
-from fedlora.data.partition import Partition, partition
+from fedlora.data.partition import Partition, Split, partition
 from fedlora.errors import DataError
 from fedlora.files import home
 from fedlora.model import outline, provenance
 from fedlora.model.base import check_length, load_tokenizer
 from fedlora.model.resident import ResidentModel
 from fedlora.run import ranks
-from fedlora.run.records import ClientRecord, Part, Setup
+from fedlora.run.records import ClientRecord, DataRead, Part, Setup
 from fedlora.run.rounds import examples_of
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.traffic import crossing
@@ -49,8 +49,8 @@ def peak_memory(bench: Workbench) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
-    """Read, tokenise (once per data set, model and length; shared by runs) and partition; the partition's summary.
+def prepare_data(bench: Workbench, folder: Path) -> None:
+    """Read, tokenise (once per data set, model and length; shared by runs) and partition.
 
     Raises:
         DataError: the data cannot be read, or not be partitioned as asked.
@@ -59,11 +59,11 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
     """
     run = RunFolder(folder)
     config = run.config
-    summary = run.read_json("partition.json")
     known = Setup.known(run)
-    if isinstance(summary, dict) and (run.path / "partition.npz").is_file() and known and _data_is_there(known):
+    dealt = isinstance(run.read_json("partition.json"), dict) and (run.path / "partition.npz").is_file()
+    if dealt and known and _data_is_there(known):
         provenance.check(config.model, known.model)
-        return summary
+        return
     check_length(config.model, config.data.max_length)
     text = sources.load(config.data, config.seed)
     origin = provenance.of_model(config.model)
@@ -73,36 +73,26 @@ def prepare_data(bench: Workbench, folder: Path) -> dict[str, Any]:
     data = bench.keep("data", path, lambda: tokens.open_tokens(path))
     if made_of := outline.of(base):
         made_of.check_vocabulary(config.model.name, tokens.highest(data))
-    parts = partition(
-        config.partition,
-        config.clients,
-        config.seed,
-        tokens.label_array(data.train),
-        tokens.label_array(data.test),
-        data.labels,
-        data.digest,
-        tokens.client_array(data.train),
-        tokens.client_array(data.test),
-    )
+    train, test = (Split(tokens.label_array(split), tokens.client_array(split)) for split in (data.train, data.test))
+    parts = partition(config.partition, config.clients, config.seed, train, test, data.labels, data.digest)
     parts.save(run.path / "partition.npz")
     Setup(
         tokens=path,
         labels=tuple(data.labels),
         pad_token_id=data.pad_token_id,
         padding_side=tokenizer.padding_side,
-        data={"name": data.name, "origin": data.origin, "digest": data.digest, "read": list(text.notes)},
+        data=DataRead(data.name, data.origin, data.digest, tuple(text.notes)),
         examples={"train": len(data.train), "test": len(data.test)},
         model=origin,
         notes=tuple(parts.notes()),
     ).write(run)
     run.write_json("partition.json", parts.summary())
-    return parts.summary()
 
 
 def told_of_data(run: RunFolder) -> list[str]:
     """What a person should know of the data once `prepare_data` is done, a line each; nothing of a packaged set."""
     setup = Setup.read(run)
-    read = "" if setup.data["origin"] == "packaged" else "; ".join(setup.data.get("read", []))
+    read = "" if setup.data.origin == "packaged" else "; ".join(setup.data.read)
     return [line for line in (read, *setup.notes) if line]
 
 
@@ -114,8 +104,10 @@ def _data_is_there(setup: Setup) -> bool:
     return True
 
 
-def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
-    """Attach a fresh adapter to the base model and save it as the state before training; returns its size.
+def initialise(bench: Workbench, folder: Path) -> str | None:
+    """Attach a fresh adapter to the base model and save it as the state before training.
+
+    Returns what is to be said of the head, if anything.
 
     Raises:
         DataError: the data is not the one that the run began with.
@@ -130,7 +122,7 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
             f"then {record['partition'][:12]}): restore the data, or choose another --run-dir"
         )
     if record and run.read_json("adapter_config.json"):
-        return record
+        return record.get("head")
     model = bench.renew("model", _model_key(run, bench), lambda: _build(run, bench))
     run.write_json("adapter_config.json", model.peft_config())
     adapter = model.read()
@@ -144,7 +136,7 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
         model.check_untied()
     begun = run.strategy.begin(fresh, model.base_weight)
     model.load(begun.adapter)  # what does not fit the model is refused now, not when the first client trains
-    return run.write_state(
+    run.write_state(
         begun,
         {
             "partition": dealt_data,
@@ -155,6 +147,7 @@ def initialise(bench: Workbench, folder: Path) -> dict[str, Any]:
             "base_parameters": sum(p.numel() for p in model.peft.get_base_model().parameters()),
         },
     )
+    return model.head_note
 
 
 def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attempt: int = 0) -> ClientRecord | None:
@@ -177,17 +170,8 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
     data, model = _data(run, bench), _model(run, bench, state, number - 1)
     own = examples_of(strategy, _partition(run, bench), client_id)
     rows, held_out = ranks.hold_out(config.lora, number, own.train, config.seed, client_id)
-    trained = client.train(
-        model,
-        start,
-        tokens.examples(data.train, rows),
-        own.training(config.training),
-        turn,
-        plan.trains,
-        data.pad_token_id,
-        data.padding_side,
-        strategy.penalty,
-    )
+    examples, training = tokens.examples(data.train, rows), own.training(config.training)
+    trained = client.train(model, start, examples, training, turn, plan.trains, data.padding, strategy.penalty)
     upload = strategy.after_training(start, trained.adapter)
     record = ClientRecord(
         round=number,
@@ -232,7 +216,7 @@ def _score(bench: Workbench, run: RunFolder, split: Any, rows: np.ndarray) -> Sc
     data, batch_size = _data(run, bench), run.config.evaluation.batch_size
     examples = tokens.examples(split, rows)
     model = _loaded(run, bench)
-    return evaluation.evaluate(model, examples, len(data.labels), batch_size, data.pad_token_id, data.padding_side)
+    return evaluation.evaluate(model, examples, len(data.labels), batch_size, data.padding)
 
 
 def _data(run: RunFolder, bench: Workbench) -> tokens.TokenisedData:

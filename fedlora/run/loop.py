@@ -87,7 +87,7 @@ class LocalHands:
         self._pool.run(jobs.prepare_data, self._run.path)
 
     def initialise(self) -> str | None:
-        head: str | None = self._pool.run(jobs.initialise, self._run.path).get("head")
+        head: str | None = self._pool.run(jobs.initialise, self._run.path)
         return head
 
     def fine_tune(self, ask: Ask, trained: Trained) -> Mapping[int, str]:

@@ -127,13 +127,14 @@ def _files(data: DataConfig) -> FileStates:
 @remembered(4096)
 def _dealt(data: DataConfig, partition: PartitionConfig, clients: int, seed: int, files: FileStates) -> Dealt | None:
     """The data, dealt as the run will deal it; None where it cannot be looked at."""
+    from fedlora.data.partition import Split
     from fedlora.data.partition import partition as deal
 
     seen = _surveyed(data, seed, files)
     if seen is None:
         return None
-    owners = seen.train_clients, seen.test_clients
-    sizes = deal(partition, clients, seed, seen.train, seen.test, seen.labels, "", *owners).sizes
+    train, test = Split(seen.train, seen.train_clients), Split(seen.test, seen.test_clients)
+    sizes = deal(partition, clients, seed, train, test, seen.labels, "").sizes
     return Dealt(len(seen.labels), len(seen.train), len(seen.test), min(sizes), max(sizes))
 
 

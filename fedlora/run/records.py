@@ -9,12 +9,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.adapter.divergence import Divergence
 from fedlora.metrics import Bytes
+from fedlora.model.provenance import Origin
 from fedlora.training.evaluation import Scores
 
 if TYPE_CHECKING:
     from fedlora.run.runfolder import RunFolder
 
 _SETUP = "setup.json"
+
+
+@dataclass(frozen=True)
+class DataRead:
+    """Which data a run is on."""
+
+    name: str
+    origin: str
+    digest: str
+    read: tuple[str, ...] = ()
+    """What its reader did, a remark each."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +38,9 @@ class Setup:
     labels: tuple[str, ...]
     pad_token_id: int
     padding_side: str
-    data: dict[str, Any]
-    """Name, origin and digest of the data, and how it was read."""
+    data: DataRead
     examples: dict[Literal["train", "test"], int]
-    model: dict[str, Any] | None = None
+    model: Origin | None = None
     """Where the base model's files are from, where that is known."""
     notes: tuple[str, ...] = ()
     """What a person should know of how the data was dealt."""
@@ -54,7 +65,8 @@ class Setup:
     @classmethod
     def _of(cls, content: Mapping[str, Any]) -> Setup:
         known = _known(cls, content)
-        return cls(**known | {"tokens": Path(known["tokens"]), "labels": tuple(known["labels"])})
+        data = DataRead(**_known(DataRead, known["data"]))
+        return cls(**known | {"tokens": Path(known["tokens"]), "labels": tuple(known["labels"]), "data": data})
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from fedlora import __version__
 from fedlora.config import RunConfig, configfile
 from fedlora.errors import AdapterError, ConfigError, RunFolderError
 from fedlora.files import limits, lock
-from fedlora.files.atomic import check_writable, write_atomic
+from fedlora.files.atomic import check_writable, write_atomic, write_json
 from fedlora.files.tensorfile import read_tensors, serialise
 from fedlora.strategies import registry
 from fedlora.strategies import state as states
@@ -185,7 +185,7 @@ class RunFolder:
         """Write a JSON file; a mapping gets a seal, by which damage is found."""
         if isinstance(content, Mapping):
             content = {**content, _SEAL: _seal(content)}
-        write_atomic(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
+        write_json(self.path / name, content)
 
     def read_json(self, name: str) -> Any | None:
         """The content of a JSON file of the run, without its seal, or None when it is not there or damaged."""
@@ -218,7 +218,7 @@ class RunFolder:
         tensors: Mapping[str, Tensor],
         record: Mapping[str, Any],
         on_the_way: Callable[[bytes], bytes] = bytes,
-    ) -> dict[str, Any]:
+    ) -> None:
         """`<stem>.safetensors` and then `<stem>.json` with `record` and the digest of the tensors.
 
         Args:
@@ -229,9 +229,7 @@ class RunFolder:
         """
         content = serialise(tensors)
         write_atomic(self.path / f"{stem}.safetensors", on_the_way(content))
-        complete = {**record, "digest": hashlib.sha256(content).hexdigest()}
-        self.write_json(f"{stem}.json", complete)
-        return complete
+        self.write_json(f"{stem}.json", {**record, "digest": hashlib.sha256(content).hexdigest()})
 
     def read_record(self, stem: str) -> dict[str, Any] | None:
         """The record of `<stem>`, or None unless both files are there and the digest holds."""
@@ -297,14 +295,14 @@ class RunFolder:
         record, tensors = self._read_whole(self.state_stem(number))
         return states.from_tensors(tensors, record["state"])
 
-    def write_state(self, state: ServerState, record: Mapping[str, Any]) -> dict[str, Any]:
+    def write_state(self, state: ServerState, record: Mapping[str, Any]) -> None:
         complete = {
             **record,
             "state": states.scalars(state),
             "base_bytes": state.base_step.wire_bytes(),
             "base_total_bytes": state.base.wire_bytes(),
         }
-        return self.write_tensors(self.state_stem(state.round), states.tensors(state), complete)
+        self.write_tensors(self.state_stem(state.round), states.tensors(state), complete)
 
     def finished_rounds(self) -> list[int]:
         """Rounds that are complete, in order, without a gap."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedlora.config import RunConfig
 from fedlora.config.channel import ChannelConfig
+from fedlora.data.partition import Partition
 from fedlora.run import jobs
 from fedlora.run.records import Part, Setup
 from fedlora.run.runfolder import RunFolder
@@ -99,18 +100,18 @@ def pace(config: RunConfig) -> Pace:
     with tempfile.TemporaryDirectory(prefix="fedlora-") as folder, workers.open_pool(trial.runner) as pool:
         run = RunFolder.create(Path(folder) / "run", trial)
         begun = time.perf_counter()
-        summary = pool.run(jobs.prepare_data, run.path)
+        pool.run(jobs.prepare_data, run.path)
         pool.run(jobs.initialise, run.path)
         setup = time.perf_counter() - begun
         trained = [pool.run(jobs.fine_tune, run.path, 1, client) for client in range(min(2, trial.clients))]
         examples, scoring = _score(pool, run)
         memory = pool.run(jobs.peak_memory)
-        test = Setup.read(run).examples["test"]
+        test, parts = Setup.read(run).examples["test"], Partition.load(run.path / "partition.npz")
     last = trained[-1]
     assert last is not None, "a trial has no faults"
     step = last.seconds / len(last.losses)
-    local = sum(summary["test_sizes"]) / len(summary["test_sizes"])
-    return Pace(setup, step, scoring / examples, memory, test, sum(summary["sizes"]), local)
+    local = sum(parts.test_sizes) / parts.clients
+    return Pace(setup, step, scoring / examples, memory, test, sum(parts.sizes), local)
 
 
 def _trial(config: RunConfig) -> RunConfig:

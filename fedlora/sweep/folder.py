@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedlora.errors import saving
-from fedlora.files.atomic import write_atomic
+from fedlora.files.atomic import write_json
 from fedlora.sweep.plan import Sweep
 
 Status = Literal["waiting", "finished", "failed", "skipped"]
@@ -157,4 +157,4 @@ class SweepFolder:
             "cells": [asdict(cell) for cell in self.cells],
         }
         with saving(self.path, "another $FEDLORA_HOME"):
-            write_atomic(self.path / STATE, (json.dumps(content, indent=1) + "\n").encode())
+            write_json(self.path / STATE, content)

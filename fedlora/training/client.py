@@ -19,7 +19,7 @@ from fedlora.model.resident import ResidentModel
 from fedlora.seeds import Turn
 
 if TYPE_CHECKING:
-    from fedlora.data.tokens import Examples
+    from fedlora.data.tokens import Examples, Padding
 
 
 Penalty = Callable[[Mapping[str, Factors], Adapter], Tensor | None]
@@ -42,8 +42,7 @@ def train(
     training: TrainingConfig,
     turn: Turn,
     parts: frozenset[Part],
-    pad_token_id: int,
-    padding_side: str = "right",
+    padding: Padding,
     penalty: Penalty | None = None,
 ) -> Trained:
     """Train `parts` of the adapter `start` on a client's examples; the result has the ranks of `start`.
@@ -65,7 +64,7 @@ def train(
     model.peft.train()
     losses: list[Tensor] = []
     begun = time.perf_counter()
-    for batch in training_batches(examples, training.batch_size, steps, order, pad_token_id, padding_side):
+    for batch in training_batches(examples, training.batch_size, steps, order, padding):
         on_device = batch.to(model.device)
         with model.autocast():
             logits = model.peft(**on_device.model_inputs()).logits

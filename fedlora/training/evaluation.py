@@ -12,7 +12,7 @@ from torch import nn
 from fedlora.data.batches import evaluation_batches
 
 if TYPE_CHECKING:
-    from fedlora.data.tokens import Examples
+    from fedlora.data.tokens import Examples, Padding
     from fedlora.model.resident import ResidentModel
 
 
@@ -60,15 +60,14 @@ def evaluate(
     examples: Examples,
     labels: int,
     batch_size: int,
-    pad_token_id: int,
-    padding_side: str = "right",
+    padding: Padding,
 ) -> Scores:
     """Score the model with the adapter that is loaded in it; every example once, batched by length, no gradients."""
     confusion = np.zeros((labels, labels), dtype=np.int64)
     loss_sum = torch.zeros((), dtype=torch.float64)
     model.peft.eval()
     with torch.inference_mode(), model.autocast():
-        for batch in evaluation_batches(examples, batch_size, pad_token_id, padding_side):
+        for batch in evaluation_batches(examples, batch_size, padding):
             on_device = batch.to(model.device)
             logits = model.peft(**on_device.model_inputs()).logits.float()
             loss_sum += nn.functional.cross_entropy(logits, on_device.labels, reduction="sum").double().cpu()

@@ -153,7 +153,7 @@ def test_the_logged_adapter_loads_with_peft_and_reproduces_the_logged_accuracy(m
     examples = tokens.examples(data.test, range(len(data.test)))
     right = sum(
         int((model(**batch.model_inputs()).logits.argmax(-1) == batch.labels).sum())
-        for batch in evaluation_batches(examples, 7, data.pad_token_id)
+        for batch in evaluation_batches(examples, 7, data.padding)
     )
     assert right / len(data.test) == pytest.approx(mlflow_run.data.metrics["final/accuracy"], abs=1e-12)
 

@@ -29,19 +29,9 @@ for folder in sys.argv[1:]:
 def uri(request, tmp_path, monkeypatch):
     if request.param == "sqlite":
         return f"sqlite:///{request.getfixturevalue('with_databases')(tmp_path, 'mlflow.db') / 'mlflow.db'}"
-    import psycopg2
-
-    address = request.getfixturevalue("postgresql")
-    place = urlsplit(address)
-    connection = psycopg2.connect(
-        host=place.hostname, port=place.port, user=unquote(place.username), password=unquote(place.password),
-        dbname="postgres",
-    )  # fmt: skip
-    connection.autocommit = True
-    connection.cursor().execute("create database parallel_tracking")
-    connection.close()
+    place = urlsplit(request.getfixturevalue("new_database")("parallel_tracking"))
     monkeypatch.setenv("PGPASSWORD", unquote(place.password))
-    return f"postgresql+psycopg2://{place.username}@{place.hostname}:{place.port}/parallel_tracking"
+    return f"postgresql+psycopg2://{place.username}@{place.hostname}:{place.port}{place.path}"
 
 
 def test_every_point_of_every_writer_arrives(uri, finished, as_new, tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -164,6 +165,24 @@ def test_where_nothing_finishes_the_sweep_fails_and_says_why(run, write, labelle
     file = write("hopeless", {"grid": {"strategy": ["fedit"]}}, **{"data.name": str(bad), "data.train_size": None})
     with pytest.raises(FedloraError, match=r"sweep hopeless: no run can begin; the first, fedit: .*class"):
         run(file)
+
+
+def test_after_each_run_mlflow_is_asked_for_that_one_alone(write, tmp_path, monkeypatch):
+    """All that have finished would be rows with the square of their number."""
+    from flows import sweep
+
+    plan = sweeps.load(write("many", {"grid": {"seed": list(range(12))}}), {}, PRESETS, SWEEPS)
+    folder = SweepFolder.choose(tmp_path, plan, fresh=True)
+    folder.begin(plan, "", False)
+    parent, said, rows = sweep.open_parent(plan, folder), [], []
+    client, search = MlflowClient(parent.uri), store.search_runs
+    monkeypatch.setattr(store, "search_runs", lambda *words: rows.extend(found := search(*words)) or found)
+    for cell in plan.cells:
+        tags = {"mlflow.parentRunId": parent.run, "fedlora.config": cell.digest}
+        client.set_terminated(client.create_run(parent.experiment, tags=tags).info.run_id)
+        sweep.note(plan, folder, parent, cell, None, SimpleNamespace(say=said.append))
+    assert set(statuses(folder).values()) == {"finished"}
+    assert len(rows) == len(plan.cells) == len({cell.run for cell in folder.cells})
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from deployments.local import asking, authentication, database, environment, launch, ports
+from deployments.local import asking, authentication, environment, launch, ports
 from deployments.local import registering as deploying
 from deployments.local.asking import verify
 from deployments.local.environment import Services
@@ -41,7 +41,7 @@ def given(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
 
 
 def services(host: str = "0.0.0.0", authenticated: bool = True) -> Services:
-    return Services("http://127.0.0.1:4200/api", "http://127.0.0.1:5000", {}, "", host, authenticated)
+    return Services("http://127.0.0.1:4200/api", "http://127.0.0.1:5000", {}, host, authenticated)
 
 
 @pytest.mark.parametrize("asked", [{"host": "0.0.0.0"}, {"authenticate": True}])
@@ -123,7 +123,7 @@ def test_each_process_gets_its_own_secrets_and_none_is_among_its_words(monkeypat
     started = launch.commands(services())
     assert "S3CRET" not in str(started)
     assert started["mlflow"][-2:] == ["--app-name", "basic-auth"]
-    environ = launch.environments(services(), database.choose(None))
+    environ = launch.environments(services())
     holding = {name: {key for key, value in env.items() if "S3CRET" in value} for name, env in environ.items()}
     assert holding["prefect"] == {"PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"}
     assert holding["mlflow"] == {"MLFLOW_AUTH_ADMIN_PASSWORD"}
@@ -182,7 +182,7 @@ def test_servers_that_run_without_passwords_are_not_mixed_with_others(
     for asked in ({"host": "0.0.0.0"}, {"authenticate": True}):
         with pytest.raises(ConfigError, match=r"already run on 127\.0\.0\.1 and ask for no password"):
             up(*free_ports(), **asked)  # type: ignore[arg-type]
-    Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", {"prefect": process}, "", "0.0.0.0", True).save()
+    Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", {"prefect": process}, "0.0.0.0", True).save()
     monkeypatch.delenv("MLFLOW_AUTH_ADMIN_PASSWORD")
     with pytest.raises(ConfigError, match="MLFLOW_AUTH_ADMIN_PASSWORD is not set"):  # what died is not replaced bare
         up(*free_ports())

@@ -1,13 +1,13 @@
-"""`fedlora up --database`: both servers on a real PostgreSQL server, and the password nowhere to be read."""
+"""`fedlora up` on databases of one's own: both servers on a real PostgreSQL, and the password nowhere to be read."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import httpx
@@ -15,24 +15,25 @@ import psutil
 import pytest
 import yaml
 
-from deployments.local import database, server_log
+from deployments.local import launch, server_log
+from deployments.local.environment import Services
 from deployments.local.processes import log_file
 from deployments.local.services import down, up
 from deployments.local.standing import processes as status
-from fedlora.errors import ConfigError, FedloraError
+from fedlora.errors import ConfigError
 from fedlora.files import home
 from mlflow_tracking import compare, store
 
 Ports = Callable[[], tuple[int, int]]
+PREFECT, MLFLOW = "PREFECT_SERVER_DATABASE_CONNECTION_URL", "MLFLOW_BACKEND_STORE_URI"
+ALL = (PREFECT, "PREFECT_API_DATABASE_CONNECTION_URL", MLFLOW, "PGPASSWORD")
 STAND_IN = '''
-import os
 from prefect import flow
 
 
 @flow
 def stand_in() -> None:
-    """A flow that looks for what it must not see."""
-    assert "PGPASSWORD" not in os.environ
+    """A flow to be planned."""
 '''
 DECLARED = """
 build:
@@ -53,10 +54,6 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name)
     monkeypatch.setenv("FEDLORA_HOME", str(tmp_path / "home"))
     return tmp_path
-
-
-def password_of(url: str) -> str:
-    return unquote(urlsplit(url).password or "")
 
 
 def four_runs_side_by_side(folder: Path, mlflow_url: str, tiny: dict[str, object]) -> None:
@@ -80,37 +77,44 @@ def four_runs_side_by_side(folder: Path, mlflow_url: str, tiny: dict[str, object
 
 @pytest.mark.system
 def test_both_servers_keep_their_state_and_the_password_is_nowhere(
-    free_ports: Ports, own_home: Path, postgresql: str, tiny: dict[str, object]
+    free_ports: Ports,
+    own_home: Path,
+    new_database: Callable[[str], str],
+    tiny: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = own_home / "source"
     (source / "flows").mkdir(parents=True)
     (source / "deployments").mkdir()
     (source / "flows" / "federated.py").write_text(STAND_IN)
     (source / "deployments" / "prefect.yaml").write_text(DECLARED)
+    variables = {
+        PREFECT: new_database("up_prefect").replace("postgresql", "postgresql+asyncpg", 1),
+        MLFLOW: new_database("up_mlflow"),
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     said: list[str] = []
-    ports = free_ports()
-    services = up(*ports, report=said.append, source=source, database=postgresql)
-    secret = password_of(postgresql)
+    ports, secret = free_ports(), urlsplit(variables[MLFLOW]).password or ""
+    secrets = (secret, unquote(secret))
+    services = up(*ports, report=said.append, source=source)
     try:
-        assert any("created the databases fedlora_prefect and fedlora_mlflow" in line for line in said)
         experiment = {"name": "kept"}
         httpx.post(f"{services.mlflow_url}/api/2.0/mlflow/experiments/create", json=experiment).raise_for_status()
         for name, (pid, _) in services.processes.items():
+            own = {"prefect": PREFECT, "mlflow": MLFLOW}.get(name)
             for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-                assert secret not in " ".join(process.cmdline()), name
-                visible = process.environ().get("PGPASSWORD")
-                assert visible == (None if name == "worker" else secret), name
-        with pytest.raises(ConfigError, match=r"already run on postgresql://fed%20lora@.*fedlora down"):
-            up(*ports, report=said.append, source=source, database="postgresql://elsewhere:5433")
+                assert not any(secret in " ".join(process.cmdline()) for secret in secrets), name
+                environ = process.environ()
+                assert {each for each in variables if environ.get(each) == variables[each]} == {own} - {None}, name
         deployment = httpx.get(f"{services.prefect_url}/deployments/name/stand-in/here").raise_for_status().json()
     finally:
         down(report=said.append)
     assert not home.prefect_database().exists()
     assert not home.mlflow_database().exists()
 
-    again = up(*ports, report=said.append, source=source, database=postgresql)
+    again = up(*ports, report=said.append, source=source)
     try:
-        assert sum("created the database" in line for line in said) == 1
         assert [service.state for service in status()] == ["running"] * 3
         found = httpx.get(f"{again.prefect_url}/deployments/name/stand-in/here").raise_for_status().json()
         assert found["id"] == deployment["id"]
@@ -122,96 +126,49 @@ def test_both_servers_keep_their_state_and_the_password_is_nowhere(
         down(report=said.append)
     written = [path for path in home.home().rglob("*") if path.is_file() and path.stat().st_size < 5e6]
     assert any(path.name == "prefect.log" for path in written)
-    for text in (secret, urlsplit(postgresql).password or ""):
+    for text in secrets:
         assert not any(text in line for line in said)
         assert not [path for path in written if text.encode() in path.read_bytes()]
 
 
-def test_a_wrong_password_is_one_line_without_it(free_ports: Ports, own_home: Path, postgresql: str) -> None:
-    wrong = postgresql.replace(urlsplit(postgresql).password or "", "Wr0ngOne")
-    with pytest.raises(FedloraError, match=r"refuses.*password authentication failed.*PGPASSWORD") as refused:
-        up(*free_ports(), database=wrong)
-    assert "\n" not in str(refused.value)
-    assert "Wr0ngOne" not in str(refused.value)
-    assert not home.logs().exists()
-
-
-def test_the_password_may_come_from_the_environment(
-    own_home: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("prefect", [PREFECT, "PREFECT_API_DATABASE_CONNECTION_URL"])
+def test_each_variable_reaches_its_own_server_and_no_worker(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, prefect: str
 ) -> None:
-    parts = urlsplit(postgresql)
-    without = f"postgresql://{parts.username}@{parts.hostname}:{parts.port}"
-    with pytest.raises(FedloraError, match=r"no password supplied.*PGPASSWORD"):
-        database.prepare(database.choose(without))
-    monkeypatch.setenv("PGPASSWORD", password_of(postgresql))
-    database.prepare(database.choose(without))
-    assert database.prepare(database.choose(without)) == []  # they are there now
-    assert "PGPASSWORD" not in database.choose(without).prefect  # inherited, as the user set it
-
-
-def test_each_server_may_have_a_url_of_its_own(
-    own_home: Path, postgresql: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(database.PREFECT_URL, f"{postgresql}/own_prefect")
-    monkeypatch.setenv(database.MLFLOW_URL, f"{postgresql}/own_mlflow?sslmode=prefer")
-    chosen = database.choose(None)
-    assert database.prepare(chosen) == ["own_prefect", "own_mlflow"]
-    assert chosen.prefect[database.PREFECT_URL].startswith("postgresql+asyncpg://fed%20lora@127.0.0.1:")
-    assert chosen.mlflow[database.MLFLOW_URL].startswith("postgresql+psycopg2://fed%20lora@127.0.0.1:")
-    assert chosen.mlflow["PGSSLMODE"] == "prefer"
-    assert chosen.mlflow["PGPASSWORD"] == password_of(postgresql)
-    assert password_of(postgresql) not in repr(chosen)
-    monkeypatch.setenv(database.MLFLOW_URL, f"{postgresql}/own_prefect")
-    with pytest.raises(ConfigError, match="name the same database"):
-        database.choose(None)
+    given = {prefect: "postgresql+asyncpg://here:1/own", MLFLOW: "mysql://me:Hush@here/own", "PGPASSWORD": "Hush"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    environ = launch.environments(Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", {}))
+    found = {name: {key: value for key, value in each.items() if key in ALL} for name, each in environ.items()}
+    assert found["prefect"] == {PREFECT: given[prefect], "PGPASSWORD": "Hush"}
+    assert found["mlflow"] == {MLFLOW: given[MLFLOW], "PGPASSWORD": "Hush"}
+    assert found["worker"] == found["gpu-worker"] == {}
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("mlflow", "said"),
     [
-        ("mysql://me:Hush@here:1", "begins with 'mysql'; expected postgresql://USER@HOST:PORT"),
-        ("here:5432", "begins with 'here'"),
-        ("postgresql://me:Hush@here:many", "port is not a number"),
-        ("postgresql://me:Hush@:5432", "names no host"),
-        ("postgresql://me:Hush@here/mine", "'mine' names a database"),
-        ("postgresql://me:Hush@here?application=x", "unknown setting 'application'"),
+        ("postgresql+psycopg2://me:Hush@here:5432/both", "name the same database"),
+        ("postgresql://me:Hush@here:many/own", "MLFLOW_BACKEND_STORE_URI is no address of a database"),
+        ("Hush", "MLFLOW_BACKEND_STORE_URI is no address of a database"),
     ],
 )
-def test_an_address_that_cannot_be_read_is_one_line(free_ports: Ports, own_home: Path, url: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as refused:
-        up(*free_ports(), database=url)
-    assert "\n" not in str(refused.value)
-    assert "Hush" not in str(refused.value)
-
-
-def test_a_variable_with_an_unknown_scheme_is_one_line(
-    free_ports: Ports, own_home: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_work_is_one_line_before_anything_is_made(
+    free_ports: Ports, own_home: Path, monkeypatch: pytest.MonkeyPatch, mlflow: str, said: str
 ) -> None:
-    monkeypatch.setenv(database.MLFLOW_URL, "nosuchstore://x")
-    with pytest.raises(ConfigError, match=r"MLFLOW_BACKEND_STORE_URI begins with 'nosuchstore'"):
+    monkeypatch.setenv(PREFECT, "postgresql+asyncpg://you:Hush@here/both")
+    monkeypatch.setenv(MLFLOW, mlflow)
+    with pytest.raises(ConfigError, match=said) as refused:
         up(*free_ports())
-
-
-def test_a_server_that_does_not_answer_is_one_line(free_ports: Ports, own_home: Path) -> None:
-    port = free_ports()[0]
-    with pytest.raises(FedloraError, match=r"cannot be reached \(Connection refused\)") as refused:
-        up(*free_ports(), database=f"postgresql://me:Hush@127.0.0.1:{port}")
     assert "\n" not in str(refused.value)
     assert "Hush" not in str(refused.value)
+    assert not home.logs().exists()
 
 
-def test_a_missing_driver_names_the_extra(own_home: Path) -> None:
-    code = """
-        import sys
-        sys.modules["psycopg2"] = None
-        from deployments.local import database
-        try:
-            database.prepare(database.choose("postgresql://me@127.0.0.1"))
-        except database.FedloraError as error:
-            print(error)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert "pip install 'fedlora[postgresql]'" in done.stdout
-    assert done.stdout.count("\n") == 1
+def test_the_option_that_was_says_what_to_do_now(fedlora: Callable[..., Any]) -> None:
+    code, _, err = fedlora("up", "--database", "postgresql://me:Hush@here")
+    assert code == ConfigError.exit_code
+    assert "compose.yaml" in err
+    assert "MLFLOW_BACKEND_STORE_URI" in err
+    assert "Hush" not in err
+    assert err.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -15,7 +16,6 @@ import pytest
 from deployments.form import AS_IN_PRESET
 from deployments.local import environment, launch
 from deployments.local import registering as deploying
-from deployments.local.database import Databases
 from deployments.local.environment import Services
 from deployments.local.processes import ServiceError
 
@@ -109,7 +109,7 @@ def test_a_name_that_is_not_in_the_list_is_refused(server: str, deployment: str,
 
 
 def test_only_the_gpu_worker_sees_gpus() -> None:
-    environ = launch.environments(Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", {}), Databases({}, {}))
+    environ = launch.environments(Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", {}))
     assert environ["worker"]["CUDA_VISIBLE_DEVICES"] == ""
     assert environ["gpu-worker"].get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
     assert environ["worker"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
@@ -158,8 +158,8 @@ def test_parameters_that_no_run_can_have_are_one_line_before_anything_starts(tmp
     assert "\n" not in str(refused.value)
 
 
-def test_the_record_keeps_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_of_an_earlier_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDLORA_HOME", str(tmp_path))
-    services = Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", {"prefect": (1, 2.0)}, "postgresql://me@h:1")
-    services.save()
+    services = Services("http://127.0.0.1:1/api", "http://127.0.0.1:2", {"prefect": (1, 2.0)})
+    home.services_file().write_text(json.dumps({**dataclasses.asdict(services), "database": "postgresql://me@h:1"}))
     assert environment.recorded_services() == services

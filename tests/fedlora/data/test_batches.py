@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.data import batches
-from fedlora.data.tokens import Examples
+from fedlora.data.tokens import Examples, Padding
 from fedlora.errors import DataError
 
 PAD = 99
@@ -22,12 +22,12 @@ def make(lengths, pairs=False) -> Examples:
 
 def train(examples, batch_size, steps, seed=0, side="right"):
     generator = torch.Generator().manual_seed(seed)
-    return list(batches.training_batches(examples, batch_size, steps, generator, PAD, side))
+    return list(batches.training_batches(examples, batch_size, steps, generator, Padding(PAD, side)))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_reaches_to_the_longest_on_the_side_asked_for(side):
-    batch = batches.pad(make([2, 4], pairs=True), np.array([1, 0]), PAD, side)
+    batch = batches.pad(make([2, 4], pairs=True), np.array([1, 0]), Padding(PAD, side))
     short, mask = ([1, 1, PAD, PAD], [1, 1, 0, 0]) if side == "right" else ([PAD, PAD, 1, 1], [0, 0, 1, 1])
     assert batch.input_ids.tolist() == [[2, 2, 2, 2], short]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], mask]
@@ -37,7 +37,7 @@ def test_padding_reaches_to_the_longest_on_the_side_asked_for(side):
 
 
 def test_model_inputs_leave_out_what_there_is_not():
-    batch = batches.pad(make([2, 4]), np.array([0]), PAD)
+    batch = batches.pad(make([2, 4]), np.array([0]), Padding(PAD))
     assert set(batch.model_inputs()) == {"input_ids", "attention_mask"}
     assert len(batch.to("meta")) == 1
     assert batch.to("meta").model_inputs()["input_ids"].device.type == "meta"
@@ -65,7 +65,7 @@ def test_exactly_as_many_steps_as_asked_for(sizes, batch_size, steps):
 
 @given(lengths, st.integers(1, 9))
 def test_evaluation_has_every_example_once_and_pads_no_further_than_needed(sizes, batch_size):
-    found = list(batches.evaluation_batches(make(sizes), batch_size, PAD))
+    found = list(batches.evaluation_batches(make(sizes), batch_size, Padding(PAD)))
     assert sorted(label for batch in found for label in batch.labels.tolist()) == list(range(len(sizes)))
     for batch in found:
         assert batch.input_ids.shape[1] == max(sizes[label] for label in batch.labels.tolist())
@@ -107,4 +107,4 @@ def test_steps_of_a_round(count, batch_size, steps, epochs, expected):
 def test_nothing_to_train_on_is_said():
     with pytest.raises(DataError, match="no examples to train on"):
         train(make([]), 4, 1)
-    assert list(batches.evaluation_batches(make([]), 4, PAD)) == []
+    assert list(batches.evaluation_batches(make([]), 4, Padding(PAD))) == []

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedlora.config import DataConfig, PartitionConfig
-from fedlora.data.partition import partition
+from fedlora.data.partition import Split, partition
 from fedlora.data.sources import known, load
 from fedlora.data.survey import survey
 from fedlora.errors import DataError
@@ -135,8 +135,8 @@ def test_a_set_of_the_hub_is_not_surveyed():
 def test_the_packaged_set_is_the_one_that_finished_runs_were_made_on():
     text, config = load(DataConfig(name="wordnet-nouns"), 0), PartitionConfig()
     assert text.digest == "aa3dfd4186c42fe7"
-    labels = (list(text.train["label"]), list(text.test["label"]))
-    assert partition(config, 10, 0, *labels, text.labels, text.digest).hash == "10a211b561876ae5"  # the demo's
+    train, test = (Split(list(split["label"])) for split in (text.train, text.test))
+    assert partition(config, 10, 0, train, test, text.labels, text.digest).hash == "10a211b561876ae5"  # the demo's
 
 
 def split(path, labels):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.config import PartitionConfig
-from fedlora.data.partition import Partition, partition
+from fedlora.data.partition import Partition, Split, partition
 from fedlora.data.partitioners import PARTITIONERS
 from fedlora.errors import DataError
 
@@ -22,7 +22,7 @@ TEST_OWNERS = [f"owner {i % 20}" for i in range(len(TEST_LABELS))]
 def deal(name="dirichlet", clients=6, seed=0, labels=LABELS, test=TEST_LABELS, digest="d", **options) -> Partition:
     config = PartitionConfig(name=name, **{"min_size": 2, **options})
     owners = [f"owner {i % 17}" for i in range(len(labels))]
-    return partition(config, clients, seed, labels, test, NAMES, digest, owners, TEST_OWNERS)
+    return partition(config, clients, seed, Split(labels, owners), Split(test, TEST_OWNERS), NAMES, digest)
 
 
 def test_every_partitioner_of_the_configuration_exists():
@@ -138,7 +138,7 @@ def test_as_many_owners_as_clients_gives_each_its_own():
 
 
 def test_natural_owners_without_owners_in_the_test_split_are_tested_by_label():
-    found = partition(PartitionConfig(name="natural-id"), 5, 0, LABELS, TEST_LABELS, NAMES, "d", OWNERS)
+    found = partition(PartitionConfig(name="natural-id"), 5, 0, Split(LABELS, OWNERS), Split(TEST_LABELS), NAMES, "d")
     assert_test_follows_training(found, TEST_LABELS)
 
 
@@ -189,7 +189,7 @@ def test_what_cannot_be_dealt_is_refused_with_the_reason(options, expected):
 
 def test_natural_owners_need_a_column():
     with pytest.raises(DataError, match=r"needs data\.client"):
-        partition(PartitionConfig(name="natural-id"), 5, 0, LABELS, TEST_LABELS, NAMES, "d")
+        partition(PartitionConfig(name="natural-id"), 5, 0, Split(LABELS), Split(TEST_LABELS), NAMES, "d")
 
 
 def test_an_alpha_near_zero_gives_each_label_to_one_client():
@@ -258,6 +258,7 @@ def test_owners_survive_saving(tmp_path):
 
 def test_an_owner_of_test_rows_alone_is_counted_as_such():
     test_owners = [*TEST_OWNERS[:-1], "only tested"]
+    train, test = Split(LABELS, OWNERS), Split(TEST_LABELS, test_owners)
     elsewhere = len(set(test_owners) - set(OWNERS))
     with pytest.raises(DataError, match=rf"has 17 owners \({elsewhere} more have test rows only\) for 18 clients"):
-        partition(PartitionConfig(name="natural-id"), 18, 0, LABELS, TEST_LABELS, NAMES, "d", OWNERS, test_owners)
+        partition(PartitionConfig(name="natural-id"), 18, 0, train, test, NAMES, "d")

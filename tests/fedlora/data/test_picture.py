@@ -3,7 +3,7 @@ import pytest
 from matplotlib.image import imread
 
 from fedlora.config import PartitionConfig
-from fedlora.data.partition import partition
+from fedlora.data.partition import Split, partition
 from fedlora.data.picture import draw
 from fedlora.errors import RunFolderError
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("pictures")
 def make(clients: int, labels: int, name: str = "iid"):
     rows = np.arange(clients * labels * 12) % labels
     names = [f"a label with a long name, number {i}" for i in range(labels)]
-    return partition(PartitionConfig(name=name, min_size=1), clients, 0, rows, rows[:200], names, "d")
+    return partition(PartitionConfig(name=name, min_size=1), clients, 0, Split(rows), Split(rows[:200]), names, "d")
 
 
 def test_pictures_grow_with_what_they_show_and_stay_viewable(tmp_path):
@@ -50,6 +50,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
 def test_names_with_dollars_are_no_formulas(tmp_path):
     owners = [r"$\frac$", r"c$\x", r"$\foo$"] * 4
     config = PartitionConfig(name="natural-id", min_size=1)
-    parts = partition(config, 3, 0, [0, 1, 1] * 4, [0, 1], [r"$\bar", r"$\foo$"], "digest", owners, owners[:2])
+    train, test = Split([0, 1, 1] * 4, owners), Split([0, 1], owners[:2])
+    parts = partition(config, 3, 0, train, test, [r"$\bar", r"$\foo$"], "digest")
     draw(parts, tmp_path / "partition.png")
     assert imread(tmp_path / "partition.png").shape[0] > 300

@@ -81,7 +81,7 @@ def test_a_run_does_not_go_on_with_a_model_that_changed(configure, own_model, tm
     config = configure({"model.name": str(own_model), "model.pooling": "mean", "rounds": 1})
     run = train(config, tmp_path / "run")
     bench = Workbench("cpu")
-    assert prepare_data(bench, tmp_path / "run")
+    prepare_data(bench, tmp_path / "run")
     tokenizer = own_model / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + "\n")
     with pytest.raises(ModelError, match=r"no longer what the run began with .*another --run-dir"):

@@ -42,8 +42,9 @@ def scored(network, tokenizer, folder, batch_size=64):
     setup = json.loads((folder / "setup.json").read_text())
     data = tokens.open_tokens(Path(setup["tokens"]))
     examples = tokens.examples(data.test, np.arange(len(data.test)))
+    padding = tokens.Padding(tokenizer.pad_token_id, tokenizer.padding_side)
     stand_in = SimpleNamespace(peft=network, device=torch.device("cpu"), autocast=contextlib.nullcontext)
-    return evaluate(stand_in, examples, len(data.labels), batch_size, tokenizer.pad_token_id, tokenizer.padding_side)
+    return evaluate(stand_in, examples, len(data.labels), batch_size, padding)
 
 
 def measured(folder) -> list[dict]:

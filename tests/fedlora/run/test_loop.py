@@ -55,8 +55,9 @@ def scored(network, tokenizer, folder, batch_size=64):
     setup = json.loads((folder / "setup.json").read_text())
     data = tokens.open_tokens(Path(setup["tokens"]))
     examples = tokens.examples(data.test, np.arange(len(data.test)))
+    padding = tokens.Padding(tokenizer.pad_token_id, tokenizer.padding_side)
     stand_in = SimpleNamespace(peft=network, device=torch.device("cpu"), autocast=contextlib.nullcontext)
-    return evaluate(stand_in, examples, len(data.labels), batch_size, tokenizer.pad_token_id, tokenizer.padding_side)
+    return evaluate(stand_in, examples, len(data.labels), batch_size, padding)
 
 
 # -- what is measured
@@ -271,7 +272,7 @@ def test_a_client_goes_on_from_what_it_was_given(by_hand, strategy):
     network.set_base(before.base, "round 1")
     turn, trains = client.Turn(run.config.seed, 2, who), registry.make(strategy).plan(2).trains
     start, examples = Adapter.from_tensors(given), tokens.examples(data.train, rows)
-    trained = client.train(network, start, examples, run.config.training, turn, trains, 0)
+    trained = client.train(network, start, examples, run.config.training, turn, trains, data.padding)
     uploaded = run.read_tensors(run.client_stem(2, who))
     assert bool(before.base) == registry.find(strategy).traits.changes_base
     assert all(torch.equal(tensor, uploaded[name]) for name, tensor in trained.adapter.tensors().items())
@@ -286,7 +287,9 @@ def test_a_personal_strategy_is_scored_by_each_clients_own_model(by_hand, strate
         mine = run.read_tensors(run.client_stem(2, own))
         kept = {n: t if strategy == "local" or (strategy, n[-13:]) == KEPT else shared[n] for n, t in mine.items()}
         network.load(Adapter.from_tensors(kept))
-        scores = evaluate(network, tokens.examples(data.test, np.arange(60)[own::3]), len(data.labels), 64, 0)
+        scores = evaluate(
+            network, tokens.examples(data.test, np.arange(60)[own::3]), len(data.labels), 64, data.padding
+        )
         total = scores if total is None else total + scores
     expected = measured(run.path)[-1]
     assert (total.accuracy, total.loss) == (expected["global/accuracy"], expected["global/loss"])

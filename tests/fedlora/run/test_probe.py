@@ -89,5 +89,7 @@ def test_the_scores_are_those_by_hand(finished, case):
     found, test = measured(run.path)[number], tokens.examples(data.test, np.arange(len(data.test)))
     for name, adapter in adapters.items():
         model.load(adapter)
-        assert found[name] == pytest.approx(evaluate(model, test, len(data.labels), 64, 0).accuracy, abs=1e-9), name
+        assert found[name] == pytest.approx(
+            evaluate(model, test, len(data.labels), 64, data.padding).accuracy, abs=1e-9
+        ), name
     assert len({found[name] for name in NAMES}) > 1

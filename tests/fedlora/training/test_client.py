@@ -7,7 +7,7 @@ import torch
 from fedlora.adapter.weights import EVERY_PART, Adapter, parse_name
 from fedlora.config import ModelConfig, TrainingConfig
 from fedlora.config.lora import LoraConfig
-from fedlora.data.tokens import Examples
+from fedlora.data.tokens import Examples, Padding
 from fedlora.errors import RunAborted
 from fedlora.model.resident import ResidentModel
 from fedlora.training import client
@@ -55,7 +55,7 @@ def start(model) -> Adapter:
 
 def train(model, start, examples=None, turn=TURN, parts=EVERY_PART, **training) -> client.Trained:
     config = TrainingConfig(**{"local_steps": 3, "batch_size": 8, **training})
-    return client.train(model, start, made(20) if examples is None else examples, config, turn, parts, 0)
+    return client.train(model, start, made(20) if examples is None else examples, config, turn, parts, Padding(0))
 
 
 def same_bits(one: Adapter, other: Adapter) -> bool:
@@ -302,7 +302,14 @@ def test_a_penalty_is_trained_but_not_reported(still, start):
 
     plain = train(still, start, **PLAIN)
     pulled = client.train(
-        still, start, made(20), TrainingConfig(**{**PLAIN, "batch_size": 8}), TURN, EVERY_PART, 0, penalty=squares
+        still,
+        start,
+        made(20),
+        TrainingConfig(**{**PLAIN, "batch_size": 8}),
+        TURN,
+        EVERY_PART,
+        Padding(0),
+        penalty=squares,
     )
     assert pulled.losses == plain.losses
     for module, pair in pulled.adapter.factors.items():

@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from fedlora import metrics
 from fedlora.config import ModelConfig
 from fedlora.config.lora import LoraConfig
-from fedlora.data.tokens import Examples
+from fedlora.data.tokens import Examples, Padding
 from fedlora.model.resident import ResidentModel
 from fedlora.training.evaluation import Scores, evaluate
 
@@ -63,7 +63,7 @@ def plain(model):
 def test_scores_are_those_of_scikit_learn_on_a_plain_loop(model, plain):
     model.peft.train()  # dropout must be off all the same
     examples = made(53)
-    scores = evaluate(model, examples, LABELS, 8, 0)
+    scores = evaluate(model, examples, LABELS, 8, Padding(0))
     truth, predicted = examples.labels, plain.argmax(1)
     assert len(set(predicted)) > 2
     np.testing.assert_array_equal(scores.confusion, confusion_matrix(truth, predicted, labels=range(LABELS)))
@@ -77,7 +77,7 @@ def test_scores_are_those_of_scikit_learn_on_a_plain_loop(model, plain):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batching_changes_no_prediction(model, plain, batch_size, side):
     """BERT counts positions from the left, so left padding moves them: only the counts of examples hold there."""
-    scores = evaluate(model, made(53), LABELS, batch_size, 0, side)
+    scores = evaluate(model, made(53), LABELS, batch_size, Padding(0, side))
     assert scores.examples == 53
     if side == "right" or batch_size == 1:
         assert scores.accuracy == pytest.approx(accuracy_score(made(53).labels, plain.argmax(1)))
@@ -85,8 +85,8 @@ def test_batching_changes_no_prediction(model, plain, batch_size, side):
 
 def test_parts_add_up(model):
     examples = made(53)
-    whole = evaluate(model, examples, LABELS, 16, 0)
-    parts = [evaluate(model, part(examples, slice(i, None, 3)), LABELS, 16, 0) for i in range(3)]
+    whole = evaluate(model, examples, LABELS, 16, Padding(0))
+    parts = [evaluate(model, part(examples, slice(i, None, 3)), LABELS, 16, Padding(0)) for i in range(3)]
     total = parts[0] + parts[1] + parts[2]
     np.testing.assert_array_equal(total.confusion, whole.confusion)
     assert total.loss == pytest.approx(whole.loss)
@@ -96,7 +96,7 @@ def test_parts_add_up(model):
 def test_scores_survive_json(model):
     import json
 
-    scores = evaluate(model, made(20), LABELS, 16, 0)
+    scores = evaluate(model, made(20), LABELS, 16, Padding(0))
     again = Scores.from_json(json.loads(json.dumps(scores.to_json())))
     np.testing.assert_array_equal(again.confusion, scores.confusion)
     assert again.confusion.dtype == np.int64
@@ -115,7 +115,7 @@ def test_macro_f1_of_absent_classes_by_hand():
 
 
 def test_a_client_without_test_examples_is_left_out_of_the_means(model):
-    empty, one = evaluate(model, nothing(), LABELS, 8, 0), evaluate(model, made(9), LABELS, 8, 0)
+    empty, one = evaluate(model, nothing(), LABELS, 8, Padding(0)), evaluate(model, made(9), LABELS, 8, Padding(0))
     assert empty.examples == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -57,6 +57,6 @@ def test_a_client_trained_on_a_gpu_is_the_client_trained_on_the_cpu(finished):
                 module.p = 0.0
         model.peft.config.attention_probs_dropout_prob = 0.0
         training = TrainingConfig(local_steps=3, batch_size=8, optimizer="sgd", learning_rate=0.1)
-        results.append(train(model, start, examples, training, Turn(0, 1, 0), EVERY_PART, data.pad_token_id))
+        results.append(train(model, start, examples, training, Turn(0, 1, 0), EVERY_PART, data.padding))
     cpu, gpu = (result.adapter.tensors() for result in results)
     assert all(torch.allclose(cpu[name], gpu[name], atol=1e-4) for name in cpu)

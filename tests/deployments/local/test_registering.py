@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from deployments.local import environment, launch
 from deployments.local import registering as deploying
 from deployments.local.environment import Services
 from deployments.local.processes import ServiceError
+from fedlora.files import home
 
 Send = Callable[[str, str, dict[str, Any]], Any]
 NAMES = {

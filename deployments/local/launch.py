@@ -72,6 +72,8 @@ def databases() -> dict[str, str]:
     for variable, address in found.items():
         try:
             url = make_url(address)
+            if url.get_backend_name() not in ("sqlite", "postgresql", "mysql", "mssql"):
+                raise ValueError  # MLflow would log the address, its password too
         except (ArgumentError, ValueError):
             raise ConfigError(f"{variable} is no address of a database (docs/deployments.md, 'PostgreSQL')") from None
         places.add((url.host, url.port or 5432, url.database))

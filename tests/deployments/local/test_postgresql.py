@@ -151,6 +151,7 @@ def test_each_variable_reaches_its_own_server_and_no_worker(
         ("postgresql+psycopg2://me:Hush@here:5432/both", "name the same database"),
         ("postgresql://me:Hush@here:many/own", "MLFLOW_BACKEND_STORE_URI is no address of a database"),
         ("Hush", "MLFLOW_BACKEND_STORE_URI is no address of a database"),
+        ("nosuchstore://me:Hush@here/own", "MLFLOW_BACKEND_STORE_URI is no address of a database"),
     ],
 )
 def test_what_cannot_work_is_one_line_before_anything_is_made(

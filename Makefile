@@ -46,7 +46,7 @@ types: setup-dev
 	$(BIN)/mypy fedlora deployments mlflow_tracking tasks flows fedlora_cli benchmarks/*.py
 
 test: lint types
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The inner loop: the library without whole runs, so without a server or a process. docs/development.md says what is where.
 FAST := adapter channel config data files model report strategies

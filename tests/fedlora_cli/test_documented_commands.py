@@ -35,7 +35,7 @@ ELSEWHERE = {
     r"docker |cp deployments/docker/env.example deployments/.env$": "a container engine",
     r"caddy ": "another program",
     r"read -rs PASSWORD && ": "a password is typed",
-    r"pip install prefect-(docker|kubernetes)$": "a package index",
+    r"pip install (prefect-(docker|kubernetes)|psycopg2-binary)$": "a package index",
     r"fedlora (strategies half-step|sweep half\.yaml)$": "the page's plug-in, see test_docs.py",
     r"fedlora run demo strategy=fedavgm ": "the example's plug-in, see test_plugin_package.py",
     r"pip install -e \. --no-deps$": "the page's plug-in, see test_docs.py",

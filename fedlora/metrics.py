@@ -41,6 +41,10 @@ TIME_ROUND = "time/round_s"
 TIME_VIRTUAL = "time/virtual_s"
 TIME_RESUMED = "time/resumed"
 """1 in a round that an earlier process had begun; absent in the others."""
+MEMORY_CLIENT = "memory/client_bytes"
+"""The most that a client's training held in the round: of its GPU, or of the worker's process."""
+MEMORY_SERVER = "memory/server_bytes"
+"""The most that the server's process has held so far."""
 
 PARTIAL = (TIME_TRAIN, TIME_ROUND)
 """What in a resumed round covers only what was done again; the server's seconds are kept with what they were spent on,

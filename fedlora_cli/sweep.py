@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,6 +101,7 @@ def _show(plan: Sweep, path: Path, flow_run: str) -> None:
     if folder is None or folder.parent is None:
         raise FedloraError(f"{path} does not hold the state of a sweep")
     print()
+    tables.verdict(_said(path / outcome.SHOWN["verdict"]), sys.stdout)
     tables.compared(outcome.results(folder, plan.varied), plan.varied, sys.stdout)
     _print_left(folder, "failed")
     _print_left(folder, "skipped")
@@ -113,6 +115,14 @@ def _show(plan: Sweep, path: Path, flow_run: str) -> None:
     print("\n".join(where.lines(folder.parent["uri"], page, flow_run)))
     if folder.having("failed"):
         raise typer.Exit(1)
+
+
+def _said(file: Path) -> list[str]:
+    """The verdict that was written beside the report; nothing where there was none."""
+    try:
+        return [str(sentence) for sentence in json.loads(file.read_text("utf-8"))["verdict"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _print_left(folder: SweepFolder, status: Any) -> None:
@@ -153,15 +163,28 @@ def report(
         typer.Argument(metavar="SWEEP|EXPERIMENT", help="A sweep (or one execution of it), or an MLflow experiment."),
     ] = "latest",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to. Without it: the sweep's folder.")] = None,
+    only_verdict: Annotated[
+        bool, typer.Option("--verdict", help="Print what the comparison comes to, and write nothing.")
+    ] = False,
 ) -> None:
     """Tables, plots and statistics of a sweep or experiment, as one HTML page and CSV files.
 
     Without a name: the sweep that ended last.
     """
     environment.prepare("CRITICAL")
+    from fedlora_cli import tables
+
+    if only_verdict:
+        from fedlora.report import verdict
+        from fedlora.report.decision import decide
+        from mlflow_tracking import compare
+
+        tables.verdict(verdict.sentences(decide(compare.gather(source))), sys.stdout)
+        return
     from flows.report import write_report
 
     written = write_report(source, out)
+    tables.verdict(written.sentences, sys.stdout)
     print(f"{written.comparison.title}: {counted(len(written.comparison.runs), 'run')}")
     print(f"report            {written.page}\ntables            {written.page.parent}/*.csv")
     if written.source.parent is not None:

@@ -55,6 +55,13 @@ def compared(results: Sequence[comparison.Result], settings: Sequence[str], stre
     print(comparison.shared(runs), file=stream)
 
 
+def verdict(sentences: Sequence[str], stream: TextIO) -> None:
+    """Print what a comparison comes to, a paragraph for each condition."""
+    for sentence in sentences:
+        console(stream).print(output.shown(sentence, stream), markup=False)
+        print(file=stream)
+
+
 def planned(plan: Sweep, stands: Mapping[str, str], costs: Mapping[str, Cost], parallel: int, stream: TextIO) -> None:
     """Print the runs of a sweep before they are run: how each stands, and what it is expected to take."""
     table = Table(*plan.varied, "state", "about", "memory", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)

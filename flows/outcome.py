@@ -24,6 +24,7 @@ from tasks import where
 
 SHOWN = {
     "report": "report/report.html",
+    "verdict": "report/verdict.json",
     "picture": "comparison.png",
     "conditions": "conditions.png",
     "table": "comparison.csv",
@@ -66,25 +67,26 @@ def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> None:
     parents.publish(parent, folder.path, FILES, [result.run for result in found])
     pages = [store.run_page(parent.experiment, result.run) for result in found]
     links = {"charts": store.sweep_page(parent.experiment, parent.run)}
-    if found and _report(folder, parent, told):
+    said: Sequence[str] = ()
+    if found and (written := _report(folder, parent, told)):
         links["report"] = store.artifact_page(parent.experiment, parent.run, SHOWN["report"])
-    parents.describe(parent, description(plan, folder, found, pages, links))
+        said = written.sentences
+    parents.describe(parent, description(plan, folder, found, pages, links, said))
     # On Prefect's page a link needs the server's name.
     pages = [where.mlflow_page(parent.uri, page) for page in pages]
     links = {name: where.mlflow_page(parent.uri, page) for name, page in links.items()}
-    board = description(plan, folder, found, pages, links)
+    board = description(plan, folder, found, pages, links, said)
     told.results(links["charts"], folder.path)
     create_markdown_artifact(board, key="sweep-summary", description=plan.name)
 
 
-def _report(folder: SweepFolder, parent: Parent, told: Progress) -> bool:
-    """Write and log the report; whether that went well, for a report that fails must not lose the sweep."""
+def _report(folder: SweepFolder, parent: Parent, told: Progress) -> report.Written | None:
+    """Write and log the report; None where that went wrong, for a report that fails must not lose the sweep."""
     try:
-        report.write_report(folder.instance, folder.path / "report", parent.uri)
+        return report.write_report(folder.instance, folder.path / "report", parent.uri)
     except FedloraError as error:
         told.say(f"no report: {error}")
-        return False
-    return True
+        return None
 
 
 def description(
@@ -93,10 +95,11 @@ def description(
     found: Sequence[Result] = (),
     pages: Sequence[str] = (),
     links: Mapping[str, str] = MappingProxyType({}),
+    said: Sequence[str] = (),
 ) -> str:
-    """The sweep in Markdown: what it was, a leaderboard with a link to each run (its page), what is missing, and
-    further links by their words."""
-    lines = [f"## Sweep {plan.name}"]
+    """The sweep in Markdown: its verdict, a leaderboard with a link to each run (its page), what is missing, further
+    links by their words, and what it was."""
+    lines = [f"## Sweep {plan.name}", *(f"\n{report.plain(sentence)}" for sentence in said)]
     what = [
         f"base `{Path(plan.base).name}`, grid `{json.dumps(plan.grid)}`, set `{json.dumps(plan.common, default=str)}`"
     ]

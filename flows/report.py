@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from deployments.local import environment
@@ -18,7 +19,8 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact  # 
 
 from fedlora import report  # noqa: E402
 from fedlora.files import home  # noqa: E402
-from fedlora.report import tables, views  # noqa: E402
+from fedlora.report import boards, verdict  # noqa: E402
+from fedlora.report.decision import Decision, decide  # noqa: E402
 from flows import progress, refusals  # noqa: E402
 from mlflow_tracking import compare, store  # noqa: E402
 from mlflow_tracking.compare import LATEST, Source  # noqa: E402
@@ -36,6 +38,16 @@ class Written:
     comparison: report.Comparison
     uri: str
     source: Source
+
+    @cached_property
+    def decision(self) -> Decision:
+        """What it comes to."""
+        return decide(self.comparison)
+
+    @property
+    def sentences(self) -> list[str]:
+        """The verdict."""
+        return verdict.sentences(self.decision)
 
     @property
     def link(self) -> str:
@@ -68,7 +80,7 @@ def write_report(source: str = LATEST, out: str | Path | None = None, uri: str |
     if found.parent is not None:
         with store.errors(resolved):
             client = store.client(resolved)
-            for file in (page, *(folder / f"{name}.csv" for name in report.TABLES)):
+            for file in (page, folder / report.VERDICT, *(folder / f"{name}.csv" for name in report.TABLES)):
                 client.log_artifact(found.parent.info.run_id, str(file), _FOLDER)
     return Written(page, comparison, resolved, found)
 
@@ -96,16 +108,17 @@ def make_report(source: str = LATEST, out: str | None = None) -> str:
     return str(written.page)
 
 
-def summary(written: Written) -> str:
-    """The leaderboard in Markdown, with the way to the page."""
-    rows = tables.leaderboard(written.comparison)
-    board = views.leaderboard(rows)
-    lines = [f"| {' | '.join(board.titles)} |", "|---" * len(board.titles) + "|"]
-    lines += [f"| {' | '.join(_plain(cell.text) for cell in row)} |" for row in board.rows]
-    head = f"## {_plain(written.comparison.title)}\n\n{_plain(views.verdict(rows))}\n\n"
-    return f"{head}{chr(10).join(lines)}\n\n[Report]({written.link}), on disk `{written.page}`"
-
-
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown does not read as a table's edge or as HTML."""
     return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def summary(written: Written) -> str:
+    """The verdict and the leaderboards in Markdown, with the way to the page."""
+    lines = [f"## {plain(written.comparison.title)}", *(f"\n{plain(sentence)}" for sentence in written.sentences)]
+    for condition in written.decision.conditions:
+        board = boards.leaderboard(condition)
+        lines += ["", f"**{plain(condition.label)}**", ""] if condition.label else [""]
+        lines += [f"| {' | '.join(board.titles)} |", "|---" * len(board.titles) + "|"]
+        lines += [f"| {' | '.join(plain(cell.text) for cell in row)} |" for row in board.rows]
+    return "\n".join([*lines, "", f"[Report]({written.link}), on disk `{written.page}`"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from fedlora.config import configfile
 from fedlora.errors import ConfigError, TrackingError, did_you_mean
 from fedlora.report import frames
 from fedlora.report.frames import RUN_COLUMNS, Comparison, Excluded
+from fedlora.report.roles import Roles
 from mlflow_tracking import history, store
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def load(experiment: str, *, sweep: str | None = None, uri: str | None = None) -
             raise TrackingError(
                 f"MLflow experiment '{experiment}' has no sweep '{sweep}'.{did_you_mean(sweep, names)}{_listed(names)}"
             )
-        return table(_members(client, parent, _cells(client, parent)), parents)
+        return table(_members(client, parent, _cells(_state(client, parent))), parents)
 
 
 def find(source: str, uri: str) -> Source:
@@ -148,17 +149,23 @@ def gather(source: str | Source, uri: str | None = None) -> Comparison:
     found = find(source, where) if isinstance(source, str) else source
     with store.errors(where):
         client = store.client(where)
+        state = {} if found.parent is None else _state(client, found.parent)
+        cells = _cells(state)
         if found.parent is None:
-            cells: list[_Cell] = []
             every = [run for run in store.search_runs(client, [found.experiment], "") if _SWEEP not in run.data.tags]
             parents = _parents(client, [found.experiment])
         else:
-            cells, parents = _cells(client, found.parent), [found.parent]
+            parents = [found.parent]
             every = _members(client, found.parent, cells)
         finished, excluded = _finished(every)
         runs = table(finished, parents)
         comparison = Comparison(
-            title=found.title, note=_note(client, found), runs=runs, rounds=_rounds(client, finished), excluded=excluded
+            title=found.title,
+            note=_note(found, state),
+            runs=runs,
+            rounds=_rounds(client, finished),
+            excluded=excluded,
+            roles=_roles(state),
         )
         comparison = _with_artifacts(client, comparison, finished)
     present = {run.info.run_id for run in every}
@@ -245,10 +252,15 @@ def _last_ended(parents: Sequence[Any]) -> Any:
     return max(ended, key=lambda run: run.info.end_time, default=None)
 
 
-def _cells(client: MlflowClient, parent: Any) -> list[_Cell]:
-    """The cells in a sweep's `sweep.json`; none where it has no such file."""
+def _state(client: MlflowClient, parent: Any) -> dict[str, Any]:
+    """A sweep's `sweep.json`; empty where it has none."""
     content = _artifact(client, parent.info.run_id, "sweep.json")
-    cells = content.get("cells") if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
+
+
+def _cells(state: Mapping[str, Any]) -> list[_Cell]:
+    """The cells in a sweep's `sweep.json`."""
+    cells = state.get("cells")
     return [
         _Cell(*(str(cell.get(key) or "") for key in _Cell._fields))
         for cell in (cells if isinstance(cells, list) else [])
@@ -343,16 +355,33 @@ def _artifact(client: MlflowClient, run_id: str, path: str) -> Any:
             return None
 
 
-def _note(client: MlflowClient, source: Source) -> str:
-    """A sentence on what was asked for."""
+def _roles(state: Mapping[str, Any]) -> Roles:
+    """What the sweep's file says of its settings."""
+    told = state.get("compare")
+    lists = [told.get(name) if isinstance(told, dict) else None for name in ("choices", "conditions")]
+    return Roles(*(tuple(map(str, keys)) if isinstance(keys, list) else () for keys in lists))
+
+
+def _note(source: Source, state: Mapping[str, Any]) -> str:
+    """A sentence or two on what was asked for."""
     if source.parent is None:
         return f"The finished runs of the MLflow experiment {source.title}."
-    content = _artifact(client, source.parent.info.run_id, "sweep.json")
-    said = [f"Execution {source.instance}."]
-    if isinstance(content, dict):
-        said += [
-            f"{key}: {json.dumps(content[key], ensure_ascii=False)}."
-            for key in ("base", "set", "grid")
-            if content.get(key)
-        ]
-    return " ".join(said)
+    said = []
+    for key, values in _mapping(state, "grid").items():
+        listed = ", ".join(_plain(value) for value in values) if isinstance(values, list) else _plain(values)
+        said.append(f"{key}: {listed}")
+    common = " ".join(f"{key}={_plain(value)}" for key, value in _mapping(state, "set").items())
+    base = f"from {Path(str(state['base'])).name}" if state.get("base") else ""
+    start = " with ".join(filter(None, (base, common)))
+    words = ("; ".join(said), start and f"each {start}", f"execution {source.instance}")
+    return f"{'; '.join(filter(None, words))}."
+
+
+def _mapping(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = state.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _plain(value: Any) -> str:
+    """A value as a person would write it."""
+    return str(value) if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)

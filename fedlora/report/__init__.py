@@ -8,9 +8,9 @@ from fedlora import lazily
 
 if TYPE_CHECKING:
     from fedlora.report.frames import Comparison, Excluded
-    from fedlora.report.page import TABLES, write
+    from fedlora.report.page import TABLES, VERDICT, write
 
-__all__ = ["TABLES", "Comparison", "Excluded", "write"]
+__all__ = ["TABLES", "VERDICT", "Comparison", "Excluded", "write"]
 
 # Pandas is not needed to draw the pictures of one run.
 __getattr__ = lazily(
@@ -19,6 +19,7 @@ __getattr__ = lazily(
         "Comparison": "fedlora.report.frames",
         "Excluded": "fedlora.report.frames",
         "TABLES": "fedlora.report.page",
+        "VERDICT": "fedlora.report.page",
         "write": "fedlora.report.page",
     },
 )

@@ -208,17 +208,16 @@ def _scaling(
     traces = [_scaling_line(look, points) for look, points in zip(looks, lines, strict=True)]
     xs = sorted({x for points in lines for x, _ in points})
     x_axis = marks.axis(names[1], type="log", tickvals=xs, ticktext=[f"{x:g}" for x in xs])
-    caption = "Means over seeds; bars: 95 % interval, where there are several seeds."
+    caption = "Means over seeds; bars: 95 % interval, or from one to the other of two seeds."
     title = f"{words[1]} against {names[0] if names[0] != 'clients' else 'number of clients'}"
     return Figure(f"scaling-{names[0]}-{result}", title, caption, traces, marks.layout(x_axis, marks.axis(words[0])))
 
 
 def _scaling_line(look: Look, points: Sequence[tuple[float, statistics.Interval]]) -> Trace:
-    spread = [marks.number(0 if math.isnan(found.half) else found.half) for _, found in points]
     return look.line(
         x=marks.numbers(x for x, _ in points),
         y=marks.numbers(found.mean for _, found in points),
         meta={"strategy": look.setting.strategy},
-        error_y={"type": "data", "array": spread, "thickness": 1, "width": 3},
+        error_y={**marks.bars([found for _, found in points]), "thickness": 1, "width": 3},
         hovertemplate=f"{marks.safe(look.setting.label)}<br>%{{x}}: %{{y:.4g}}<extra></extra>",
     )

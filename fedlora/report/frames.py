@@ -11,6 +11,7 @@ import pandas as pd
 
 from fedlora import metrics
 from fedlora.config.run import NEUTRAL
+from fedlora.report.roles import Roles
 
 ACCURACY = "final/accuracy"
 
@@ -51,6 +52,8 @@ class Comparison:
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By run id: the whole configuration, dotted key to value."""
     excluded: Sequence[Excluded] = ()
+    roles: Roles = field(default_factory=Roles)
+    """Which of the settings that vary are choices; the others are conditions."""
 
 
 @dataclass(frozen=True)

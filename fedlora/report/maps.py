@@ -10,9 +10,10 @@ from typing import Any
 
 import pandas as pd
 
-from fedlora.report import frames, marks, tables
+from fedlora.report import frames, marks, tables, verdict
+from fedlora.report.decision import Decision, Standing
 from fedlora.report.frames import Comparison, Setting
-from fedlora.report.marks import Figure, Trace
+from fedlora.report.marks import Figure, Look, Trace
 
 _ROW_PX, _AROUND_PX, _HIGHEST_PX = 22, 130, 1100
 _SIGN_PX, _HALF_PX, _WIDE_PX = 7, 280, 900
@@ -25,33 +26,41 @@ _MOST_GAPS = 30
 _SCALE = "Viridis"
 
 
-def final_accuracy(rows: Sequence[tables.Row], settings: Sequence[Setting]) -> Figure | None:
-    """Final accuracy with its interval, a line per setting, the best on top; `settings` in the page's order."""
-    known = [row for row in rows if not math.isnan(row.results["accuracy"].mean)]
-    if not known:
+def final_accuracy(decided: Decision, settings: Sequence[Setting]) -> Figure | None:
+    """Final accuracy with its interval, a line per choice, the best on top; one condition at a time.
+
+    Args:
+        decided: the comparison, condition by condition.
+        settings: in the page's order, for their looks.
+    """
+    traces, most = [], 0
+    for index, condition in enumerate(decided.conditions):
+        known = [each for each in (*condition.standings, *condition.controls) if not math.isnan(each.score.mean)]
+        most = max(most, len(known))
+        looks = marks.looks([each.setting for each in known], settings)
+        traces += [_final(look, each, condition.label, index) for look, each in zip(looks, known, strict=True)]
+    if not traces:
         return None
-    looks = marks.looks([row.setting for row in known], settings)
-    traces = []
-    for look, row in zip(looks, known, strict=True):
-        found = row.results["accuracy"]
-        half = None if math.isnan(found.half) else marks.number(found.half)
-        words = f"{marks.safe(row.setting.label)}<br>%{{x:.4f}}" + (f" ± {half:.4f}" if half is not None else "")
-        traces.append(
-            look.line(
-                x=[marks.number(found.mean)],
-                y=[marks.safe(row.setting.label)],
-                mode="markers",
-                marker={"color": look.colour, "symbol": look.symbol, "size": 10},
-                error_x={"type": "data", "array": [half or 0], "thickness": 1.5, "width": 4},
-                showlegend=False,
-                hovertemplate=f"{words}<extra></extra>",
-            )
-        )
-    order = [marks.safe(row.setting.label) for row in reversed(known)]
-    y = marks.axis("", categoryorder="array", categoryarray=order, type="category")
-    caption = "Mean over seeds with its 95 % interval (Student t); without several seeds a point alone."
+    y = marks.axis("", autorange="reversed", type="category")
+    caption = "Mean over seeds with its 95 % interval (Student t, cut at 0 and 1); of two seeds the bar ends at both."
     axes = marks.layout(marks.axis("final test accuracy (share)"), y, hovermode="closest")
-    return Figure("final-accuracy", "Final accuracy", caption, traces, axes, wide=True, height=_height(len(known)))
+    labels = [condition.label for condition in decided.conditions]
+    choices = labels if len(labels) > 1 else ()
+    return Figure("final-accuracy", "Final accuracy", caption, traces, axes, choices, wide=True, height=_height(most))
+
+
+def _final(look: Look, each: Standing, condition: str, index: int) -> Trace:
+    return look.line(
+        x=[marks.number(each.score.mean)],
+        y=[marks.safe(each.choice)],
+        mode="markers",
+        marker={"color": look.colour, "symbol": look.symbol, "size": 10},
+        error_x={**marks.bars([each.score]), "thickness": 1.5, "width": 4},
+        showlegend=False,
+        visible=index == 0,
+        meta={**look.meta, "choice": index},
+        hovertemplate=f"{marks.safe(each.choice)}<br>{marks.safe(condition)}<br>{verdict.score(each.score)}<extra></extra>",
+    )
 
 
 def layers(comparison: Comparison) -> list[Figure]:

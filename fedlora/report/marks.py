@@ -10,6 +10,7 @@ from typing import Any
 
 from fedlora.report import plots
 from fedlora.report.frames import Setting
+from fedlora.report.statistics import Interval
 
 Trace = dict[str, Any]
 
@@ -51,6 +52,17 @@ def number(value: Any, digits: int = 5) -> float | None:
 def numbers(values: Iterable[Any], digits: int = 5) -> list[float | None]:
     """`number` of each."""
     return [number(value, digits) for value in values]
+
+
+def bars(found: Sequence[Interval]) -> dict[str, Any]:
+    """Error bars of intervals, in Plotly's words; of two values they reach from one to the other."""
+    ends = [
+        (each.low, each.high) if each.known else (min(each.values), max(each.values)) if each.values else (0.0, 0.0)
+        for each in found
+    ]
+    above = numbers(high - each.mean for (_, high), each in zip(ends, found, strict=True))
+    below = numbers(each.mean - low for (low, _), each in zip(ends, found, strict=True))
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,15 @@ from markupsafe import Markup
 
 import fedlora
 from fedlora.errors import FedloraError, counted, saving
-from fedlora.files.atomic import write_atomic
-from fedlora.report import curves, frames, maps, plots, tables, views
+from fedlora.files.atomic import write_atomic, write_json
+from fedlora.report import boards, curves, frames, maps, plots, tables, verdict, views
+from fedlora.report.decision import Decision, decide
 from fedlora.report.frames import Comparison
 from fedlora.report.marks import Figure
 
 PAGE = "report.html"
+VERDICT = "verdict.json"
+"""What the comparison comes to, for machines."""
 TABLES = ("runs", "rounds", "leaderboard", "paired", "modules")
 """The CSV files beside the page."""
 
@@ -35,19 +37,20 @@ def write(comparison: Comparison, folder: Path) -> Path:
         first = next(iter(comparison.excluded), None)
         why = f"; first: {first.label}: {first.status}, {first.reason}" if first else ""
         raise FedloraError(f"{comparison.title}: no run has finished, so there is nothing to compare{why}")
-    rows = tables.leaderboard(comparison)
-    page = render(comparison, rows)
+    decided = decide(comparison)
+    page = render(comparison, decided)
     files = {
         "runs": comparison.runs,
         "rounds": comparison.rounds,
-        "leaderboard": tables.leaderboard_frame(rows),
-        "paired": tables.paired_frame(rows),
+        "leaderboard": boards.leaderboard_frame(decided),
+        "paired": boards.paired_frame(decided),
         "modules": comparison.modules,
     }
     with saving(folder, "another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, table in files.items():
             write_atomic(folder / f"{name}.csv", _csv(table))
+        write_json(folder / VERDICT, verdict.to_json(decided))
         write_atomic(folder / PAGE, page.encode())
     return folder / PAGE
 
@@ -56,7 +59,7 @@ def _csv(table: pd.DataFrame) -> bytes:
     return b"" if table.empty and not len(table.columns) else table.to_csv(index=False).encode()
 
 
-def render(comparison: Comparison, rows: Sequence[tables.Row]) -> str:
+def render(comparison: Comparison, decided: Decision) -> str:
     """The page as text."""
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
@@ -68,7 +71,7 @@ def render(comparison: Comparison, rows: Sequence[tables.Row]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["counted"] = counted
-    sections = _figures(comparison, rows)
+    sections = _figures(comparison, decided)
     every = [figure for figures in sections.values() for figure in figures]
     found = frames.settings(comparison.runs)
     return environment.get_template("report.html").render(
@@ -81,15 +84,16 @@ def render(comparison: Comparison, rows: Sequence[tables.Row]) -> str:
         strategies={setting.strategy: plots.colour(setting.strategy) for setting in found},
         rests=list(dict.fromkeys(setting.rest for setting in found)),
         views=views,
-        rows=rows,
+        decided=decided,
+        verdict=verdict,
+        boards=boards,
         sharing=tables.sharing(comparison),
-        alpha=views.ALPHA,
     )
 
 
-def _figures(comparison: Comparison, rows: Sequence[tables.Row]) -> dict[str, list[Figure]]:
+def _figures(comparison: Comparison, decided: Decision) -> dict[str, list[Figure]]:
     by_key = {figure.key: figure for figure in curves.all_curves(comparison)}
-    final = maps.final_accuracy(rows, frames.settings(comparison.runs))
+    final = maps.final_accuracy(decided, frames.settings(comparison.runs))
     partition = maps.partitions(comparison)
     chosen = {
         "accuracy": ("accuracy-rounds", "accuracy-megabytes"),

@@ -1,9 +1,9 @@
-"""The tables of a report, computed from its frames: leaderboard, paired differences, correlations, costs, sharing."""
+"""What a report shows, computed from its frames: results of runs, costs, correlations, what runs share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,21 @@ from fedlora import metrics
 from fedlora.errors import counted
 from fedlora.report import frames, statistics
 from fedlora.report.frames import Comparison, Setting
-from fedlora.report.statistics import Correlation, Interval, Paired
+from fedlora.report.statistics import Correlation, Interval
 
 RESULTS = (
-    *("accuracy", "macro_f1", "gap", "rho_first", "rho_mean", "rho_last", "rho_floor"),
+    *("accuracy", "macro_f1", "gap", "worst_client", "p10_client", "rho_first", "rho_mean", "rho_last", "rho_floor"),
     *("clients_used", "megabytes", "seconds"),
 )
-"""A run's results: accuracy and macro-F1 after the last round; local minus global accuracy; ρ in round one, its mean
+"""A run's results: accuracy and macro-F1 after the last round; local minus global accuracy; the worst client's local
+accuracy and the 10th percentile of all; ρ in round one, its mean
 over rounds and in the last round, with that round's floor (blank where one client took part); mean number of clients
 whose updates a round used; 10⁶ bytes both ways; seconds of wall time in rounds."""
+
+UNBOUNDED = (-math.inf, math.inf)
+BOUNDS = {**dict.fromkeys(("accuracy", "macro_f1", "worst_client", "p10_client"), (0.0, 1.0)), "gap": (-1.0, 1.0)}
+"""What a result cannot leave, and so its interval neither; of the others ρ and costs are not negative."""
+BOUNDS |= dict.fromkeys(("rho_first", "rho_mean", "rho_last", "rho_floor", "megabytes", "seconds"), (0.0, math.inf))
 
 COSTS = {
     "up_adapter": "bytes/up_adapter",
@@ -49,6 +55,8 @@ def results(comparison: Comparison) -> pd.DataFrame:
     by_run = trained.groupby("run_id")
     # Not first() and last(): these skip what is blank, and would show another round's.
     first, last = (rows.set_index("run_id") for rows in (by_run.head(1), by_run.tail(1)))
+    found["worst_client"] = last.get(metrics.LOCAL_ACCURACY_WORST, math.nan)
+    found["p10_client"] = last.get(metrics.LOCAL_ACCURACY_P10, math.nan)
     rho, used = metrics.RHO_MODEL, metrics.CLIENTS_COMPLETED
     found["rho_first"] = first.get(rho, math.nan)
     found["rho_mean"] = by_run[rho].mean() if rho in trained else math.nan
@@ -79,39 +87,15 @@ def sums(rounds: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     return total
 
 
-@dataclass(frozen=True)
-class Row:
-    """A setting on the leaderboard: results over its seeds, and its difference in accuracy from the best."""
-
-    setting: Setting
-    results: Mapping[str, Interval]
-    paired: Paired | None
-    """None for the best itself."""
-    holm: float
-    """The p-value corrected for all comparisons with the best."""
-
-
-def leaderboard(comparison: Comparison) -> list[Row]:
-    """A row per setting, the highest mean accuracy first.
-
-    The best, with which the others are compared, is the first among those with most seeds, so that one lucky seed of a
-    setting that lacks the others is no standard.
-    """
-    values = results(comparison)
-    found = frames.settings(comparison.runs)
-    spread = {setting.label: {name: over_seeds(values, setting, name) for name in RESULTS} for setting in found}
-    ranked = sorted(found, key=lambda s: -_or_lowest(spread[s.label]["accuracy"].mean))
-    best = best_of(ranked)
-    accuracies = {s.label: dict(zip(s.seeds, of_runs(values, s, "accuracy"), strict=True)) for s in ranked}
-    differences = [
-        None if setting is best else statistics.paired(accuracies[setting.label], accuracies[best.label])
-        for setting in ranked
-    ]
-    corrected = statistics.holm([difference.p if difference else math.nan for difference in differences])
-    return [
-        Row(setting, spread[setting.label], difference, p)
-        for setting, difference, p in zip(ranked, differences, corrected, strict=True)
-    ]
+def spent(comparison: Comparison) -> pd.DataFrame:
+    """What each run cost (index: run id): `megabytes` both ways, `server_seconds` of reading and aggregating, `seconds`
+    of wall time in rounds, `client_memory`, the most megabytes that a client's work took; NaN where not measured."""
+    found = results(comparison)[["megabytes", "seconds"]].copy()
+    server = sums(comparison.rounds, [metrics.TIME_READ, metrics.TIME_AGGREGATE])
+    found["server_seconds"] = server.sum(axis=1, min_count=1) if len(server.columns) else math.nan
+    rounds, memory = comparison.rounds, metrics.MEMORY_CLIENT
+    found["client_memory"] = rounds.groupby("run_id")[memory].max() / 1e6 if memory in rounds else math.nan
+    return found.astype(float)
 
 
 def of_runs(values: pd.DataFrame, setting: Setting, result: str) -> list[float]:
@@ -121,42 +105,7 @@ def of_runs(values: pd.DataFrame, setting: Setting, result: str) -> list[float]:
 
 def over_seeds(values: pd.DataFrame, setting: Setting, result: str) -> Interval:
     """A result's mean over a setting's seeds, with its interval."""
-    return statistics.interval(of_runs(values, setting, result))
-
-
-def best_of(ranked: Sequence[Setting]) -> Setting:
-    """The first of those with most seeds."""
-    most = max(len(setting.seeds) for setting in ranked)
-    return next(setting for setting in ranked if len(setting.seeds) == most)
-
-
-def _or_lowest(value: float) -> float:
-    return -math.inf if math.isnan(value) else value
-
-
-def leaderboard_frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """The leaderboard as it is written to CSV: mean, interval and number of seeds of every result."""
-    table = []
-    for place, row in enumerate(rows, start=1):
-        entry: dict[str, Any] = {"place": place, "setting": row.setting.label, **row.setting.values}
-        entry |= {"seeds": " ".join(frames.plain(seed) for seed in row.setting.seeds), "n": len(row.setting.seeds)}
-        for name, found in row.results.items():
-            entry |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
-        table.append(entry)
-    return pd.DataFrame(table)
-
-
-def paired_frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """Differences in accuracy from the best, with p-values before and after Holm's correction."""
-    best = next(row.setting.label for row in rows if row.paired is None)
-    columns = ("setting", "best", "n", "difference", "low", "high", "p", "p_holm", "note")
-    table = []
-    for row in rows:
-        if row.paired is not None:
-            found = row.paired.difference
-            values = (found.n, found.mean, found.low, found.high, row.paired.p, row.holm, row.paired.why)
-            table.append((row.setting.label, best, *values))
-    return pd.DataFrame(table, columns=columns)
+    return statistics.interval(of_runs(values, setting, result), bounds=BOUNDS.get(result, UNBOUNDED))
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,18 @@ from fedlora.errors import counted
 from fedlora.report import frames, plots, tables
 from fedlora.report.frames import Comparison, Setting
 from fedlora.report.statistics import Interval
-from fedlora.report.tables import Row
 
 _NONE = "–"
-ALPHA = 0.05
-"""p-values below it are called a difference."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Text, the number it is sorted by (None: the text), and the colour of the dot before it."""
+    """Text, the number it is sorted by (None: the text), the colour of the dot before it, and whether it is bold."""
 
     text: str
     order: float | None = None
     colour: str = ""
+    strong: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,13 @@ def shown(value: float, digits: int = 3, sign: bool = False) -> Cell:
 
 
 def spread(found: Interval, digits: int = 3) -> Cell:
-    """A mean with its interval, where it has one."""
+    """A mean with its interval; of two values both, for an interval of two says nothing."""
     cell = shown(found.mean, digits)
-    if math.isnan(found.half):
-        return cell
-    return Cell(f"{cell.text} ± {found.half:.{digits}f}", cell.order)
+    if found.known:
+        return Cell(f"{cell.text} ({found.low:.{digits}f} to {found.high:.{digits}f})", cell.order)
+    if found.n == 2:
+        return Cell(f"{cell.text} ({found.values[0]:.{digits}f}, {found.values[1]:.{digits}f})", cell.order)
+    return cell
 
 
 def p_value(p: float) -> Cell:
@@ -57,76 +57,9 @@ def p_value(p: float) -> Cell:
     return Cell("< 0.001" if p < 0.001 else f"{p:.3f}", p)
 
 
-def name(setting: Setting) -> Cell:
-    """A setting, with the dot of its strategy's colour."""
-    return Cell(setting.label, None, plots.colour(setting.strategy))
-
-
-def leaderboard(rows: Sequence[Row]) -> Table:
-    """A row per setting: accuracy with its interval, the difference from the best, and the other results."""
-    titles = ["setting", "seeds", "accuracy", "difference from best", "p (Holm)", "macro-F1", "gap", "ρ round 1"]
-    titles += ["ρ last", "ρ floor", "clients used", "MB", "seconds"]
-    body = []
-    for row in rows:
-        found = row.results
-        difference, p = Cell("best", 0.0), Cell(_NONE, math.inf)
-        if row.paired:
-            difference, p = shown(row.paired.difference.mean, 3, sign=True), p_value(row.holm)
-        cells = [name(row.setting), Cell(str(len(row.setting.seeds)), len(row.setting.seeds))]
-        cells += [spread(found["accuracy"]), difference, p]
-        cells += [shown(found[key].mean) for key in ("macro_f1", "gap", "rho_first", "rho_last", "rho_floor")]
-        cells += [shown(found["clients_used"].mean, 1), shown(found["megabytes"].mean, 2)]
-        cells.append(shown(found["seconds"].mean, 1))
-        body.append(cells)
-    return Table(titles, body)
-
-
-def paired(rows: Sequence[Row]) -> Table:
-    """Differences from the best, seed by seed: mean, interval, p-values."""
-    titles = ("setting", "common seeds", "difference", "95 % interval", "p", "p (Holm)", "note")
-    body = []
-    for row in rows:
-        if row.paired:
-            found = row.paired.difference
-            limits = _NONE if math.isnan(found.half) else f"{shown(found.low).text} to {shown(found.high).text}"
-            numbers = [Cell(str(found.n), found.n), shown(found.mean, 4, sign=True), Cell(limits, found.low)]
-            body.append([name(row.setting), *numbers, p_value(row.paired.p), p_value(row.holm), Cell(row.paired.why)])
-    return Table(titles, body)
-
-
-def verdict(rows: Sequence[Row]) -> str:
-    """What can be said of the best, in a sentence or two."""
-    if len(rows) == 1:
-        return "One setting: there is nothing to compare it with."
-    first = next(row for row in rows if row.paired is None)
-    best = first.setting.label
-    if len({row.results["accuracy"].mean for row in rows}) == 1:
-        return "All settings have the same mean accuracy."
-    tested = [row for row in rows if row.paired and not math.isnan(row.holm)]
-    if not tested:
-        most = max(len(row.setting.seeds) for row in rows)
-        if most == 1:
-            return (
-                f"{best} has the highest accuracy. Each setting ran with one seed, so there is neither an interval nor "
-                "a test: these runs do not say how large a difference seeds alone make; several seeds of each would."
-            )
-        return f"{best} has the highest mean accuracy; no difference from it could be tested (see the notes below)."
-    worse = [row for row in tested if row.holm < ALPHA]
-    said = f"{best} has the highest mean accuracy. "
-    if not worse:
-        alone = len(tested) == 1
-        none = (
-            "The only other tested setting does not differ"
-            if alone
-            else f"None of the {len(tested)} tested settings differs"
-        )
-        return f"{said}{none} from it beyond chance (p < {ALPHA} after Holm)."
-    close = [row.setting.label for row in rows if row.paired and row not in worse]
-    rest = f" Not separated from it: {_listed(close)}." if close else ""
-    verb = "differs" if len(worse) == 1 else "differ"
-    return (
-        f"{said}{len(worse)} of {counted(len(tested), 'tested setting')} {verb} from it (p < {ALPHA} after Holm).{rest}"
-    )
+def name(setting: Setting, words: str = "", strong: bool = False) -> Cell:
+    """A setting, or what it is called here, with the dot of its strategy's colour."""
+    return Cell(words or setting.label, None, plots.colour(setting.strategy), strong)
 
 
 def _listed(labels: Sequence[str], most: int = 12) -> str:

@@ -151,6 +151,7 @@ class SweepFolder:
             "set": sweep.common,
             "grid": sweep.grid,
             "varied": sweep.varied,
+            "compare": asdict(sweep.roles),
             "flow_runs": self.flow_runs,
             "parent": self.parent,
             "champion": self.champion,

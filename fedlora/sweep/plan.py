@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedlora.config import configfile
 from fedlora.config.run import NEUTRAL, RunConfig
 from fedlora.errors import ConfigError, StrategyRefusal, did_you_mean
 from fedlora.files.limits import clean, short
+from fedlora.report.roles import Roles
 from fedlora.run import preflight
 from fedlora.sections import Section
 
@@ -26,6 +27,15 @@ MOST_RUNS = 10_000
 """Runs of one sweep: a grid is combined in memory before any of them starts."""
 _REASON = "reason"
 """The key of a `skip` entry that is no condition."""
+
+
+class Compare(Section):
+    """What the varied settings are, where it is not what `fedlora.report.roles` takes them for."""
+
+    choices: list[str] = Field(default_factory=list)
+    """Keys (or sections, like `model`) that are chosen among."""
+    conditions: list[str] = Field(default_factory=list)
+    """Keys (or sections) that the world decides: choices are compared within each of their values."""
 
 
 class SweepFile(Section):
@@ -44,6 +54,8 @@ class SweepFile(Section):
     skip: list[Settings] = Field(default_factory=list)
     """Runs to leave out: each entry is a condition, dotted keys with a value or a list of values, all of which must
     hold; its `reason` is shown."""
+    compare: Compare = Field(default_factory=Compare)
+    """Which settings are choices and which are conditions, where the default is not what is meant."""
     champion: bool = True
     """Whether the best adapter is registered as a model version in MLflow."""
 
@@ -102,6 +114,8 @@ class Sweep:
     identity: str
     """Hash of name, base and common settings: sweeps that differ in their grid only go on in one place."""
     champion: bool = True
+    roles: Roles = field(default_factory=Roles)
+    """Which of the varied keys are choices; the others are conditions."""
 
 
 def label(settings: Mapping[str, Any]) -> str:
@@ -130,6 +144,7 @@ def load(source: str, overrides: Settings | None, presets: Path, sweeps: Path) -
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     _check_lists(source, file)
+    _check_roles(source, file.compare)
     return _resolve(source, file, path.parent, overrides or {}, presets)
 
 
@@ -178,6 +193,18 @@ def _check_lists(source: str, file: SweepFile) -> None:
                 raise ConfigError(f"{source}: skip: unknown key '{key}'.{did_you_mean(key, known)}")
 
 
+def _check_roles(source: str, compare: Compare) -> None:
+    known = configfile.dotted_keys()
+    sections = {key.rpartition(".")[0] for key in known} - {""}
+    for name, keys in (("choices", compare.choices), ("conditions", compare.conditions)):
+        for key in keys:
+            if key not in {*known, *sections, "strategy_options"} and not key.startswith("strategy_options."):
+                raise ConfigError(f"{source}: compare.{name}: unknown key '{key}'.{did_you_mean(key, known)}")
+    for key in compare.choices:
+        if key in compare.conditions:
+            raise ConfigError(f"{source}: compare: '{key}' is among the choices and the conditions; remove one")
+
+
 def _resolve(source: str, file: SweepFile, folder: Path, overrides: Settings, presets: Path) -> Sweep:
     settled = {*overrides, *configfile.unset_by(overrides)}
     grid = {key: values for key, values in file.grid.items() if key not in settled}
@@ -212,7 +239,18 @@ def _resolve(source: str, file: SweepFile, folder: Path, overrides: Settings, pr
     varied = _telling(keys, cells)
     cells = [replace(cell, settings={key: cell.settings[key] for key in varied}) for cell in cells]
     fixed = {key: value for key, value in {**start, **common}.items() if key not in (*keys, *NEUTRAL)}
-    return Sweep(file.name, file.base, common, grid, varied, cells, skipped, _hash([file.name, fixed]), file.champion)
+    return Sweep(
+        name=file.name,
+        base=file.base,
+        common=common,
+        grid=grid,
+        varied=varied,
+        cells=cells,
+        skipped=skipped,
+        identity=_hash([file.name, fixed]),
+        champion=file.champion,
+        roles=Roles(tuple(file.compare.choices), tuple(file.compare.conditions)),
+    )
 
 
 def _combinations(grid: Mapping[str, Sequence[Any]], any_grid: bool) -> Iterator[Settings]:

@@ -160,7 +160,17 @@ def test_only_runs_that_the_cells_name_belong_to_a_sweep(shelf, uri):
         {"label": "flora seed=0", "settings": {}, "digest": None, "status": "skipped", "reason": "no", "run": None},
         {"label": "ravan seed=0", "settings": {}, "digest": "g", "status": "failed", "reason": "it broke", "run": None},
     ]
-    shelf.file(parent, "sweep.json", {"name": "celled", "base": "demo", "grid": {"seed": [0]}, "cells": cells})
+    shelf.file(
+        parent,
+        "sweep.json",
+        {
+            "name": "celled",
+            "base": "demo",
+            "grid": {"seed": [0]},
+            "cells": cells,
+            "compare": {"choices": ["model"], "conditions": []},
+        },
+    )
     found = compare.gather("celled-1", uri)
     assert list(found.runs["run_id"]) == [elsewhere]
     assert [(entry.label, entry.status) for entry in found.excluded] == [
@@ -170,8 +180,10 @@ def test_only_runs_that_the_cells_name_belong_to_a_sweep(shelf, uri):
         ("ravan seed=0", "failed"),
     ]
     assert found.excluded[3].reason == "it broke"
+    assert found.roles.is_choice("model.name")
     assert "celled-1" in found.note
-    assert '"seed": [0]' in found.note
+    assert "seed: 0" in found.note
+    assert "{" not in found.note  # words, not JSON
 
 
 def test_latest_is_the_sweep_that_ended_last(with_databases, tmp_path, monkeypatch):

@@ -10,8 +10,8 @@
   // Whether a trace is shown: its strategy and other settings are on, and it is the one chosen where one is.
   function visible(trace, key) {
     const meta = trace.meta || {};
-    if ("choice" in meta) return meta.choice === (chosen[key] || 0);
-    if (on(meta)) return true;
+    if ("choice" in meta && meta.choice !== (chosen[key] || 0)) return false;
+    if (!("strategy" in meta) || on(meta)) return true;
     return trace.showlegend !== false && trace.type === "scatter" ? "legendonly" : false;
   }
 

@@ -9,7 +9,8 @@ import pytest
 
 from fedlora import report
 from fedlora.errors import FedloraError, RunFolderError
-from fedlora.report import curves, maps, page, plots, tables
+from fedlora.report import curves, maps, page, plots
+from fedlora.report.decision import decide
 
 
 def figures(text):
@@ -33,10 +34,10 @@ def text(written):
 
 def test_a_page_and_its_tables(written, comparison):
     names = {path.name for path in written.parent.iterdir()}
-    assert names == {"report.html", *(f"{name}.csv" for name in report.TABLES)}
+    assert names == {"report.html", "verdict.json", *(f"{name}.csv" for name in report.TABLES)}
     assert len(pd.read_csv(written.parent / "runs.csv")) == 9
     assert len(pd.read_csv(written.parent / "rounds.csv")) == len(comparison.rounds)
-    paired = pd.read_csv(written.parent / "paired.csv").set_index("setting")
+    paired = pd.read_csv(written.parent / "paired.csv").set_index("choice")
     assert paired.loc["fedit", "difference"] == pytest.approx(-0.04)
 
 
@@ -132,7 +133,7 @@ def test_a_setting_looks_the_same_in_every_figure(make):
     """Whatever the order in which a figure draws them; here the best has the last rank."""
     made = make({"svd": {0: 0.6}, "fedit": {0: 0.5}}, ranks=(2, 4, 8, 16))
     seen = {}
-    for figure in figures(page.render(made, tables.leaderboard(made))).values():
+    for figure in figures(page.render(made, decide(made))).values():
         for trace in figure["data"]:
             if trace["type"] == "scatter" and "rest" in trace["meta"] and "symbol" in trace.get("marker", {}):
                 look = trace["marker"]["color"], trace["marker"]["symbol"]

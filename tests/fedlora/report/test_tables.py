@@ -5,7 +5,8 @@ import math
 import pandas as pd
 import pytest
 
-from fedlora.report import frames, tables, views
+from fedlora.report import boards, frames, tables, views
+from fedlora.report.decision import decide
 
 
 def cells(table, title):
@@ -38,46 +39,40 @@ def test_results_of_a_run(comparison):
     assert (row["rho_floor"], row["megabytes"], row["seconds"]) == (0.05, 2.0, 5.0)
 
 
+def board(comparison):
+    (only,) = decide(comparison).conditions
+    return only
+
+
 def test_the_leaderboard_is_ordered_and_compares_with_the_best(comparison):
-    rows = tables.leaderboard(comparison)
-    assert [row.setting.label for row in rows] == ["svd", "fedit", "local"]
-    best, second, third = rows
+    best, second, control = (*board(comparison).standings, *board(comparison).controls)
+    assert [each.choice for each in (best, second, control)] == ["svd", "fedit", "local"]
     assert best.paired is None
-    assert best.results["accuracy"].mean == pytest.approx(0.7)
-    assert best.results["accuracy"].half == pytest.approx(0.2484138, abs=1e-6)
+    assert best.score.mean == pytest.approx(0.7)
+    assert best.score.high == pytest.approx(0.7 + 0.2484138, abs=1e-6)
     assert second.paired.difference.mean == pytest.approx(-0.04)
-    assert second.holm == pytest.approx(1 - math.sqrt(12 / 14))  # the only test: local's difference has no spread
-    assert third.paired.why.startswith("the same difference")
-    frame = tables.leaderboard_frame(rows)
+    assert second.holm == pytest.approx(1 - math.sqrt(12 / 14))  # the only test: local is a control
+    assert control.paired.why.startswith("the same difference")
+    frame = boards.leaderboard_frame(decide(comparison))
     assert list(frame["setting"]) == ["svd", "fedit", "local"]
     assert frame.loc[0, "seeds"] == "0 1 2"
-    assert tables.paired_frame(rows)["best"].unique().tolist() == ["svd"]
+    assert boards.paired_frame(decide(comparison))["best"].tolist() == ["svd"]
 
 
 def test_a_setting_with_fewer_seeds_is_no_standard(make):
-    lucky = make({"svd": {0: 0.6, 1: 0.7}, "fedit": {0: 0.9}})
-    rows = tables.leaderboard(lucky)
-    assert [row.setting.label for row in rows] == ["fedit", "svd"]
-    assert [row.paired is None for row in rows] == [False, True]
-    assert rows[0].paired.why == "one common seed: two are needed"
+    found = board(make({"svd": {0: 0.6, 1: 0.7}, "fedit": {0: 0.9}}))
+    assert [each.choice for each in found.standings] == ["fedit", "svd"]
+    assert found.best.choice == "svd"
+    assert found.standings[0].paired.why == "one common seed: two are needed"
 
 
-def test_what_can_be_said_of_the_best(make, comparison):
-    assert "The only other tested setting does not differ" in views.verdict(tables.leaderboard(comparison))
-    one_seed = tables.leaderboard(make({"svd": {0: 0.6}, "fedit": {0: 0.9}}))
-    assert "fedit has the highest accuracy. Each setting ran with one seed" in views.verdict(one_seed)
-    clear = make({"svd": {0: 0.60, 1: 0.61, 2: 0.62}, "fedit": {0: 0.30, 1: 0.311, 2: 0.321}})
-    assert "1 of 1 tested setting differs from it (p < 0.05" in views.verdict(tables.leaderboard(clear))
-    equal = make({"svd": {0: 0.6, 1: 0.5}, "fedit": {0: 0.5, 1: 0.6}})
-    assert "All settings have the same mean accuracy" in views.verdict(tables.leaderboard(equal))
-    assert "nothing to compare" in views.verdict(tables.leaderboard(make({"svd": {0: 0.6}})))
-
-
-def test_one_seed_shows_no_interval(make):
-    board = views.leaderboard(tables.leaderboard(make({"svd": {0: 0.6}, "fedit": {0: 0.5}})))
-    assert cells(board, "accuracy") == ["0.600", "0.500"]
-    assert cells(board, "difference from best") == ["best", "−0.100"]
-    assert cells(board, "p (Holm)") == ["–", "–"]
+def test_two_seeds_are_both_shown_and_one_alone(make):
+    two = boards.leaderboard(board(make({"svd": {0: 0.6, 1: 0.5}, "fedit": {0: 0.5, 1: 0.38}})))
+    assert cells(two, "accuracy") == ["0.550 (0.600, 0.500)", "0.440 (0.500, 0.380)"]
+    one = boards.leaderboard(board(make({"svd": {0: 0.6}, "fedit": {0: 0.5}})))
+    assert cells(one, "accuracy") == ["0.600", "0.500"]
+    assert cells(one, "below the best") == ["best", "0.100"]
+    assert cells(one, "p (Holm)") == ["–", "–"]
 
 
 def test_rho_against_accuracy_with_and_without_what_sends_nothing(comparison):

@@ -5,6 +5,7 @@ import pytest
 from deployments.shipped import PRESETS, SWEEPS
 from fedlora.config import configfile
 from fedlora.errors import ConfigError
+from fedlora.report.roles import Roles
 from fedlora.sweep import plan as sweeps
 
 
@@ -47,6 +48,17 @@ def test_cells_are_further_runs_shown_with_the_same_settings(load):
     assert [cell.label for cell in alone.cells] == ["svd rounds=8", "svd rounds=3"]
     one_left = load(GRID + "cells:\n  - {strategy: flora, lora.rank: 2}\nskip: [{strategy: flora}]\n")
     assert one_left.cells[0].label == "fedit seed=0"  # the rank tells nothing any more
+
+
+def test_what_a_setting_is_may_be_said(load):
+    assert load(GRID).roles == Roles()
+    found = load(GRID + "compare: {choices: [model], conditions: [lora.rank]}\n")
+    assert found.roles == Roles(("model",), ("lora.rank",))
+    assert found.identity == load(GRID).identity  # the runs are the same, however they are compared
+    with pytest.raises(ConfigError, match=r"compare.choices: unknown key 'lora.rnak'. Did you mean 'lora.rank'"):
+        load(GRID + "compare: {choices: [lora.rnak]}\n")
+    with pytest.raises(ConfigError, match="'seed' is among the choices and the conditions; remove one"):
+        load(GRID + "compare: {choices: [seed], conditions: [seed]}\n")
 
 
 EPOCHS = "name: mine\nbase: demo\ngrid:\n  training.local_epochs: [1, 2]\n"

@@ -1,0 +1,111 @@
+"""A decision as tables: the cells of the page, and what is written as CSV."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from fedlora.report import frames, views
+from fedlora.report.decision import ALPHA, COSTS, Condition, Decision, Standing
+from fedlora.report.views import Cell, Table, p_value, shown, spread
+
+_NOTHING = Cell("–", math.inf)
+_RESULTS = {"gap": "gap", "rho_first": "ρ round 1", "rho_last": "ρ last", "rho_floor": "ρ floor"}
+
+
+def leaderboard(condition: Condition) -> Table:
+    """The choices of a condition, the highest score first; below them the controls, which are no candidates.
+
+    What is bold in the first column is the best and what is not told apart from it.
+    """
+    titles = ["choice", "accuracy", "below the best", "p (Holm)", "seeds to tell", "MB", "server s", "seconds"]
+    titles += ["worst client", *_RESULTS.values(), "of the possible"]
+    return Table(titles, [_line(each, each in condition.alike) for each in (*condition.standings, *condition.controls)])
+
+
+def _line(each: Standing, alike: bool) -> list[Cell]:
+    best = each.paired is None
+    below = Cell("best", 0.0) if best else shown(each.regret)
+    more = Cell(f"{each.more} more", each.more) if each.more is not None and not each.apart else _NOTHING
+    control = math.isnan(each.place)
+    name = views.name(each.setting, each.choice + (" (control)" if control else ""), strong=alike)
+    costs = [
+        shown(each.costs[key], digits) for key, digits in (("megabytes", 2), ("server_seconds", 2), ("seconds", 1))
+    ]
+    others = [shown(each.results[key].mean) for key in ("worst_client", *_RESULTS)]
+    possible = _NOTHING if math.isnan(each.possible) else Cell(f"{each.possible:.0%}", each.possible)
+    return [name, spread(each.score), below, p_value(each.holm), more, *costs, *others, possible]
+
+
+def paired(condition: Condition) -> Table:
+    """Differences from the best of a condition, seed by seed: mean, interval, p-values."""
+    titles = ("choice", "common seeds", "difference", "95 % interval", "p", "p (Holm)", "note")
+    body = []
+    for each in condition.standings:
+        if each.paired:
+            found = each.paired.difference
+            limits = f"{shown(found.low).text} to {shown(found.high).text}" if found.known else "–"
+            numbers = [Cell(str(found.n), found.n), shown(found.mean, 4, sign=True), Cell(limits, found.low)]
+            tests = [p_value(each.paired.p), p_value(each.holm)]
+            body.append([views.name(each.setting, each.choice), *numbers, *tests, Cell(each.paired.why)])
+    return Table(titles, body)
+
+
+def across(decision: Decision) -> Table:
+    """A row per choice, its mean score in each condition; bold where it is the best or not told apart from it."""
+    labels = [condition.label for condition in decision.conditions]
+    titles = ["choice", *labels, "mean place", "mean regret", "worst regret", "wins", "ties", "losses"]
+    body = []
+    for overall in decision.overall:
+        cells, setting = [], None
+        for condition in decision.conditions:
+            own = next((each for each in condition.standings if each.choice == overall.choice), None)
+            setting = setting or (own.setting if own else None)
+            cells.append(
+                Cell(shown(own.score.mean).text, own.score.mean, strong=own in condition.alike) if own else _NOTHING
+            )
+        assert setting is not None
+        numbers = [shown(overall.mean_place, 2), shown(overall.mean_regret), shown(overall.worst_regret)]
+        counts = [Cell(str(count), count) for count in (overall.wins, overall.ties, overall.losses)]
+        body.append([views.name(setting, overall.choice), *cells, *numbers, *counts])
+    return Table(titles, body)
+
+
+def leaderboard_frame(decision: Decision) -> pd.DataFrame:
+    """All conditions as they are written to CSV: place, mean and interval of every result, costs."""
+    table = []
+    for condition, each in _standings(decision):
+        entry: dict[str, Any] = {"condition": condition.label, "place": each.place, "choice": each.choice}
+        entry |= {"setting": each.setting.label, **each.setting.values}
+        entry |= {"seeds": " ".join(frames.plain(seed) for seed in each.setting.seeds), "n": len(each.setting.seeds)}
+        for name, found in each.results.items():
+            entry |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+        extra = {name: each.costs[name] for name in COSTS if name not in entry}
+        table.append(entry | extra | {"regret": each.regret, "of_the_possible": each.possible})
+    return pd.DataFrame(table)
+
+
+def paired_frame(decision: Decision) -> pd.DataFrame:
+    """Differences in score from the best of the condition, with p-values before and after Holm's correction."""
+    columns = ("condition", "choice", "best", "n", "difference", "low", "high", "p", "p_holm", "more_seeds", "note")
+    table = []
+    for condition, each in _standings(decision):
+        if each.paired is not None and each in condition.standings:
+            found = each.paired.difference
+            numbers = (found.n, found.mean, found.low, found.high, each.paired.p, each.holm, each.more)
+            table.append((condition.label, each.choice, condition.best.choice, *numbers, each.paired.why))
+    return pd.DataFrame(table, columns=columns)
+
+
+def _standings(decision: Decision) -> list[tuple[Condition, Standing]]:
+    return [(c, each) for c in decision.conditions for each in (*c.standings, *c.controls)]
+
+
+def told_apart(condition: Condition) -> str:
+    """How many of the others the best is better than, in words."""
+    others: Sequence[Standing] = [each for each in condition.standings if each is not condition.best]
+    apart = sum(each.apart for each in others)
+    return f"{condition.best.choice} is better than {apart} of {len(others)} beyond chance (p < {ALPHA} after Holm)."

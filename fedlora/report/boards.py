@@ -10,6 +10,7 @@ import pandas as pd
 
 from fedlora.report import frames, views
 from fedlora.report.decision import ALPHA, COSTS, Condition, Decision, Standing
+from fedlora.report.measures import Measures
 from fedlora.report.views import Cell, Table, p_value, shown, spread
 
 _NOTHING = Cell("–", math.inf)
@@ -72,6 +73,26 @@ def across(decision: Decision) -> Table:
         counts = [Cell(str(count), count) for count in (overall.wins, overall.ties, overall.losses)]
         body.append([views.name(setting, overall.choice), *cells, *numbers, *counts])
     return Table(titles, body)
+
+
+def measured(found: Measures) -> Table:
+    """Scores at a budget, what the target costs, and the area under the curve, a row per choice."""
+    titles = ["choice", f"accuracy at {found.megabytes:.3g} MB", f"accuracy at {found.seconds:.3g} s"]
+    titles += [f"{what} to {found.target:.3f}" for what in ("rounds", "MB", "s")]
+    titles += ["mean over rounds", "worst client", "10th percentile"]
+    body = []
+    for each in found.choices:
+        results = each.standing.results
+        scores = [shown(each.at_megabytes), shown(each.at_seconds)]
+        spent = [_until(each.rounds_to, 1), _until(each.megabytes_to, 2), _until(each.seconds_to, 1)]
+        clients = [shown(results[name].mean) for name in ("worst_client", "p10_client")]
+        name = views.name(each.standing.setting, each.standing.choice)
+        body.append([name, *scores, *spent, shown(each.area), *clients])
+    return Table(titles, body)
+
+
+def _until(value: float, digits: int) -> Cell:
+    return Cell("not reached", value) if math.isinf(value) else shown(value, digits)
 
 
 def leaderboard_frame(decision: Decision) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 import fedlora
 from fedlora.errors import FedloraError, counted, saving
 from fedlora.files.atomic import write_atomic, write_json
-from fedlora.report import boards, curves, frames, maps, plots, tables, verdict, views
+from fedlora.report import boards, curves, frames, maps, measures, pareto, plots, tables, verdict, views
 from fedlora.report.decision import Decision, decide
 from fedlora.report.frames import Comparison
 from fedlora.report.marks import Figure
@@ -71,7 +71,7 @@ def render(comparison: Comparison, decided: Decision) -> str:
         lstrip_blocks=True,
     )
     environment.filters["counted"] = counted
-    sections = _figures(comparison, decided)
+    sections, known = _figures(comparison, decided), measures.curves(comparison)
     every = [figure for figures in sections.values() for figure in figures]
     found = frames.settings(comparison.runs)
     return environment.get_template("report.html").render(
@@ -86,6 +86,7 @@ def render(comparison: Comparison, decided: Decision) -> str:
         views=views,
         decided=decided,
         verdict=verdict,
+        measures=[measures.of(condition, known) for condition in decided.conditions],
         boards=boards,
         sharing=tables.sharing(comparison),
     )
@@ -103,6 +104,7 @@ def _figures(comparison: Comparison, decided: Decision) -> dict[str, list[Figure
     sections = {name: [by_key[key] for key in keys if key in by_key] for name, keys in chosen.items()}
     return {
         "final": [final] if final else [],
+        "pareto": pareto.figures(decided, frames.settings(comparison.runs)),
         **sections,
         "layers": maps.layers(comparison),
         "related": maps.rho_accuracy(comparison),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.adapter.divergence import Divergence
+from fedlora.files.limits import short
 from fedlora.metrics import Bytes
 from fedlora.model.provenance import Origin
 from fedlora.training.evaluation import Scores
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from fedlora.run.runfolder import RunFolder
 
 _SETUP = "setup.json"
+_LARGEST = 2**63
+"""Beyond it is no number that a client can have counted or measured."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,18 @@ class ClientRecord:
         """Raises:
         KeyError, TypeError, ValueError: it does not say what it should.
         """
-        scores = {name: content[name] and Scores.from_json(content[name]) for name in ("validation", "local")}
-        plain = {each.name: content[each.name] for each in fields(cls)}
-        return cls(**plain | {"bytes": Bytes(**content["bytes"]), **scores})
+        said = {each.name: content[each.name] for each in fields(cls)}
+        counts = {name: said[name] for name in ("round", "client", "examples", "rank")} | said["bytes"]
+        measured = {f"losses[{step}]": loss for step, loss in enumerate(said["losses"])} | {"seconds": said["seconds"]}
+        for name, value in (counts | measured).items():
+            kinds = (int,) if name in counts else (int, float)
+            if type(value) not in kinds or not abs(value) < _LARGEST or (name in counts and value < 0):
+                raise ValueError(f"{name} is {short(value)}")
+        for name in ("validation", "local"):
+            said[name] = None if said[name] is None else Scores.from_json(said[name])
+        if said["validation"] and not said["validation"].examples:
+            raise ValueError("validation is on no examples")
+        return cls(**said | {"losses": list(said["losses"]), "bytes": Bytes(**said["bytes"])})
 
     def _scores(self) -> dict[str, Scores | None]:
         return {"validation": self.validation, "local": self.local}

@@ -181,7 +181,7 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
         rank=upload.rank,
         losses=trained.losses,
         seconds=trained.seconds,
-        bytes=crossing(run, turn, start, upload),
+        bytes=crossing(run, turn, state.base, start, upload),
         validation=_score(bench, run, data.train, held_out) if len(held_out) else None,
         local=_score(bench, run, data.test, own.test) if config.evaluation.local else None,
     )

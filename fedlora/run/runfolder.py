@@ -300,7 +300,6 @@ class RunFolder:
             **record,
             "state": states.scalars(state),
             "base_bytes": state.base_step.wire_bytes(),
-            "base_total_bytes": state.base.wire_bytes(),
         }
         self.write_tensors(self.state_stem(state.round), states.tensors(state), complete)
 

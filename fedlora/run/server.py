@@ -124,7 +124,7 @@ class Server:
         probe.prepare(run, number, state, updates)
         validation = {each.record.client: each.record.validation.loss for each in accepted if each.record.validation}
         risen = ranks.after_round(config.lora, number, validation, config.clients)
-        crossed = total([*(each.record.bytes for each in accepted), *(Bytes(**entry.bytes) for entry in roll.entries)])
+        crossed = total([*(each.record.bytes for each in accepted), *(entry.bytes for entry in roll.entries)])
         outcome = Outcome(made.divergence, crossed, self._read_seconds, made.seconds, made.divergence_seconds)
         # As it is read again: it may hold uploads that live in files, which are removed before it is let go.
         new = states.as_stored(replace(made.state, ranks={**made.state.ranks, **risen}))

@@ -126,11 +126,11 @@ class Outcome:
     divergence: Divergence
     bytes: Bytes
     """Everything that crossed the wire in the round, in vain or not."""
-    read_seconds: float = 0.0
+    read_seconds: float | None = None
     """Reading and verifying the updates, and the state where this process has not made it."""
     seconds: float = 0.0
     """Aggregation alone."""
-    divergence_seconds: float = 0.0
+    divergence_seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         times = {name: getattr(self, name) for name in ("read_seconds", "seconds", "divergence_seconds")}
@@ -138,7 +138,7 @@ class Outcome:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Outcome:
-        """Seconds that an earlier version did not measure are 0."""
+        """Seconds that an earlier version did not measure are None."""
         divergence = Divergence.from_json(content["divergence"])
         return cls(**_known(cls, content) | {"divergence": divergence, "bytes": Bytes(**content["bytes"])})
 

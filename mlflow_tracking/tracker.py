@@ -206,11 +206,12 @@ def _is_finished(tracked: Tracked) -> bool:
 
 
 def _close(run: RunFolder, tracked: Tracked, note: str) -> None:
-    last = rounds.records(run)[-1]
+    records = rounds.records(run)
+    last = records[-1]
     with store.errors(tracked.uri):
         client = store.client(tracked.uri)
         finals = {name: last.metrics[source] for source, name in FINALS.items() if source in last.metrics}
-        seconds = metrics.seconds(rounds.records(run))
+        seconds = metrics.seconds(records)
         finals |= {} if seconds is None else {"final/seconds": seconds}
         _log_metrics(client, tracked, last, finals)
         for folder in ("adapter", "tables", "figures"):

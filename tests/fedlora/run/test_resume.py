@@ -284,6 +284,19 @@ def test_a_folder_with_something_else_is_refused(configure, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_seal_is_of_the_content_as_it_is_read_again(tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_json("a.json", {10: (1, 2), 9: [0.1, 1e300, float("inf")], "ρ": {"é": None, 2: True}, "b": 2**70})
+    seal = "ee5d29cbcf96c35a6a943498b96f5ee7"
+    assert json.loads((tmp_path / "a.json").read_text())["seal"][:32] == seal
+    assert run.read_json("a.json") == {
+        "10": [1, 2],
+        "9": [0.1, 1e300, float("inf")],
+        "ρ": {"é": None, "2": True},
+        "b": 2**70,
+    }
+
+
 class TestReadings:
     """Of what a server has at hand already."""
 

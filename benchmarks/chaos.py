@@ -38,6 +38,7 @@ import psutil
 
 from deployments.shipped import PRESETS
 from fedlora.config import configfile
+from fedlora.metrics import FINAL
 from fedlora.run import loop, rounds
 from fedlora.run.runfolder import RunFolder
 
@@ -179,7 +180,7 @@ def points(home: Path, folder: Path) -> dict[str, Any]:
     client = MlflowClient(uri)
     experiments = [each.experiment_id for each in client.search_experiments()]
     found = client.search_runs(experiments, f"tags.`fedlora.run` = '{RunFolder(folder).id}'")
-    names = [name for run in found for name in run.data.metrics if not name.startswith("final/")]
+    names = [name for run in found for name in run.data.metrics if not name.startswith(FINAL)]
     history = {name: client.get_metric_history(found[0].info.run_id, name) for name in names}
     return {
         "runs": len(found),

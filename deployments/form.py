@@ -6,13 +6,21 @@ choice that may be left to the preset has a word for that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic.json_schema import WithJsonSchema
 
 AS_IN_PRESET = "as in the preset"
+SETTINGS = ("strategy", "rounds", "clients", "fraction", "seed")
+"""Parameters of the flow `federated` that are settings of the run."""
 _YAML = r"\.ya?ml$"
 """What is no name must be a file: Prefect refuses a mistyped name when the run is asked for, not when it runs."""
+
+
+def settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among a flow's parameters that are not left to the preset."""
+    return {key: parameters[key] for key in SETTINGS if parameters.get(key) not in (None, AS_IN_PRESET)}
 
 
 def name_or_file(names: Sequence[str], title: str) -> WithJsonSchema:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlora.adapter.divergence import Divergence
-from fedlora.training.evaluation import Scores
+if TYPE_CHECKING:  # torch: who asks for a name need not wait for it
+    from fedlora.adapter.divergence import Divergence
+    from fedlora.training.evaluation import Scores
 
 GLOBAL_ACCURACY = "global/accuracy"
 GLOBAL_LOSS = "global/loss"
@@ -46,6 +47,24 @@ MEMORY_CLIENT = "memory/client_bytes"
 MEMORY_SERVER = "memory/server_bytes"
 """The most that the server's process has held so far."""
 
+FINAL = "final/"
+"""What the names of a run's results begin with."""
+FINAL_ACCURACY = f"{FINAL}accuracy"
+FINAL_MACRO_F1 = f"{FINAL}macro_f1"
+FINAL_GAP = f"{FINAL}gap"
+FINAL_SECONDS = f"{FINAL}seconds"
+FINALS = {
+    GLOBAL_ACCURACY: FINAL_ACCURACY,
+    GLOBAL_MACRO_F1: FINAL_MACRO_F1,
+    GLOBAL_LOSS: f"{FINAL}loss",
+    LOCAL_ACCURACY: f"{FINAL}local_accuracy",
+    GAP_ACCURACY: FINAL_GAP,
+    RHO_MODEL: f"{FINAL}rho",
+    RHO_FLOOR: f"{FINAL}rho_floor",
+    BYTES_TOTAL: f"{FINAL}bytes",
+}
+"""The last round's metrics that are repeated as a run's results, and their names there."""
+
 PARTIAL = (TIME_TRAIN, TIME_ROUND)
 """What in a resumed round covers only what was done again; the server's seconds are kept with what they were spent on,
 and a round is scored in one go."""
@@ -67,6 +86,10 @@ class Bytes:
     @property
     def total(self) -> int:
         return self.up_adapter + self.up_head + self.down_adapter + self.down_head + self.down_base
+
+
+BYTES = {each.name: f"bytes/{each.name}" for each in fields(Bytes)}
+"""Names of the round's bytes by kind."""
 
 
 def of_global(scores: Scores) -> dict[str, float]:
@@ -109,14 +132,7 @@ def of_divergence(divergence: Divergence) -> dict[str, float]:
 
 def of_bytes(sent: Bytes, before: float) -> dict[str, float]:
     """Bytes of the round by kind, and of all rounds so far (`before` is the total up to the last round)."""
-    return {
-        "bytes/up_adapter": sent.up_adapter,
-        "bytes/up_head": sent.up_head,
-        "bytes/down_adapter": sent.down_adapter,
-        "bytes/down_head": sent.down_head,
-        "bytes/down_base": sent.down_base,
-        BYTES_TOTAL: before + sent.total,
-    }
+    return {metric: getattr(sent, name) for name, metric in BYTES.items()} | {BYTES_TOTAL: before + sent.total}
 
 
 def of_participation(counts: Mapping[str, int]) -> dict[str, float]:

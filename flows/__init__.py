@@ -1,1 +1,1 @@
-"""Prefect flows and the command line."""
+"""Prefect flows: a federated run, a sweep of them, a report on runs."""

@@ -75,10 +75,9 @@ def federated(
             continued. Empty: a new one.
         mlflow_parent: MLflow run id of the sweep that this run belongs to.
     """
-    flat = {"strategy": strategy, "rounds": rounds, "clients": clients, "fraction": fraction, "seed": seed}
-    given = {key: value for key, value in flat.items() if value not in (None, form.AS_IN_PRESET)}
+    flat = dict(zip(form.SETTINGS, (strategy, rounds, clients, fraction, seed), strict=True))
     others = configfile.absolute_paths(overrides or {}, DEPLOYMENTS)
-    config = configfile.load(preset, {**others, **given}, PRESETS)
+    config = configfile.load(preset, {**others, **form.settings(flat)}, PRESETS)
     place = home.runs() / run_dir if run_dir else default_folder(config)
     checks.of_run(config, place)
     folder = RunFolder.create(place, config)

@@ -66,8 +66,9 @@ class Logbook(Observer):
 
     def deliver(self) -> None:
         """Write what the finished run leaves, log it, and close the record."""
-        publish.submit(self._run, self.tracked, self.page.note()).result()
-        self.page.summarise()
+        note = self.page.note()
+        publish.submit(self._run, self.tracked, note).result()
+        self.page.summarise(note)
         self._told.results(self.page.address, self._run.folder.path)
 
     @property

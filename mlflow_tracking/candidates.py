@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.errors import FedloraError, counted
+from fedlora.metrics import FINAL_ACCURACY
 from fedlora.strategies import registry
 from mlflow_tracking import store
 
 LEVEL = 0.05
 """How likely a promotion may be where there is no difference (one-sided)."""
 
-_ACCURACY, _DATA = "final/accuracy", "data.digest"
+_DATA = "data.digest"
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,12 @@ def entrant_of(run: Any, settings: Mapping[str, Any]) -> Entrant | None:
     """A run of MLflow as it competes; None where it says no accuracy or not what it was tested on."""
     metrics, tags = run.data.metrics, run.data.tags
     datasets = run.inputs.dataset_inputs if run.inputs else []
-    if _ACCURACY not in metrics or _DATA not in tags or not datasets:
+    if FINAL_ACCURACY not in metrics or _DATA not in tags or not datasets:
         return None
     examples = json.loads(datasets[0].dataset.profile)["examples"]["test"]
     # Of another partition of the same data an adapter may be better because the task was easier.
     tested = " ".join(filter(None, (tags[_DATA], tags.get("partition.hash"))))
-    score = Score(int(run.data.params["seed"]), float(metrics[_ACCURACY]), tested)
+    score = Score(int(run.data.params["seed"]), float(metrics[FINAL_ACCURACY]), tested)
     found = run.info.run_id, str(run.info.experiment_id), tags["strategy"]
     return Entrant(*found, dict(settings), score, int(examples), tags.get("partition.hash", ""))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 import yaml
 
+from fedlora import metrics
 from fedlora.config import configfile
 from fedlora.errors import ConfigError, TrackingError, did_you_mean
 from fedlora.report import frames
@@ -183,7 +184,7 @@ def table(runs: Sequence[Any], parents: Iterable[Any] = ()) -> pd.DataFrame:
     sweeps = {run.info.run_id: _names(run)[0] for run in parents}
     rows = [_row(run, sweeps) for run in runs]
     found = pd.DataFrame(rows, columns=list(dict.fromkeys([*RUN_COLUMNS, *(key for row in rows for key in row)])))
-    results = [column for column in found.columns if str(column).startswith("final/")]
+    results = [column for column in found.columns if str(column).startswith(metrics.FINAL)]
     return found[[column for column in found.columns if column not in results] + sorted(results)]
 
 
@@ -200,7 +201,7 @@ def _row(run: Any, sweeps: dict[str, str]) -> dict[str, Any]:
         "partition": tags.get("partition.hash"),
         "digest": tags.get("fedlora.config"),
         "started": pd.Timestamp(run.info.start_time, unit="ms", tz="UTC"),
-        **{key: value for key, value in run.data.metrics.items() if key.startswith("final/")},
+        **{key: value for key, value in run.data.metrics.items() if key.startswith(metrics.FINAL)},
     }
 
 

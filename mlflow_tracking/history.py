@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from fedlora.metrics import RoundRecord
+from fedlora.metrics import FINAL, RoundRecord
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -23,7 +23,7 @@ def records(client: MlflowClient, run: Any) -> list[RoundRecord]:
 def many(client: MlflowClient, runs: Iterable[Any]) -> dict[str, list[RoundRecord]]:
     """The rounds of several runs, by run id."""
     wanted = list(runs)
-    pairs = [(run.info.run_id, name) for run in wanted for name in run.data.metrics if not name.startswith("final/")]
+    pairs = [(run.info.run_id, name) for run in wanted for name in run.data.metrics if not name.startswith(FINAL)]
     found: dict[str, dict[int, tuple[int, dict[str, float]]]] = {run.info.run_id: {} for run in wanted}
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         for (run_id, name), points in zip(

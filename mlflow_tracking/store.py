@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora.config import addresses
 from fedlora.errors import TrackingError, first_line
 from fedlora.files import home
+from fedlora.metrics import FINAL_ACCURACY
 
 if TYPE_CHECKING:
     import requests
@@ -266,7 +267,7 @@ def sweep_page(experiment: str, parent: str) -> str:
     """
     query = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent}'",
-        "orderByKey": "metrics.`final/accuracy`",
+        "orderByKey": f"metrics.`{FINAL_ACCURACY}`",
         "orderByAsc": "false",
         "compareRunsMode": "CHART",
     }

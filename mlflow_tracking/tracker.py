@@ -35,18 +35,6 @@ _FINISHED = "FINISHED"
 _RUN_ID = "fedlora.run"
 """Tag: the id of the run folder."""
 
-FINALS = {
-    metrics.GLOBAL_ACCURACY: "final/accuracy",
-    metrics.GLOBAL_MACRO_F1: "final/macro_f1",
-    metrics.GLOBAL_LOSS: "final/loss",
-    metrics.LOCAL_ACCURACY: "final/local_accuracy",
-    metrics.GAP_ACCURACY: "final/gap",
-    metrics.RHO_MODEL: "final/rho",
-    metrics.RHO_FLOOR: "final/rho_floor",
-    metrics.BYTES_TOTAL: "final/bytes",
-}
-"""The last round's metrics that are repeated as a run's results, and their names there."""
-
 
 @dataclass(frozen=True)
 class Tracked:
@@ -206,12 +194,13 @@ def _is_finished(tracked: Tracked) -> bool:
 
 
 def _close(run: RunFolder, tracked: Tracked, note: str) -> None:
-    last = rounds.records(run)[-1]
+    records = rounds.records(run)
+    last = records[-1]
     with store.errors(tracked.uri):
         client = store.client(tracked.uri)
-        finals = {name: last.metrics[source] for source, name in FINALS.items() if source in last.metrics}
-        seconds = metrics.seconds(rounds.records(run))
-        finals |= {} if seconds is None else {"final/seconds": seconds}
+        finals = {name: last.metrics[source] for source, name in metrics.FINALS.items() if source in last.metrics}
+        seconds = metrics.seconds(records)
+        finals |= {} if seconds is None else {metrics.FINAL_SECONDS: seconds}
         _log_metrics(client, tracked, last, finals)
         for folder in ("adapter", "tables", "figures"):
             client.log_artifacts(tracked.run, str(run.path / folder), folder)

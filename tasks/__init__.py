@@ -1,1 +1,1 @@
-"""Prefect tasks: a few lines each around `fedlora` and `mlflow_tracking`; paths and small numbers in and out."""
+"""Prefect tasks, a few lines each around `fedlora` and `mlflow_tracking`, and what Prefect's pages show of them."""

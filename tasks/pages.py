@@ -57,9 +57,9 @@ class RunPage:
             ]
         )
 
-    def summarise(self) -> None:
-        """Publish the summary artifact, with the way to MLflow."""
-        text, about = f"{self.note()}\n\n{self._way_to_mlflow()}", self._config.strategy
+    def summarise(self, note: str) -> None:
+        """Publish the summary artifact: the note, and the way to MLflow."""
+        text, about = f"{note}\n\n{self._way_to_mlflow()}", self._config.strategy
         outages.optional(
             lambda: create_markdown_artifact(text, key="federated-summary", description=about), _PATIENCE_S
         )

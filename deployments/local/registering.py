@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deployments.form import AS_IN_PRESET
+from deployments import form
 from deployments.local import authentication
 from deployments.local.asking import POOLS
 from deployments.local.environment import of_child, prepare
@@ -85,15 +85,11 @@ def _check_parameters(entrypoint: str, parameters: dict[str, Any], folder: Path)
     """
     overrides = configfile.absolute_paths(parameters.get("overrides") or {}, folder)
     if entrypoint.endswith(":federated"):
-        flat = {key: parameters[key] for key in _FLAT if parameters.get(key) not in (None, AS_IN_PRESET)}
-        configfile.load(str(parameters.get("preset", "demo")), {**overrides, **flat}, folder / PRESETS.name)
+        preset = str(parameters.get("preset", "demo"))
+        configfile.load(preset, {**overrides, **form.settings(parameters)}, folder / PRESETS.name)
     elif entrypoint.endswith(":run_sweep"):
         configfile.find(str(parameters.get("sweep", "demo")), folder / SWEEPS.name, "sweep")
         configfile.check_keys(overrides)
-
-
-_FLAT = ("strategy", "rounds", "clients", "fraction", "seed")
-"""Parameters of the flow `federated` that are settings of the run."""
 
 
 def declared(source: Path = SOURCE) -> list[dict[str, Any]]:

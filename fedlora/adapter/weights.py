@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -179,26 +180,29 @@ class Adapter:
 
     def tensors(self, parts: frozenset[Part] = EVERY_PART) -> dict[str, Tensor]:
         """PEFT state-dict names to contiguous tensors, for the parts asked for."""
+        return {name: tensor.contiguous() for name, tensor in self._named(parts).items()}
+
+    def _named(self, parts: frozenset[Part]) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}
         for module in self.modules:
             factors, suffixes = self.factors[module], _SUFFIXES[self.kinds.get(module, "linear")]
             if "A" in parts:
-                named[f"{PEFT_PREFIX}{module}.{suffixes['A']}"] = factors.A.contiguous()
+                named[f"{PEFT_PREFIX}{module}.{suffixes['A']}"] = factors.A
             if "B" in parts:
-                named[f"{PEFT_PREFIX}{module}.{suffixes['B']}"] = factors.B.contiguous()
+                named[f"{PEFT_PREFIX}{module}.{suffixes['B']}"] = factors.B
         if "core" in parts:
             for module in sorted(self.cores):
-                named[f"{PEFT_PREFIX}{module}.{_CORE}"] = self.cores[module].contiguous()
+                named[f"{PEFT_PREFIX}{module}.{_CORE}"] = self.cores[module]
         if "magnitude" in parts:
             for module in sorted(self.magnitudes):
-                named[f"{PEFT_PREFIX}{module}.{_MAGNITUDE}"] = self.magnitudes[module].contiguous()
+                named[f"{PEFT_PREFIX}{module}.{_MAGNITUDE}"] = self.magnitudes[module]
         if "head" in parts:
-            named |= {f"{PEFT_PREFIX}{name}": self.head[name].contiguous() for name in sorted(self.head)}
+            named |= {f"{PEFT_PREFIX}{name}": self.head[name] for name in sorted(self.head)}
         return named
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """PEFT state-dict names to shapes."""
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors().items()}
+        return {name: tuple(tensor.shape) for name, tensor in self._named(EVERY_PART).items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Adapter:
@@ -306,11 +310,16 @@ class Layout:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Layout:
-        """Sort names into parts.
+        """Sort names into parts; those of the last few adapters are remembered, as many clients send the same.
 
         Raises:
             AdapterError: a module with only one of its factors or named in two manners, no module at all.
         """
+        return cls._of(tuple(names))
+
+    @classmethod
+    @lru_cache(8)
+    def _of(cls, names: tuple[str, ...]) -> Layout:
         halves: dict[str, dict[Literal["A", "B"], str]] = {}
         head: dict[str, str] = {}
         magnitudes: dict[str, str] = {}
@@ -376,6 +385,12 @@ def _at_rank_of(
 
 def wire_size(adapter: Adapter, parts: frozenset[Part]) -> tuple[int, int]:
     """Bytes of an adapter's factors (and magnitudes) and of its head as sent (serialised; 0 for what is not sent)."""
-    factors = adapter.tensors(parts - {"head"})
-    head = adapter.tensors(parts & {"head"})
-    return (len(serialise(factors)) if factors else 0), (len(serialise(head)) if head else 0)
+    sent = (adapter._named(parts - {"head"}), adapter._named(parts & {"head"}))
+    factors, head = (_length(tuple((n, t.shape, t.dtype) for n, t in named.items())) for named in sent)
+    return factors, head
+
+
+@lru_cache(64)
+def _length(layout: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> int:
+    """Bytes of tensors as serialised, whatever their values; the same for the many clients that send alike ones."""
+    return len(serialise({name: torch.empty(shape, dtype=dtype) for name, shape, dtype in layout})) if layout else 0

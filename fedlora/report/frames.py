@@ -13,7 +13,7 @@ from fedlora import metrics
 from fedlora.config.run import NEUTRAL
 from fedlora.report.roles import Roles
 
-ACCURACY = "final/accuracy"
+ACCURACY = metrics.FINAL_ACCURACY
 
 RUN_COLUMNS = ("run_id", "name", "status", "sweep", "strategy", "seed", "partition", "digest", "started")
 """The columns of `Comparison.runs` that are neither settings nor results."""
@@ -106,7 +106,9 @@ def plain(value: Any) -> str:
 def settings_columns(runs: pd.DataFrame) -> list[str]:
     """The columns of a table of runs that hold settings (dotted keys of the configuration)."""
     return [
-        str(column) for column in runs.columns if column not in RUN_COLUMNS and not str(column).startswith("final/")
+        str(column)
+        for column in runs.columns
+        if column not in RUN_COLUMNS and not str(column).startswith(metrics.FINAL)
     ]
 
 

@@ -30,11 +30,7 @@ BOUNDS = {**dict.fromkeys(("accuracy", "macro_f1", "worst_client", "p10_client")
 BOUNDS |= dict.fromkeys(("rho_first", "rho_mean", "rho_last", "rho_floor", "megabytes", "seconds"), (0.0, math.inf))
 
 COSTS = {
-    "up_adapter": "bytes/up_adapter",
-    "up_head": "bytes/up_head",
-    "down_adapter": "bytes/down_adapter",
-    "down_head": "bytes/down_head",
-    "down_base": "bytes/down_base",
+    **metrics.BYTES,
     "train": metrics.TIME_TRAIN,
     "read": metrics.TIME_READ,
     "aggregate": metrics.TIME_AGGREGATE,
@@ -49,7 +45,11 @@ def results(comparison: Comparison) -> pd.DataFrame:
     """A row per run (index: run id) with `RESULTS`; what was not measured is NaN."""
     runs = comparison.runs.set_index("run_id")
     found = pd.DataFrame(index=runs.index)
-    for name, metric in (("accuracy", frames.ACCURACY), ("macro_f1", "final/macro_f1"), ("gap", "final/gap")):
+    for name, metric in (
+        ("accuracy", frames.ACCURACY),
+        ("macro_f1", metrics.FINAL_MACRO_F1),
+        ("gap", metrics.FINAL_GAP),
+    ):
         found[name] = runs.get(metric, math.nan)
     trained = comparison.rounds[comparison.rounds["round"] > 0].sort_values("round")
     by_run = trained.groupby("run_id")

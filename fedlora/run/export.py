@@ -12,6 +12,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import counted, saving
 from fedlora.exchange.peftfolder import DESCRIPTION, config_at_ranks, write_peft_folder
 from fedlora.files.atomic import write_json
+from fedlora.metrics import RoundRecord
 from fedlora.model import base as model
 from fedlora.report import plots
 from fedlora.run import rounds
@@ -27,9 +28,10 @@ def final(run: RunFolder) -> None:
     """
     with saving(run.path):
         adapter(run, run.config.rounds, run.path / "adapter")
-        run.write_json("tables/divergence.json", table(run, "divergence"))
-        run.write_json("tables/clients.json", table(run, "clients"))
-        records = {run.config.strategy: rounds.records(run)}
+        closed = list(run.closed())
+        for name in ("divergence", "clients"):  # rows of `fedlora.run.rows`, of the rounds after training began
+            run.write_json(f"tables/{name}.json", [row for record in closed[1:] for row in record["rows"][name]])
+        records = {run.config.strategy: [RoundRecord.from_json(record) for record in closed]}
         plots.rounds_figure(records, run.path / "figures" / "rounds.png")
         plots.conditions_figure(records, run.path / "figures" / "conditions.png")
 
@@ -118,9 +120,3 @@ def _kind(config: RunConfig, peft_config: Mapping[str, Any]) -> str:
     alpha = f", alpha {peft_config['lora_alpha']:g}" if "lora_alpha" in peft_config else ""
     ranks = ", clients of several ranks" if config.lora.mixed_ranks else ""
     return f"{config.lora.variant}, rank {peft_config['r']}{alpha}{ranks}"
-
-
-def table(run: RunFolder, name: str) -> list[dict[str, Any]]:
-    """The rows of all rounds after training began: `clients` or `divergence` (see `fedlora.run.rows`)."""
-    closed = (run.need_json(run.record_name(number)) for number in run.finished_rounds()[1:])
-    return [row for record in closed for row in record["rows"][name]]

@@ -1,4 +1,8 @@
-"""What is asked of a client's update before it may reach the aggregate. Nothing that it says of itself is believed."""
+"""What is asked of a client's update before it may reach the aggregate.
+
+What the server knows better is not believed. Only the client can know how many of its examples it trained on, its
+losses, scores, seconds and bytes: these are taken as it says, where they are such numbers.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,8 @@ def inspect(run: RunFolder, turn: Turn, start: Adapter, most_examples: int, in_m
 
     Raises:
         UpdateRejected: a stale round, a replayed ticket, a file that is not what was sent, a module, shape, rank or
-            type that was not asked for, values that are not finite, a change beyond `channel.max_norm`.
+            type that was not asked for, values that are not finite, a change beyond `channel.max_norm`, a record that
+            does not say what it should.
     """
     stem = run.client_stem(turn.round, turn.client)
     record = run.read_json(f"{stem}.json")
@@ -56,7 +61,10 @@ def inspect(run: RunFolder, turn: Turn, start: Adapter, most_examples: int, in_m
         said = str(error)
         raise UpdateRejected(said if said.startswith(str(turn)) else f"{turn}: {said}") from None
     _check_norm(upload, start, run.config.channel.max_norm, turn)
-    return Accepted(_read(record, turn), record["digest"], upload)
+    known = _read(record, turn)
+    if known.rank != upload.rank:
+        raise UpdateRejected(f"{turn}: the update says it has rank {known.rank}, and has {upload.rank}")
+    return Accepted(known, record["digest"], upload)
 
 
 def _read(record: Mapping[str, Any], turn: Turn) -> ClientRecord:

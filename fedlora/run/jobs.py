@@ -150,21 +150,21 @@ def initialise(bench: Workbench, folder: Path) -> str | None:
     return model.head_note
 
 
-def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attempt: int = 0) -> ClientRecord | None:
-    """Train one client in round `number` (from 1) and score its model on its own test examples; returns its record, or
-    None where its update would not arrive in time (`channel.faults`), so that there is no use in training it.
+def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attempt: int = 0) -> None:
+    """Train one client in round `number` (from 1) and score its model on its own test examples; where its update would
+    not arrive in time (`channel.faults`), there is no use in training it.
 
     Raises:
         ClientFailed: training diverged.
     """
     run = RunFolder(folder)
     stem = run.client_stem(number, client_id)
-    if known := run.read_record(stem):
-        return ClientRecord.from_json(known)
+    if run.read_record(stem):
+        return
     config, turn = run.config, Turn(run.config.seed, number, client_id, attempt)
     fate = channel.fate(config, turn)
     if not fate.arrives(config.channel.deadline_s):
-        return None
+        return
     state, strategy = _state(run, bench, number - 1), run.strategy
     start, plan = strategy.broadcast(state, client_id), strategy.plan(number)
     data, model = _data(run, bench), _model(run, bench, state, number - 1)
@@ -181,7 +181,7 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
         rank=upload.rank,
         losses=trained.losses,
         seconds=trained.seconds,
-        bytes=crossing(run, turn, start, upload),
+        bytes=crossing(run, turn, state.base, start, upload),
         validation=_score(bench, run, data.train, held_out) if len(held_out) else None,
         local=_score(bench, run, data.test, own.test) if config.evaluation.local else None,
     )
@@ -189,7 +189,6 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
     if fate.damage:
         message = channel.damaged(message, fate.damage, start, turn)
     run.write_tensors(stem, message.tensors, message.record, message.on_the_way)
-    return record
 
 
 def evaluate(bench: Workbench, folder: Path, number: int, part: Part) -> Scores:

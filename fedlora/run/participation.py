@@ -13,9 +13,11 @@ from typing import Literal
 
 from fedlora import seeds
 from fedlora.adapter import Adapter
+from fedlora.adapter.base_update import BaseUpdate
 from fedlora.channel import faults as channel
 from fedlora.config import RunConfig
 from fedlora.errors import RunAborted, UpdateRejected, counted
+from fedlora.metrics import Bytes
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.traffic import crossing
 from fedlora.seeds import Turn
@@ -40,7 +42,7 @@ class Entry:
     """Virtual seconds until its update arrived."""
     digest: str | None = None
     """Of the update that was accepted."""
-    bytes: dict[str, int] = field(default_factory=dict)
+    bytes: Bytes = field(default_factory=Bytes)
     """What crossed the wire in vain."""
 
 
@@ -101,7 +103,8 @@ def _summary(status: str, entries: Sequence[Entry]) -> str:
 def read(run: RunFolder, number: int) -> Roll:
     """The roll of a round; empty before anybody has answered."""
     content = run.read_json(run.roll_name(number))
-    return Roll(tuple(Entry(**entry) for entry in content["entries"])) if content else Roll()
+    entries = content["entries"] if content else ()
+    return Roll(tuple(Entry(**entry | {"bytes": Bytes(**entry["bytes"])}) for entry in entries))
 
 
 def next_ask(run: RunFolder, number: int) -> Ask | None:
@@ -179,7 +182,7 @@ def receive(run: RunFolder, ask: Ask, failed: Mapping[int, str], state: ServerSt
         else:
             entry = _taken(run, turn, fate, start, inspect, missing)
         missing -= entry.status == "completed"
-        entries.append(entry if entry.status == "completed" else _with_bytes(run, start, turn, entry))
+        entries.append(entry if entry.status == "completed" else _with_bytes(run, state.base, start, turn, entry))
     roll = Roll(before.entries + tuple(sorted(entries, key=lambda entry: entry.client)))
     run.write_json(run.roll_name(ask.round), {"entries": [asdict(entry) for entry in roll.entries]})
     return roll
@@ -218,10 +221,10 @@ def _put_aside(run: RunFolder, turn: Turn) -> None:
             file.replace(file.with_name(f"rejected-{turn.client:03d}-{turn.attempt}{suffix}"))
 
 
-def _with_bytes(run: RunFolder, start: Adapter, turn: Turn, entry: Entry) -> Entry:
+def _with_bytes(run: RunFolder, base: BaseUpdate, start: Adapter, turn: Turn, entry: Entry) -> Entry:
     """The entry with what was sent in vain: the broadcast, and an update of the size asked for by whoever sent one."""
     sent = start if entry.status in ("late", "surplus", "rejected") else None
-    return replace(entry, bytes=asdict(crossing(run, turn, start, sent)))
+    return replace(entry, bytes=crossing(run, turn, base, start, sent))
 
 
 def virtual_seconds(config: RunConfig, roll: Roll) -> float:

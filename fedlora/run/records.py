@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.adapter.divergence import Divergence
+from fedlora.files.limits import short
 from fedlora.metrics import Bytes
 from fedlora.model.provenance import Origin
 from fedlora.training.evaluation import Scores
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from fedlora.run.runfolder import RunFolder
 
 _SETUP = "setup.json"
+_LARGEST = 2**63
+"""Beyond it is no number that a client can have counted or measured."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,18 @@ class ClientRecord:
         """Raises:
         KeyError, TypeError, ValueError: it does not say what it should.
         """
-        scores = {name: content[name] and Scores.from_json(content[name]) for name in ("validation", "local")}
-        plain = {each.name: content[each.name] for each in fields(cls)}
-        return cls(**plain | {"bytes": Bytes(**content["bytes"]), **scores})
+        said = {each.name: content[each.name] for each in fields(cls)}
+        counts = {name: said[name] for name in ("round", "client", "examples", "rank")} | said["bytes"]
+        measured = {f"losses[{step}]": loss for step, loss in enumerate(said["losses"])} | {"seconds": said["seconds"]}
+        for name, value in (counts | measured).items():
+            kinds = (int,) if name in counts else (int, float)
+            if type(value) not in kinds or not abs(value) < _LARGEST or (name in counts and value < 0):
+                raise ValueError(f"{name} is {short(value)}")
+        for name in ("validation", "local"):
+            said[name] = None if said[name] is None else Scores.from_json(said[name])
+        if said["validation"] and not said["validation"].examples:
+            raise ValueError("validation is on no examples")
+        return cls(**said | {"losses": list(said["losses"]), "bytes": Bytes(**said["bytes"])})
 
     def _scores(self) -> dict[str, Scores | None]:
         return {"validation": self.validation, "local": self.local}
@@ -114,11 +126,11 @@ class Outcome:
     divergence: Divergence
     bytes: Bytes
     """Everything that crossed the wire in the round, in vain or not."""
-    read_seconds: float = 0.0
+    read_seconds: float | None = None
     """Reading and verifying the updates, and the state where this process has not made it."""
     seconds: float = 0.0
     """Aggregation alone."""
-    divergence_seconds: float = 0.0
+    divergence_seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         times = {name: getattr(self, name) for name in ("read_seconds", "seconds", "divergence_seconds")}
@@ -126,7 +138,7 @@ class Outcome:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Outcome:
-        """Seconds that an earlier version did not measure are 0."""
+        """Seconds that an earlier version did not measure are None."""
         divergence = Divergence.from_json(content["divergence"])
         return cls(**_known(cls, content) | {"divergence": divergence, "bytes": Bytes(**content["bytes"])})
 

@@ -82,5 +82,4 @@ def read_record(run: RunFolder, number: int) -> RoundRecord | None:
 
 def records(run: RunFolder) -> list[RoundRecord]:
     """The records of all finished rounds, in order."""
-    found = (read_record(run, number) for number in run.finished_rounds())
-    return [record for record in found if record is not None]
+    return [RoundRecord.from_json(content) for content in run.closed()]

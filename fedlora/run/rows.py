@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from fedlora.metrics import Bytes
 from fedlora.run.participation import Entry, Roll
 from fedlora.run.records import ClientRecord
 
@@ -33,7 +32,7 @@ def of_clients(number: int, roll: Roll, records: Mapping[int, ClientRecord]) -> 
 
 def _of_client(number: int, entry: Entry, known: ClientRecord | None) -> dict[str, Any]:
     losses, scores = (known.losses, known.local) if known else (None, None)
-    sent = known.bytes if known else Bytes(**entry.bytes)
+    sent = known.bytes if known else entry.bytes
     return {
         "round": number,
         "client": entry.client,

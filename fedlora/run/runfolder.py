@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class RunFolder:
         folder._check_format()
         try:
             folder._check_same(configfile.load(folder.path / _CONFIG))
-            whole = folder.read_json(_RUN) is not None
+            whole = folder._known is not None
         except ConfigError:
             whole = False
         if not whole:
@@ -111,7 +112,7 @@ class RunFolder:
         return lock.held(self.path, f"the run in {self.path}", instead)
 
     def _check_format(self) -> None:
-        known = self.read_json(_RUN)
+        known = self._known
         if known is None and not (self.path / _RUN).exists():
             raise RunFolderError(
                 f"{self.path} was made by an older version of fedlora, whose layout this one does not continue (it has "
@@ -137,16 +138,21 @@ class RunFolder:
 
     def _describe(self, config: RunConfig) -> None:
         """Write `run.json` and `config.yaml`; a run that was begun keeps its id, and the versions it began with."""
-        known = self.read_json(_RUN) or {"format": FORMAT, "id": uuid.uuid4().hex, "versions": _versions()}
+        known = self._known or {"format": FORMAT, "id": uuid.uuid4().hex, "versions": _versions()}
         self.write_json(_RUN, {**known, "config": config.model_dump(mode="json")})
         write_atomic(self.path / _CONFIG, configfile.to_yaml(config).encode())
-        for name in ("id", "config", "strategy"):
+        for name in ("_known", "id", "config", "strategy"):
             self.__dict__.pop(name, None)
+
+    @cached_property
+    def _known(self) -> Any | None:
+        """`run.json`, or None where it is missing or damaged."""
+        return self.read_json(_RUN)
 
     @cached_property
     def id(self) -> str:
         """What tells this run from every other, also from an earlier one in the same folder."""
-        return str(self.need_json(_RUN)["id"])
+        return str((self._known or self.need_json(_RUN))["id"])
 
     def other_versions(self) -> list[str]:
         """Packages that have changed since the run began and may change its bits: `torch was 2.13.0, is 2.14.0`.
@@ -154,7 +160,7 @@ class RunFolder:
         Raises:
             RunFolderError: `run.json` is missing or damaged.
         """
-        known = self.need_json(_RUN)["versions"]
+        known = (self._known or self.need_json(_RUN))["versions"]
         return [f"{name} was {known[name]}, is {now}" for name, now in _versions().items() if known.get(name) != now]
 
     @cached_property
@@ -164,9 +170,8 @@ class RunFolder:
         Raises:
             RunFolderError: it is damaged in both of the places where it is kept.
         """
-        known = self.read_json(_RUN)
-        if known is not None:
-            return configfile.build(configfile.flatten(known["config"]))
+        if self._known is not None:
+            return configfile.build(configfile.flatten(self._known["config"]))
         try:
             return configfile.load(self.path / _CONFIG)
         except ConfigError as error:
@@ -184,7 +189,7 @@ class RunFolder:
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file; a mapping gets a seal, by which damage is found."""
         if isinstance(content, Mapping):
-            content = {**content, _SEAL: _seal(content)}
+            content = {**content, _SEAL: _seal(json.loads(json.dumps(content)))}
         write_json(self.path / name, content)
 
     def read_json(self, name: str) -> Any | None:
@@ -300,25 +305,25 @@ class RunFolder:
             **record,
             "state": states.scalars(state),
             "base_bytes": state.base_step.wire_bytes(),
-            "base_total_bytes": state.base.wire_bytes(),
         }
         self.write_tensors(self.state_stem(state.round), states.tensors(state), complete)
 
+    def closed(self) -> Iterator[dict[str, Any]]:
+        """The records of the rounds that are complete, in order, without a gap; each is read when it is come to."""
+        for number in count():
+            record = self.read_json(self.record_name(number))
+            if record is None:
+                return
+            yield record
+
     def finished_rounds(self) -> list[int]:
         """Rounds that are complete, in order, without a gap."""
-        return list(_without_gap(lambda number: self.read_json(self.record_name(number)) is not None))
-
-
-def _without_gap(complete: Callable[[int], bool]) -> Iterator[int]:
-    number = 0
-    while complete(number):
-        yield number
-        number += 1
+        return [number for number, _ in enumerate(self.closed())]
 
 
 def _seal(content: Mapping[str, Any]) -> str:
-    """The digest of a mapping as it reads after a journey through JSON."""
-    plain = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
+    """The digest of a mapping as it is read from JSON."""
+    plain = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(plain.encode()).hexdigest()
 
 

@@ -43,6 +43,18 @@ _SECONDS = {
 
 
 @dataclass(frozen=True)
+class _Made:
+    """What is needed of a round's new state when the round is closed."""
+
+    round: int
+    base_bytes: int
+    ranks: Mapping[int, int]
+    """Of clients that had not the highest, in the round."""
+    outcome: Outcome | None
+    """None before training."""
+
+
+@dataclass(frozen=True)
 class Timings:
     """Wall time of the phases of a round, in seconds; what the server does between them it times itself."""
 
@@ -59,6 +71,10 @@ class Server:
     def __init__(self, run: RunFolder) -> None:
         self.run = run
         self._state: ServerState | None = None
+        self._rolls: dict[int, Roll] = {}
+        self._made: dict[int, _Made] = {}
+        self._closed: dict[int, RoundRecord] = {}
+        """By round, the last one alone."""
         self._accepted: dict[tuple[int, int], Accepted] = {}
         self._kept_bytes, self._read_seconds = 0, 0.0
         self._most_examples: Sequence[int] = ()
@@ -88,16 +104,28 @@ class Server:
             ask: who was asked.
             failed: why clients could not train, by client.
         """
-        return participation.receive(self.run, ask, failed, self.state(ask.round - 1), self._inspect)
+        roll = participation.receive(self.run, ask, failed, self.state(ask.round - 1), self._inspect)
+        self._rolls = {ask.round: roll}
+        return roll
+
+    def _roll(self, number: int) -> Roll:
+        if number not in self._rolls:
+            self._rolls = {number: participation.read(self.run, number)}
+        return self._rolls[number]
 
     def _inspect(self, turn: Turn, start: Adapter) -> str:
-        in_memory = self._kept_bytes < _IN_MEMORY
         with self._reading():
-            accepted = inspection.inspect(self.run, turn, start, self._most(turn.client), in_memory)
-        if in_memory:
+            accepted = inspection.inspect(self.run, turn, start, self._most(turn.client), self._has_room())
+        return self._keep(turn.round, accepted).digest
+
+    def _has_room(self) -> bool:
+        return self._kept_bytes < _IN_MEMORY
+
+    def _keep(self, number: int, accepted: Accepted) -> Accepted:
+        if self._has_room():
             self._kept_bytes += sum(tensor.nbytes for tensor in accepted.adapter.tensors().values())
-        self._accepted[turn.round, turn.client] = accepted
-        return accepted.digest
+        self._accepted[number, accepted.record.client] = accepted
+        return accepted
 
     def _most(self, client: int) -> int:
         """Examples that a client can have trained on."""
@@ -115,7 +143,7 @@ class Server:
         if record := run.read_record(run.state_stem(number)):
             return Outcome.from_json(record)
         use_threads(config.runner.threads)
-        state, roll = self.state(number - 1), participation.read(run, number)
+        state, roll = self.state(number - 1), self._roll(number)
         with self._reading():
             accepted = [self._of(number, entry) for entry in roll.having("completed")]
         sent = (Update(each.record.client, each.record.examples, each.adapter) for each in accepted)
@@ -124,12 +152,13 @@ class Server:
         probe.prepare(run, number, state, updates)
         validation = {each.record.client: each.record.validation.loss for each in accepted if each.record.validation}
         risen = ranks.after_round(config.lora, number, validation, config.clients)
-        crossed = total([*(each.record.bytes for each in accepted), *(Bytes(**entry.bytes) for entry in roll.entries)])
+        crossed = total([*(each.record.bytes for each in accepted), *(entry.bytes for entry in roll.entries)])
         outcome = Outcome(made.divergence, crossed, self._read_seconds, made.seconds, made.divergence_seconds)
         # As it is read again: it may hold uploads that live in files, which are removed before it is let go.
         new = states.as_stored(replace(made.state, ranks={**made.state.ranks, **risen}))
         run.write_state(new, outcome.to_json())
         self._state = new
+        self._made = {number: _Made(number, new.base_step.wire_bytes(), state.ranks, outcome)}
         return outcome
 
     def _of(self, number: int, entry: Entry) -> Accepted:
@@ -144,8 +173,9 @@ class Server:
                 f"the update of client {entry.client} in round {number} is missing or was damaged after it was "
                 f"accepted; `fedlora resume {self.run.path}` has the client train again"
             )
-        adapter = Adapter.stored(StoredTensors(self.run.path / f"{stem}.safetensors"))
-        return Accepted(ClientRecord.from_json(record), record["digest"], adapter)
+        stored = StoredTensors(self.run.path / f"{stem}.safetensors")
+        adapter = Adapter.from_tensors(dict(stored.items())) if self._has_room() else Adapter.stored(stored)
+        return self._keep(number, Accepted(ClientRecord.from_json(record), record["digest"], adapter))
 
     def close(self, number: int, parts: Sequence[Part], scores: Sequence[Scores], timings: Timings) -> RoundRecord:
         """Gather a round's metrics and close it: `record.json` is the mark that it is complete.
@@ -160,7 +190,7 @@ class Server:
             RunAborted: something of the round is missing.
         """
         values: dict[str, float] = {}
-        roll = participation.read(self.run, number)
+        roll, made = self._roll(number), self._of_state(number)
         by_split: dict[str, list[Scores]] = {"global": [], "local": []}
         for part, found in zip(parts, scores, strict=True):
             if part.split == "probe":
@@ -169,11 +199,11 @@ class Server:
                 by_split[part.split].append(found)
         if by_split["global"]:
             values |= metrics.of_global(sum(by_split["global"][1:], by_split["global"][0]))
-        records = self._records(number, roll)
-        if number == 0:
+        records = {entry.client: self._of(number, entry).record for entry in roll.having("completed")}
+        if made.outcome is None:
             values |= metrics.of_local(by_split["local"]) | metrics.of_bytes(Bytes(), 0) | dict.fromkeys(_SECONDS, 0.0)
         else:
-            values |= self._of_training(number, roll, records)
+            values |= self._of_training(number, roll, records, made.outcome)
         values |= metrics.gap(values)
         values |= {
             metrics.TIME_TRAIN: timings.train,
@@ -182,29 +212,28 @@ class Server:
             **({metrics.TIME_RESUMED: 1.0} if timings.resumed else {}),
         }
         record = RoundRecord(number, int(time.time() * 1000), tuple(roll.completed), values)
-        self.run.write_json(self.run.record_name(number), {**record.to_json(), **self._kept(number, roll, records)})
+        self.run.write_json(self.run.record_name(number), {**record.to_json(), **_kept(roll, records, made)})
         self._accepted, self._kept_bytes, self._read_seconds = {}, 0, 0.0
+        self._closed = {number: record}
         return record
 
-    def _records(self, number: int, roll: Roll) -> dict[int, ClientRecord]:
-        """What the clients that completed say of their training."""
-        known = {client: self._accepted.get((number, client)) for client in roll.completed}
-        return {client: each.record if each else self._record(number, client) for client, each in known.items()}
+    def _of_state(self, number: int) -> _Made:
+        """What came of a round, as it was made here, or is read after a restart."""
+        if number in self._made:
+            return self._made[number]
+        content = self.run.need_json(f"{self.run.state_stem(number)}.json")
+        if number == 0:
+            return _Made(0, content["base_bytes"], {}, None)
+        before = self.run.need_json(f"{self.run.state_stem(number - 1)}.json")["state"]["ranks"]
+        ranks = {int(client): rank for client, rank in before.items()}
+        return _Made(number, content["base_bytes"], ranks, Outcome.from_json(content))
 
-    def _record(self, number: int, client: int) -> ClientRecord:
-        content = self.run.read_json(f"{self.run.client_stem(number, client)}.json")
-        if content is None:
-            raise RunAborted(
-                f"the record of client {client} in round {number} is missing or damaged in {self.run.path}"
-            )
-        return ClientRecord.from_json(content)
-
-    def _of_training(self, number: int, roll: Roll, records: Mapping[int, ClientRecord]) -> dict[str, float]:
-        content = self.run.read_json(f"{self.run.state_stem(number)}.json")
-        before = rounds.read_record(self.run, number - 1)
-        if content is None or before is None:
+    def _of_training(
+        self, number: int, roll: Roll, records: Mapping[int, ClientRecord], outcome: Outcome
+    ) -> dict[str, float]:
+        before = self._closed.get(number - 1) or rounds.read_record(self.run, number - 1)
+        if before is None:
             raise RunAborted(f"round {number} in {self.run.path} is incomplete")
-        outcome = Outcome.from_json(content)
         virtual = {}
         if self.run.config.channel.faults.delay != "none":
             virtual[metrics.TIME_VIRTUAL] = participation.virtual_seconds(self.run.config, roll)
@@ -213,22 +242,22 @@ class Server:
             | metrics.of_divergence(outcome.divergence)
             | metrics.of_bytes(outcome.bytes, before.metrics[metrics.BYTES_TOTAL])
             | metrics.of_participation(roll.counts())
-            | {name: getattr(outcome, key) for name, key in _SECONDS.items() if key in content}
+            | {name: value for name, key in _SECONDS.items() if (value := getattr(outcome, key)) is not None}
             | virtual
         )
 
-    def _kept(self, number: int, roll: Roll, records: Mapping[int, ClientRecord]) -> dict[str, Any]:
-        """What is needed of a round when its uploads and state are gone: rows of the tables, who was asked (at which
-        rank, where it was not the highest), base bytes."""
-        content = self.run.need_json(f"{self.run.state_stem(number)}.json")
-        asked = sorted({entry.client for entry in roll.entries})
-        lower = self.run.need_json(f"{self.run.state_stem(number - 1)}.json")["state"]["ranks"] if asked else {}
-        return {
-            "asked": asked,
-            "ranks": {str(client): lower[str(client)] for client in asked if str(client) in lower},
-            "base_bytes": content["base_bytes"],
-            "rows": {
-                "clients": rows.of_clients(number, roll, records),
-                "divergence": rows.of_divergence(number, content.get("divergence", {})),
-            },
-        }
+
+def _kept(roll: Roll, records: Mapping[int, ClientRecord], made: _Made) -> dict[str, Any]:
+    """What is needed of a round when its uploads and state are gone: rows of the tables, who was asked (at which rank,
+    where it was not the highest), base bytes."""
+    asked = sorted({entry.client for entry in roll.entries})
+    divergence = made.outcome.divergence.to_json() if made.outcome else {}
+    return {
+        "asked": asked,
+        "ranks": {str(client): made.ranks[client] for client in asked if client in made.ranks},
+        "base_bytes": made.base_bytes,
+        "rows": {
+            "clients": rows.of_clients(made.round, roll, records),
+            "divergence": rows.of_divergence(made.round, divergence),
+        },
+    }

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from fedlora.adapter.base_update import BaseUpdate
 from fedlora.adapter.weights import Adapter, Part, wire_size
 from fedlora.metrics import Bytes
 from fedlora.run.runfolder import RunFolder
@@ -18,12 +19,20 @@ from fedlora.seeds import Turn
 from fedlora.strategies.base import NOTHING, Strategy
 
 
-def crossing(run: RunFolder, turn: Turn, start: Adapter, upload: Adapter | None) -> Bytes:
-    """What a client must receive to hold the broadcast `start` and its base, and its `upload` where it sends one."""
+def crossing(run: RunFolder, turn: Turn, base: BaseUpdate, start: Adapter, upload: Adapter | None) -> Bytes:
+    """What a client must receive to hold the broadcast `start` and its base, and its `upload` where it sends one.
+
+    Args:
+        run: the rounds before.
+        turn: who is asked.
+        base: all that was added to the base before the round.
+        start: the broadcast.
+        upload: what the client sends.
+    """
     down = wire_size(start, parts_down(run, turn, start))
     up = wire_size(upload, run.strategy.plan(turn.round).up) if upload is not None else (0, 0)
-    base = missed_base(run, turn)
-    return Bytes(up_adapter=up[0], up_head=up[1], down_adapter=down[0], down_head=down[1], down_base=base)
+    missed = missed_base(run, turn, base.wire_bytes())
+    return Bytes(up_adapter=up[0], up_head=up[1], down_adapter=down[0], down_head=down[1], down_base=missed)
 
 
 def parts_down(run: RunFolder, turn: Turn, start: Adapter) -> frozenset[Part]:
@@ -43,12 +52,11 @@ def _travelled(strategy: Strategy, first: int, last: int) -> frozenset[Part]:
     return NOTHING.union(*(strategy.plan(number).down for number in range(first, last + 1)))
 
 
-def missed_base(run: RunFolder, turn: Turn) -> int:
+def missed_base(run: RunFolder, turn: Turn, total: int) -> int:
     """Bytes of base update that a client downloads.
 
-    All that was added since it was last asked, or the whole update where that is smaller.
+    All that was added since it was last asked, or the whole update (`total`) where that is smaller.
     """
-    total = int(run.need_json(f"{run.state_stem(turn.round - 1)}.json")["base_total_bytes"])
     if not total:
         return 0
     since, _ = _last_asked(run, turn)

@@ -52,7 +52,14 @@ class Scores:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Scores:
-        return cls(np.asarray(content["confusion"], dtype=np.int64), float(content["loss_sum"]))
+        """Raises:
+        KeyError, TypeError, ValueError: these are no scores.
+        """
+        counts, loss_sum = np.asarray(content["confusion"]), content["loss_sum"]
+        square = counts.dtype == np.int64 and counts.ndim == 2 and counts.shape[0] == counts.shape[1]
+        if not square or counts.min(initial=0) < 0 or type(loss_sum) is not float:
+            raise ValueError("scores are a square of counts, and a loss")
+        return cls(counts, loss_sum)
 
 
 def evaluate(

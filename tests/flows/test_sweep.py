@@ -216,9 +216,9 @@ def pool(deployed, tmp_path):
 
 
 @pytest.mark.system
-def test_a_work_pool_executes_the_runs(run, write, pool, store_uri, tmp_path):
-    (tmp_path / "base.yaml").write_text("clients: 3\nrounds: 1\n")  # a base file that a worker elsewhere has not
+def test_a_work_pool_executes_the_runs(run, write, pool, store_uri):
     file = write("handed", {"grid": {"strategy": ["fedit", "svd"]}, "base": "base.yaml"})
+    Path(file).with_name("base.yaml").write_text("clients: 3\nrounds: 1\n")  # which a worker elsewhere has not
     folder = run(file, pool=pool)
     assert statuses(folder) == {"fedit": "finished", "svd": "finished"}
     plan = sweeps.load(file, None, PRESETS, SWEEPS)

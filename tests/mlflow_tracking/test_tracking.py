@@ -64,7 +64,7 @@ def test_the_results_of_a_finished_run(run, uri):
     tracker.finish(run, tracked, "## note")
     found = MlflowClient(uri).get_run(tracked.run)
     last = rounds.records(run)[-1].metrics
-    for source, name in tracker.FINALS.items():
+    for source, name in metrics.FINALS.items():
         assert found.data.metrics[name] == last[source]
     assert found.info.status == "FINISHED"
     assert found.data.tags["mlflow.note.content"] == "## note"

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedlora.adapter.weights import Adapter, Factors, parse_name, wire_size
 from fedlora.errors import AdapterError
@@ -250,6 +252,22 @@ class TestBytes:
                 sizes[index] = path.stat().st_size
                 assert read_tensors(path).keys() == adapter.tensors(frozenset(kept)).keys()
         assert wire_size(adapter, frozenset(parts)) == tuple(sizes)
+
+    @given(st.data())
+    def test_wire_size_is_that_of_serialised_tensors_of_any_shape_and_type(self, data):
+        """Also cut to a lower rank, where the values lie apart, and of several types in one file."""
+        names = st.text(st.sampled_from("ab.0é'\"\\\x7f\n"), min_size=1, max_size=9).map("m{}".format)
+        sizes, dtypes = st.integers(1, 40), st.sampled_from([torch.float32, torch.float16, torch.float64])
+        factors = {
+            name: Factors(torch.ones(data.draw(sizes), 5, dtype=dtype), torch.ones(5, data.draw(sizes), dtype=dtype))
+            for name in data.draw(st.sets(names, min_size=1, max_size=12))
+            for dtype in [data.draw(dtypes)]
+        }
+        head = {"head": torch.ones(data.draw(st.lists(sizes, max_size=3)), dtype=data.draw(dtypes))}
+        adapter = Adapter(factors, head if data.draw(st.booleans()) else {}).cut(data.draw(st.integers(1, 5)))
+        named = [adapter.tensors(frozenset(parts)) for parts in ({"A", "B"}, {"head"})]
+        expected = tuple(len(serialise(tensors)) if tensors else 0 for tensors in named)
+        assert wire_size(adapter, frozenset({"A", "B", "head"})) == expected
 
     def test_wire_size_is_four_bytes_a_parameter_and_a_header(self, uploads):
         """Per module r(d_out + d_in) parameters of 4 bytes."""

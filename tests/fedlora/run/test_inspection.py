@@ -31,7 +31,7 @@ def run(configure, tmp_path):
     return RunFolder.create(tmp_path / "run", configure({"channel.max_norm": 10}))
 
 
-SAID = {"rank": 4, "losses": [0.5], "seconds": 1.0, "bytes": {}, "validation": None, "local": None}
+SAID = {"rank": 3, "losses": [0.5], "seconds": 1.0, "bytes": {}, "validation": None, "local": None}
 """What else a client says of its training."""
 
 
@@ -80,8 +80,55 @@ def test_a_record_that_does_not_say_what_it_should(send, refusal, missing):
     assert f"the update does not say what it should (KeyError('{missing}'))" in refusal()
 
 
+SCORES = {"confusion": [[2, 1], [0, 3]], "loss_sum": 1.5}
+MALFORMED = {
+    "bytes that are text": {"bytes": {"up_head": "9"}},
+    "bytes that are a truth value": {"bytes": {"up_head": True}},
+    "bytes below none": {"bytes": {"up_head": -1}},
+    "bytes of another kind": {"bytes": {"sideways": 1}},
+    "bytes in a list": {"bytes": [1, 2]},
+    "no bytes": {"bytes": None},
+    "seconds that are text": {"seconds": "1.0"},
+    "seconds without end": {"seconds": float("inf")},
+    "seconds beyond every float": {"seconds": 10**400},
+    "a loss that is text": {"losses": [0.5, "0.4"]},
+    "a loss that is no number": {"losses": [float("nan")]},
+    "losses that are a number": {"losses": 0.5},
+    "a client that is nearly the right one": {"client": True},
+    "a round that is nearly the right one": {"round": 2.0},
+    "a rank that is text": {"rank": "3"},
+    "scores that are a number": {"local": 0},
+    "scores that are not square": {"local": {**SCORES, "confusion": [[1, 2]]}},
+    "scores in a row": {"local": {**SCORES, "confusion": [1, 2]}},
+    "ragged scores": {"local": {**SCORES, "confusion": [[1, 2], [3]]}},
+    "scores of half an example": {"local": {**SCORES, "confusion": [[0.5]]}},
+    "scores of fewer than none": {"local": {**SCORES, "confusion": [[-1]]}},
+    "scores that are text": {"local": {**SCORES, "confusion": [["1"]]}},
+    "scores beyond every integer": {"local": {**SCORES, "confusion": [[10**400]]}},
+    "a loss of scores that is text": {"validation": {**SCORES, "loss_sum": "1.5"}},
+    "a validation on nothing": {"validation": {**SCORES, "confusion": [[0]]}},
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_a_record_of_other_types(send, refusal, what):
+    send(**MALFORMED[what])
+    assert "the update does not say what it should" in refusal()
+
+
+def test_scores_are_taken_as_they_are_said(send, run, start):
+    send(local=SCORES, validation=SCORES)
+    record = inspection.inspect(run, TURN, start, 60).record
+    assert record.local.to_json() == record.validation.to_json() == SCORES
+
+
+def test_another_rank_than_it_has(send, refusal):
+    send(rank=4)
+    assert "says it has rank 4, and has 3" in refusal()
+
+
 def test_a_lower_rank_is_accepted(send, run, start, upload):
-    send(upload.cut(2))
+    send(upload.cut(2), rank=2)
     assert inspection.inspect(run, TURN, start, 60).adapter.rank == 2
 
 

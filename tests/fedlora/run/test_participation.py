@@ -14,6 +14,7 @@ from fedlora.errors import ClientFailed, ConfigError, RunAborted
 from fedlora.run import participation, rounds
 from fedlora.run.loop import train
 from fedlora.run.participation import Ask, Entry, Roll
+from fedlora.run.records import ClientRecord
 from fedlora.run.runfolder import RunFolder
 from fedlora.seeds import Turn
 from fedlora.strategies import registry
@@ -209,6 +210,16 @@ class TestTooFew:
         train(configure(), tmp_path / "run", say=said.append)
         assert said == ["round 1: 2 of 3 clients completed; failed: 1 (client 1, round 1: the loss is nan at step 1)"]
         assert [record.clients for record in rounds.records(RunFolder(tmp_path / "run"))] == [(), (0, 2), (0, 1, 2)]
+
+    def test_the_round_goes_on_without_one_whose_record_is_malformed(self, configure, tmp_path, monkeypatch):
+        real = ClientRecord.to_json
+        spoilt = {"bytes": {"up_adapter": "many"}}
+        monkeypatch.setattr(ClientRecord, "to_json", lambda self: real(self) | (spoilt if self.client == 1 else {}))
+        records = train(configure({"rounds": 1}), tmp_path / "run")
+        assert records[1].clients == (0, 2)
+        (entry,) = participation.read(RunFolder(tmp_path / "run"), 1).having("rejected")
+        assert "client 1, round 1: the update does not say what it should" in entry.reason
+        assert "up_adapter is 'many'" in entry.reason
 
 
 class TestWaiting:

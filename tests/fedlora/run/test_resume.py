@@ -11,8 +11,9 @@ import pytest
 from fedlora.errors import RunAborted, RunFolderError
 from fedlora.run import rounds
 from fedlora.run.loop import train
+from fedlora.run.participation import Ask
 from fedlora.run.runfolder import RunFolder
-from fedlora.run.server import Server
+from fedlora.run.server import Server, Timings
 
 
 def without_times(folder) -> list[dict]:
@@ -281,3 +282,53 @@ def test_a_folder_with_something_else_is_refused(configure, tmp_path):
     with pytest.raises(RunFolderError, match="is not empty and holds no run"):
         train(configure(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_seal_is_of_the_content_as_it_is_read_again(tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_json("a.json", {10: (1, 2), 9: [0.1, 1e300, float("inf")], "ρ": {"é": None, 2: True}, "b": 2**70})
+    seal = "ee5d29cbcf96c35a6a943498b96f5ee7"
+    assert json.loads((tmp_path / "a.json").read_text())["seal"][:32] == seal
+    assert run.read_json("a.json") == {
+        "10": [1, 2],
+        "9": [0.1, 1e300, float("inf")],
+        "ρ": {"é": None, "2": True},
+        "b": 2**70,
+    }
+
+
+class TestReadings:
+    """Of what a server has at hand already."""
+
+    @pytest.fixture
+    def run(self, copied):
+        folder = copied()
+        for path in folder.glob("rounds/002/[rs]*"):
+            path.unlink()
+        return RunFolder(folder)
+
+    def close(self, server) -> dict:
+        """Round 2, when nothing is left of it to read but the record of the round before."""
+        for path in [*server.run.path.glob("rounds/002/*.json"), server.run.path / "rounds/001/state.json"]:
+            path.unlink()
+        server.close(2, [], [], Timings())
+        return server.run.need_json(server.run.record_name(2))["rows"]
+
+    def test_what_it_has_made_is_not_read_again(self, run, finished):
+        server = Server(run)
+        server.receive(Ask(2, 0, (0, 1, 2)), {})
+        server.aggregate(2)
+        assert self.close(server) == RunFolder(finished()).need_json("rounds/002/record.json")["rows"]
+
+    def test_after_a_restart_an_upload_is_read_and_hashed_once(self, run, finished, monkeypatch):
+        Server(run).receive(Ask(2, 0, (0, 1, 2)), {})
+        real, hashed = RunFolder.digest_of, []
+        monkeypatch.setattr(RunFolder, "digest_of", lambda self, name: hashed.append(name) or real(self, name))
+        server = Server(run)
+        server.aggregate(2)
+        assert sorted(name for name in hashed if "client" in name) == [
+            f"rounds/002/client-00{client}.safetensors" for client in range(3)
+        ]
+        for path in run.path.glob("rounds/002/client-*"):
+            path.unlink()
+        assert self.close(server) == RunFolder(finished()).need_json("rounds/002/record.json")["rows"]

@@ -76,9 +76,9 @@ def resume(
     from deployments.local import asking
     from fedlora.run import preflight
     from fedlora.run.runfolder import RunFolder
-    from fedlora_cli import resuming
+    from fedlora_cli import which_run
 
-    folder = resuming.folder_of(what)
+    folder = which_run.folder_of(what)
     config = RunFolder.open(folder).config
     preflight.names(config)
     asking.check_prefect()

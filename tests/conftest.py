@@ -48,7 +48,7 @@ FIRST = (
     "fedlora/run/test_resume",
     "fedlora/run/test_loop",
 )
-"""Files of minutes begin first, so that two workers end together (with xdist's `--no-loadscope-reorder`)."""
+"""Files of minutes begin first, so that all workers end together (with xdist's `--no-loadscope-reorder`)."""
 TOGETHER = FIRST[:3]
 """Files that one worker gets: they look at the same servers, one after the other."""
 

@@ -78,7 +78,7 @@ def postgresql():
     programs = found[-1].parent if found else Path(shutil.which("initdb") or "/missing").parent
     if not (programs / "initdb").exists():
         missing = "no PostgreSQL server on this machine: apt-get install postgresql"
-        assert not os.environ.get("FULL_TESTS"), missing  # where everything is tested, as in .ci/run
+        assert not os.environ.get("FULL_TESTS"), missing  # where everything is tested: make test-system
         pytest.skip(missing)
     account = pwd.getpwnam("nobody")
     become = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}

@@ -1,4 +1,4 @@
-"""What a run is: typed, from YAML and dotted keys; the source of the command line, the form and the docs."""
+"""What a run is: typed, from YAML and dotted keys; the source of the command line, of overrides and of the docs."""
 
 from fedlora.config.run import (
     DataConfig,

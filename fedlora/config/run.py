@@ -1,5 +1,5 @@
 """Everything that describes a run, in one typed place: the source of the YAML files, the dotted keys of the
-command line, the form in Prefect, the parameters in MLflow and the table in the docs.
+command line and of a flow's `overrides`, the parameters in MLflow and the table in the docs.
 
 A value is set in one place and changes nothing else: no default depends on another value, but for pairs of keys that
 say the same in two ways (`INSTEAD_OF`).

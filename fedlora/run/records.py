@@ -1,4 +1,4 @@
-"""What the JSON files of a run folder say, as values: written and read here, and nowhere else a dictionary."""
+"""What the JSON files of a run folder say, as values: written and read here."""
 
 from __future__ import annotations
 

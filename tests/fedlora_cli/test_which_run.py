@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from fedlora.errors import ConfigError
 from fedlora.files import home
 from fedlora.run.runfolder import RunFolder
-from fedlora_cli import resuming
+from fedlora_cli import which_run
 from mlflow_tracking import tracker
 
 
@@ -51,37 +51,37 @@ class TestNames:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", store_uri)
         tracked = tracker.load(finished_flow)
         flow_run = MlflowClient(store_uri).get_run(tracked.run).data.tags["prefect.flow_run_id"]
-        assert resuming.folder_of(tracked.run) == finished_flow.path
-        assert resuming.folder_of(flow_run) == finished_flow.path
+        assert which_run.folder_of(tracked.run) == finished_flow.path
+        assert which_run.folder_of(flow_run) == finished_flow.path
 
     def test_among_the_runs_of_the_home(self, monkeypatch, tmp_path):
         monkeypatch.setenv("FEDLORA_HOME", str(tmp_path))
         (home.runs() / "fedit-seed0").mkdir(parents=True)
-        assert resuming.folder_of("fedit-seed0") == home.runs() / "fedit-seed0"
-        assert resuming.folder_of(str(home.runs() / "fedit-seed0")) == home.runs() / "fedit-seed0"
+        assert which_run.folder_of("fedit-seed0") == home.runs() / "fedit-seed0"
+        assert which_run.folder_of(str(home.runs() / "fedit-seed0")) == home.runs() / "fedit-seed0"
         with pytest.raises(ConfigError, match=r"no run 'fedit-seed1'.* Did you mean 'fedit-seed0'\?"):
-            resuming.folder_of("fedit-seed1")
+            which_run.folder_of("fedit-seed1")
 
     @pytest.mark.parametrize("run", ["0" * 32, "00000000-0000-0000-0000-000000000000"])
     def test_that_the_store_does_not_know(self, store_uri, monkeypatch, run):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", store_uri)
         with pytest.raises(ConfigError, match=rf"knows no run {run}; name its folder instead"):
-            resuming.folder_of(run)
+            which_run.folder_of(run)
 
     def test_of_a_run_of_somebody_else(self, store_uri, monkeypatch):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", store_uri)
         client = MlflowClient(store_uri)
         other = client.create_run(client.get_experiment_by_name("tests").experiment_id).info.run_id
         with pytest.raises(ConfigError, match="is none of fedlora's"):
-            resuming.folder_of(other)
+            which_run.folder_of(other)
         client.set_tag(other, "fedlora.run_folder", "/nowhere/run")
         with pytest.raises(ConfigError, match=r"/nowhere/run, is not on this machine"):
-            resuming.folder_of(other)
+            which_run.folder_of(other)
 
     def test_of_a_sweep(self, tmp_path):
         (tmp_path / "sweep.json").write_text(json.dumps({}))
         with pytest.raises(ConfigError, match="is a sweep; the command that began it"):
-            resuming.folder_of(str(tmp_path))
+            which_run.folder_of(str(tmp_path))
 
     def test_of_a_folder_without_a_run(self, fedlora, tmp_path):
         code, _, err = fedlora("resume", tmp_path)

@@ -99,13 +99,13 @@ def _price(best: Standing) -> str:
 
 
 def _scale(condition: Condition) -> list[str]:
-    """How much of what was possible it reaches; and a warning where no aggregation at all is better."""
+    """How much of what was possible it reaches; and a warning where no aggregation at all does as well."""
     said = []
-    if not math.isnan(condition.best.possible):
+    if condition.best.possible >= 0:  # nor where it is not known
         said.append(f"That is {condition.best.possible:.0%} of the way from local training to the oracle.")
     for control in condition.controls:
-        if control.setting.strategy == "local" and control.regret < 0:
-            said.append(f"Without aggregation (local) clients reach more: {score(control.score)}.")
+        if control.setting.strategy == "local" and control.regret <= 0:
+            said.append(f"Without aggregation (local) clients reach no less: {score(control.score)}.")
     return said
 
 
@@ -114,7 +114,8 @@ def _across(decision: Decision) -> str:
     if not whole:
         return "No choice ran in every condition, so none can be recommended for all of them."
     first = whole[0]
-    said = f"For all {len(decision.conditions)} conditions: {first.choice}, {_regret(first)}"
+    count = len(decision.conditions)
+    said = f"For {'both' if count == 2 else f'all {count}'} conditions: {first.choice}, {_regret(first)}"
     alike = [each for each in whole[1:] if each.mean_regret - first.mean_regret <= 0.001]
     return f"{said}; much the same: {', '.join(each.choice for each in alike[:_SHOWN])}." if alike else f"{said}."
 

@@ -194,7 +194,7 @@ def _check_lists(source: str, file: SweepFile) -> None:
 
 
 def _check_roles(source: str, compare: Compare) -> None:
-    known = configfile.dotted_keys()
+    known = list(configfile.dotted_keys())
     sections = {key.rpartition(".")[0] for key in known} - {""}
     for name, keys in (("choices", compare.choices), ("conditions", compare.conditions)):
         for key in keys:

@@ -35,14 +35,15 @@ def artifacts(key):
 
 
 def test_the_page_is_written_logged_and_linked(parent, store_uri, prefect_server):
+    from fedlora import report
     from flows.report import make_report
 
     page = make_report(source="pair")
     assert page == str(home.sweeps() / "pair-1" / "report" / "report.html")
     names = {entry.path for entry in MlflowClient(store_uri).list_artifacts(parent, "report")}
-    assert names == {f"report/{name}" for name in ("report.html", *(f"{t}.csv" for t in _tables()))}
+    assert names == {f"report/{name}" for name in ("report.html", report.VERDICT, *(f"{t}.csv" for t in report.TABLES))}
     (summary,) = artifacts("report")
-    assert "| setting |" in summary["data"]
+    assert "| choice |" in summary["data"]
     assert "svd" in summary["data"]
     assert "/artifacts/report/report.html" in summary["data"]
     (link,) = artifacts("report-page")
@@ -65,12 +66,6 @@ def test_of_an_experiment_the_flow_says_where_on_disk_the_page_is(parent, prefec
 
     page = make_report(source="experiment:tests")
     assert said("report tests")[0] == f"results: file://{page}"
-
-
-def _tables():
-    from fedlora import report
-
-    return report.TABLES
 
 
 def test_without_a_flow_and_to_a_folder_of_one_s_own(parent, store_uri, tmp_path):

@@ -129,7 +129,7 @@ def test_controls_are_a_scale_and_no_candidates(world):
         decision.decide(world({HARD: scores}))
     )
     better = scores | {"local": spread(0.8, 0, 0.01, 0.02)}
-    assert "Without aggregation (local) clients reach more: 0.810" in verdict.paragraph(
+    assert "Without aggregation (local) clients reach no less: 0.810" in verdict.paragraph(
         decision.decide(world({1: better}))
     )
 

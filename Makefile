@@ -48,7 +48,7 @@ types: setup-dev
 test: lint types
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# The inner loop: the library without whole runs, so without a server or a process. docs/development.md says what is where.
+# The inner loop: the library with hardly a whole run, and without a server. docs/development.md says what is where.
 FAST := adapter channel config data files model report strategies
 test-fast: lint
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(FAST:%=tests/fedlora/%)

@@ -99,7 +99,7 @@ FIGURES = ((picture, "draw"), (plots, "rounds_figure"), (plots, "conditions_figu
 
 @pytest.fixture(scope="session", autouse=True)
 def drawn():
-    """`with drawn():` figures are drawn. Elsewhere one pixel stands in: drawing is half the time of a tiny run."""
+    """`with drawn():` figures are drawn. Elsewhere one pixel stands in: drawing is more than half of a tiny run."""
     real = {place: getattr(*place) for place in FIGURES}
 
     def put(functions):

@@ -30,8 +30,9 @@ def leaderboard(condition: Condition) -> Table:
 def _line(each: Standing, alike: bool) -> list[Cell]:
     best = each.paired is None
     below = Cell("best", 0.0) if best else shown(each.regret)
-    more = Cell(f"{each.more} more", each.more) if each.more is not None and not each.apart else _NOTHING
     control = math.isnan(each.place)
+    unsettled = each.more is not None and not each.apart and not control
+    more = Cell(f"{each.more} more", each.more) if unsettled else _NOTHING
     name = views.name(each.setting, each.choice + (" (control)" if control else ""), strong=alike)
     costs = [
         shown(each.costs[key], digits) for key, digits in (("megabytes", 2), ("server_seconds", 2), ("seconds", 1))

@@ -26,7 +26,7 @@ from fedlora.strategies.base import Family
 SCORE = "accuracy"
 ALPHA = 0.05
 """p-values below it are called a difference."""
-COSTS = ("megabytes", "server_seconds", "seconds", "client_memory")
+COSTS = ("megabytes", "server_seconds", "seconds")
 ENDS = ("local", "oracle")
 """Strategies at the ends of the scale: no aggregation, and aggregation without error."""
 

@@ -14,7 +14,6 @@ COSTS = {
     "megabytes": ("Accuracy against megabytes", "sent both ways in the whole run (MB)"),
     "seconds": ("Accuracy against seconds", "wall time in rounds (s)"),
     "server_seconds": ("Accuracy against the server's seconds", "reading and aggregating (s)"),
-    "client_memory": ("Accuracy against a client's memory", "most memory of a client's training (MB)"),
 }
 """By cost: title and x axis."""
 

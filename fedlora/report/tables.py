@@ -89,12 +89,10 @@ def sums(rounds: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 def spent(comparison: Comparison) -> pd.DataFrame:
     """What each run cost (index: run id): `megabytes` both ways, `server_seconds` of reading and aggregating, `seconds`
-    of wall time in rounds, `client_memory`, the most megabytes that a client's work took; NaN where not measured."""
+    of wall time in rounds; NaN where not measured."""
     found = results(comparison)[["megabytes", "seconds"]].copy()
     server = sums(comparison.rounds, [metrics.TIME_READ, metrics.TIME_AGGREGATE])
     found["server_seconds"] = server.sum(axis=1, min_count=1) if len(server.columns) else math.nan
-    rounds, memory = comparison.rounds, metrics.MEMORY_CLIENT
-    found["client_memory"] = rounds.groupby("run_id")[memory].max() / 1e6 if memory in rounds else math.nan
     return found.astype(float)
 
 

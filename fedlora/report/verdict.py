@@ -92,7 +92,6 @@ def _price(best: Standing) -> str:
     words = {
         "megabytes": "{:.1f} MB sent",
         "server_seconds": "{:.2g} s of the server",
-        "client_memory": "{:.0f} MB of memory at a client",
     }
     parts = [text.format(known[name]) for name, text in words.items() if name in known]
     return f"It costs {', '.join(parts)}." if parts else ""

@@ -35,11 +35,17 @@ def test_a_strategy_is_switched_off_everywhere(site, report, called, errors):
     assert called.hosts == set()  # not even this machine: the page is one file
 
 
+def test_the_verdict_comes_first_and_names_a_choice(report):
+    first = report.locator("main section").first
+    expect(first.get_by_role("heading", name="Verdict")).to_be_visible()
+    expect(first.locator("p").first).to_contain_text("has the highest score, accuracy 0.")
+
+
 def test_the_leaderboard_names_every_strategy_and_sorts(site, report, called):
     board = report.locator("#leaderboard table").first
     expect(board.locator("tbody tr")).to_have_count(len(site.children))
     for first in ("fedit", "svd"):  # words from A, then from Z
-        board.get_by_role("button", name="setting").click()
+        board.get_by_role("button", name="choice").click()
         expect(board.locator("tbody tr").first).to_contain_text(first)
     assert called.hosts == set()
 

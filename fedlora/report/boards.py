@@ -24,7 +24,10 @@ def leaderboard(condition: Condition) -> Table:
     """
     titles = ["choice", "accuracy", "below the best", "p (Holm)", "seeds to tell", "MB", "server s", "seconds"]
     titles += ["worst client", *_RESULTS.values(), "of the possible"]
-    return Table(titles, [_line(each, each in condition.alike) for each in (*condition.standings, *condition.controls)])
+    lines = [_line(each, each in condition.alike) for each in (*condition.standings, *condition.controls)]
+    if all(line[-1] is _NOTHING for line in lines):  # the two that tell what is possible did not run
+        return Table(titles[:-1], [line[:-1] for line in lines])
+    return Table(titles, lines)
 
 
 def _line(each: Standing, alike: bool) -> list[Cell]:

@@ -73,6 +73,7 @@ def test_two_seeds_are_both_shown_and_one_alone(make):
     assert cells(one, "accuracy") == ["0.600", "0.500"]
     assert cells(one, "below the best") == ["best", "0.100"]
     assert cells(one, "p (Holm)") == ["–", "–"]
+    assert "of the possible" not in one.titles  # local and oracle did not run
 
 
 def test_rho_against_accuracy_with_and_without_what_sends_nothing(comparison):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from deployments.local import environment
@@ -36,13 +35,10 @@ class Written:
 
     page: Path
     comparison: report.Comparison
+    decision: Decision
+    """What it comes to."""
     uri: str
     source: Source
-
-    @cached_property
-    def decision(self) -> Decision:
-        """What it comes to."""
-        return decide(self.comparison)
 
     @property
     def sentences(self) -> list[str]:
@@ -76,13 +72,14 @@ def write_report(source: str = LATEST, out: str | Path | None = None, uri: str |
     found = compare.find(source, resolved)
     comparison = compare.gather(found, resolved)
     folder = Path(out).expanduser().absolute() if out else default_folder(found)
-    page = report.write(comparison, folder)
+    decided = decide(comparison)
+    page = report.write(comparison, folder, decided)
     if found.parent is not None:
         with store.errors(resolved):
             client = store.client(resolved)
             for file in (page, folder / report.VERDICT, *(folder / f"{name}.csv" for name in report.TABLES)):
                 client.log_artifact(found.parent.info.run_id, str(file), _FOLDER)
-    return Written(page, comparison, resolved, found)
+    return Written(page, comparison, decided, resolved, found)
 
 
 def default_folder(source: Source) -> Path:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
 from fedlora.report import frames, views
-from fedlora.report.decision import ALPHA, COSTS, Condition, Decision, Standing
+from fedlora.report.decision import COSTS, Condition, Decision, Standing
 from fedlora.report.measures import Measures
 from fedlora.report.views import Cell, Table, p_value, shown, spread
 
-_NOTHING = Cell("–", math.inf)
+_NOTHING = Cell(views.NONE, math.inf)
 _RESULTS = {"gap": "gap", "rho_first": "ρ round 1", "rho_last": "ρ last", "rho_floor": "ρ floor"}
 
 
@@ -52,7 +51,7 @@ def paired(condition: Condition) -> Table:
     for each in condition.standings:
         if each.paired:
             found = each.paired.difference
-            limits = f"{shown(found.low).text} to {shown(found.high).text}" if found.known else "–"
+            limits = f"{shown(found.low).text} to {shown(found.high).text}" if found.known else views.NONE
             numbers = [Cell(str(found.n), found.n), shown(found.mean, 4, sign=True), Cell(limits, found.low)]
             tests = [p_value(each.paired.p), p_value(each.holm)]
             body.append([views.name(each.setting, each.choice), *numbers, *tests, Cell(each.paired.why)])
@@ -127,10 +126,3 @@ def paired_frame(decision: Decision) -> pd.DataFrame:
 
 def _standings(decision: Decision) -> list[tuple[Condition, Standing]]:
     return [(c, each) for c in decision.conditions for each in (*c.standings, *c.controls)]
-
-
-def told_apart(condition: Condition) -> str:
-    """How many of the others the best is better than, in words."""
-    others: Sequence[Standing] = [each for each in condition.standings if each is not condition.best]
-    apart = sum(each.apart for each in others)
-    return f"{condition.best.choice} is better than {apart} of {len(others)} beyond chance (p < {ALPHA} after Holm)."

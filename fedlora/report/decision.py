@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from scipy import stats  # type: ignore[import-untyped]
 
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, FedloraError
 from fedlora.report import frames, statistics, tables
 from fedlora.report.frames import Comparison, Setting
 from fedlora.report.statistics import Interval, Paired
@@ -124,13 +124,26 @@ class Decision:
     """The keys that tell the conditions apart."""
 
     @property
+    def labels(self) -> list[str]:
+        """The conditions to choose from, in words; none where there is only one."""
+        return [condition.label for condition in self.conditions] if len(self.conditions) > 1 else []
+
+    @property
     def missing(self) -> list[str]:
         """Choices that did not run in every condition."""
         return [each.choice for each in self.overall if each.conditions < len(self.conditions)]
 
 
 def decide(comparison: Comparison) -> Decision:
-    """Compare the choices of a comparison within each of its conditions, and across them."""
+    """Compare the choices of a comparison within each of its conditions, and across them.
+
+    Raises:
+        FedloraError: there is no finished run to compare.
+    """
+    if comparison.runs.empty:
+        first = next(iter(comparison.excluded), None)
+        why = f"; first: {first.label}: {first.status}, {first.reason}" if first else ""
+        raise FedloraError(f"{comparison.title}: no run has finished, so there is nothing to compare{why}")
     keys = frames.varied(comparison.runs)
     choices = [key for key in keys if comparison.roles.is_choice(key)]
     world = [key for key in keys if key not in choices]

@@ -44,9 +44,9 @@ def final_accuracy(decided: Decision, settings: Sequence[Setting]) -> Figure | N
     y = marks.axis("", autorange="reversed", type="category")
     caption = "Mean over seeds with its 95 % interval (Student t, cut at 0 and 1); of two seeds the bar ends at both."
     axes = marks.layout(marks.axis("final test accuracy (share)"), y, hovermode="closest")
-    labels = [condition.label for condition in decided.conditions]
-    choices = labels if len(labels) > 1 else ()
-    return Figure("final-accuracy", "Final accuracy", caption, traces, axes, choices, wide=True, height=_height(most))
+    return Figure(
+        "final-accuracy", "Final accuracy", caption, traces, axes, decided.labels, wide=True, height=_height(most)
+    )
 
 
 def _final(look: Look, each: Standing, condition: str, index: int) -> Trace:

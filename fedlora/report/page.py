@@ -12,7 +12,7 @@ import pandas as pd
 from markupsafe import Markup
 
 import fedlora
-from fedlora.errors import FedloraError, counted, saving
+from fedlora.errors import counted, saving
 from fedlora.files.atomic import write_atomic, write_json
 from fedlora.report import boards, curves, frames, maps, measures, pareto, plots, tables, verdict, views
 from fedlora.report.decision import Decision, decide
@@ -26,18 +26,19 @@ TABLES = ("runs", "rounds", "leaderboard", "paired", "modules")
 """The CSV files beside the page."""
 
 
-def write(comparison: Comparison, folder: Path) -> Path:
+def write(comparison: Comparison, folder: Path, decided: Decision | None = None) -> Path:
     """Write `report.html` and `runs`, `rounds`, `leaderboard`, `paired` and `modules` as CSV; returns the page's path.
+
+    Args:
+        comparison: what is compared.
+        folder: where to.
+        decided: what it comes to, where that is known already.
 
     Raises:
         FedloraError: there is no finished run to compare.
         RunFolderError: the folder cannot be written.
     """
-    if comparison.runs.empty:
-        first = next(iter(comparison.excluded), None)
-        why = f"; first: {first.label}: {first.status}, {first.reason}" if first else ""
-        raise FedloraError(f"{comparison.title}: no run has finished, so there is nothing to compare{why}")
-    decided = decide(comparison)
+    decided = decided or decide(comparison)
     page = render(comparison, decided)
     files = {
         "runs": comparison.runs,
@@ -94,7 +95,8 @@ def render(comparison: Comparison, decided: Decision) -> str:
 
 def _figures(comparison: Comparison, decided: Decision) -> dict[str, list[Figure]]:
     by_key = {figure.key: figure for figure in curves.all_curves(comparison)}
-    final = maps.final_accuracy(decided, frames.settings(comparison.runs))
+    settings = frames.settings(comparison.runs)
+    final = maps.final_accuracy(decided, settings)
     partition = maps.partitions(comparison)
     chosen = {
         "accuracy": ("accuracy-rounds", "accuracy-megabytes"),
@@ -104,7 +106,7 @@ def _figures(comparison: Comparison, decided: Decision) -> dict[str, list[Figure
     sections = {name: [by_key[key] for key in keys if key in by_key] for name, keys in chosen.items()}
     return {
         "final": [final] if final else [],
-        "pareto": pareto.figures(decided, frames.settings(comparison.runs)),
+        "pareto": pareto.figures(decided, settings),
         **sections,
         "layers": maps.layers(comparison),
         "related": maps.rho_accuracy(comparison),

@@ -37,11 +37,10 @@ def _figure(decided: Decision, settings: Sequence[Setting], cost: str) -> Figure
         return None
     title, words = COSTS[cost]
     caption = "Means over seeds. The line joins those that no other choice beats in both: less cost or a higher score."
-    labels = [condition.label for condition in decided.conditions]
     axes = marks.layout(
         marks.axis(words, rangemode="tozero"), marks.axis("final test accuracy (share)"), hovermode="closest"
     )
-    return Figure(f"pareto-{cost}", title, caption, traces, axes, labels if len(labels) > 1 else ())
+    return Figure(f"pareto-{cost}", title, caption, traces, axes, decided.labels)
 
 
 def _condition(condition: Condition, settings: Sequence[Setting], cost: str, index: int) -> list[Trace]:

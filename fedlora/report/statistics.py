@@ -124,12 +124,10 @@ def more_seeds(found: Paired, tests: int = 1, level: float = LEVEL, power: float
         return None
     effect = abs(float(differences.mean())) / float(differences.std(ddof=1))
     alpha = (1 - level) / tests
-    for n in range(len(differences), _MOST_SEEDS + 1):
-        limit = stats.t.ppf(1 - alpha / 2, n - 1)
-        # The other tail is left out: where the power is anywhere near what is asked for it is nothing.
-        if stats.nct.sf(limit, n - 1, effect * math.sqrt(n)) >= power:
-            return n - len(differences)
-    return None
+    n = np.arange(len(differences), _MOST_SEEDS + 1)
+    # The other tail is left out: where the power is anywhere near what is asked for it is nothing.
+    reached = stats.nct.sf(stats.t.ppf(1 - alpha / 2, n - 1), n - 1, effect * np.sqrt(n)) >= power
+    return int(np.argmax(reached)) if reached.any() else None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

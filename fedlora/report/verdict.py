@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedlora.errors import counted
-from fedlora.report import frames
+from fedlora.report import frames, views
 from fedlora.report.decision import ALPHA, COSTS, Condition, Decision, Overall, Standing
 from fedlora.report.statistics import FEWEST, Interval
 
@@ -23,11 +23,6 @@ def sentences(decision: Decision) -> list[str]:
     if len(decision.conditions) > 1:
         said.append(_across(decision))
     return [*said, *_missing(decision)]
-
-
-def paragraph(decision: Decision) -> str:
-    """The sentences as one paragraph."""
-    return " ".join(sentences(decision))
 
 
 def _of_condition(condition: Condition) -> str:
@@ -54,10 +49,10 @@ def _recommended(condition: Condition, others: Sequence[Standing]) -> str:
         why = next((each.paired.why for each in others if each.paired and each.paired.why), "no common seeds")
         return f"{best.choice} has the highest score, {reached}; nothing could be tested ({why})."
     if not condition.equals:
-        worst = max(each.holm for each in others)
+        worst = views.p_value(max(each.holm for each in others)).text
         return (
             f"take {best.choice}: {reached}, {amount(nearest.regret)} above {nearest.choice}, the next "
-            f"(p {p_words(worst)} against every other)."
+            f"(p {worst if worst.startswith('<') else f'= {worst}'} against every other)."
         )
     beaten = len(others) - len(condition.equals)
     rest = f", better than {beaten} of {len(others)}" if beaten else ""
@@ -69,7 +64,7 @@ def _equals(condition: Condition) -> list[str]:
     equals = condition.equals
     if not equals or condition.best.score.n < 2:
         return []
-    named = [f"{each.choice} ({signed(-each.regret)}{_settled(each)})" for each in equals[:_SHOWN]]
+    named = [f"{each.choice} ({views.shown(-each.regret, sign=True).text}{_settled(each)})" for each in equals[:_SHOWN]]
     more = f" and {len(equals) - _SHOWN} more" if len(equals) > _SHOWN else ""
     said = [f"With {counted(condition.best.score.n, 'seed')} it cannot be told apart from {', '.join(named)}{more}."]
     cheapest = min(condition.alike, key=lambda each: _or_highest(each.costs["megabytes"]))
@@ -146,16 +141,6 @@ def score(found: Interval) -> str:
 def amount(value: float) -> str:
     """A difference without its sign, with three decimals."""
     return f"{abs(value):.3f}"
-
-
-def signed(value: float) -> str:
-    """A difference with its sign."""
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def p_words(p: float) -> str:
-    """`< 0.001`, or `= 0.012`."""
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def _or_highest(value: float) -> float:

@@ -12,7 +12,8 @@ from fedlora.report import frames, plots, tables
 from fedlora.report.frames import Comparison, Setting
 from fedlora.report.statistics import Interval
 
-_NONE = "–"
+NONE = "–"
+"""What stands where there is no value."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Table:
 def shown(value: float, digits: int = 3, sign: bool = False) -> Cell:
     """A number with so many decimals."""
     if math.isnan(value):
-        return Cell(_NONE, -math.inf)
+        return Cell(NONE, -math.inf)
     return Cell(f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−"), value)
 
 
@@ -53,7 +54,7 @@ def spread(found: Interval, digits: int = 3) -> Cell:
 def p_value(p: float) -> Cell:
     """A p-value."""
     if math.isnan(p):
-        return Cell(_NONE, math.inf)
+        return Cell(NONE, math.inf)
     return Cell("< 0.001" if p < 0.001 else f"{p:.3f}", p)
 
 
@@ -104,7 +105,7 @@ def costs(comparison: Comparison) -> Table:
 
 def excluded(comparison: Comparison) -> Table:
     """Runs and cells that take no part, and why."""
-    rows = [[Cell(entry.label), Cell(entry.status), Cell(entry.reason or _NONE)] for entry in comparison.excluded]
+    rows = [[Cell(entry.label), Cell(entry.status), Cell(entry.reason or NONE)] for entry in comparison.excluded]
     return Table(("run", "status", "reason"), rows)
 
 
@@ -116,7 +117,7 @@ def differences(comparison: Comparison) -> Table:
             Cell(str(row["name"])),
             *(_value(row[key]) for key in keys),
             _value(row["seed"]),
-            Cell(str(row["partition"] or _NONE)),
+            Cell(str(row["partition"] or NONE)),
             Cell(str(row["run_id"])),
         ]
         for row in comparison.runs.to_dict("records")
@@ -126,7 +127,7 @@ def differences(comparison: Comparison) -> Table:
 
 def _value(value: Any) -> Cell:
     if frames.is_missing(value):
-        return Cell(_NONE, -math.inf)
+        return Cell(NONE, -math.inf)
     order = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
     return Cell(frames.plain(value), order)
 
@@ -158,7 +159,7 @@ def configs(comparison: Comparison) -> Configs:
 
 
 def _text(value: Any) -> str:
-    return _NONE if value is None or value == {} else str(value)
+    return NONE if value is None or value == {} else str(value)
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:

@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import partial
-from importlib import import_module
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedlora import lazily
 from fedlora.adapter import EVERY_PART, Adapter, Factors, Part
 from fedlora.adapter.updates import Updates
 from fedlora.errors import AdapterError
@@ -230,8 +230,5 @@ def one_factor(one: Factors, other: Factors, part: Literal["A", "B"]) -> bool:
     return torch.equal(getattr(one.at_rank(rank), part), getattr(other.at_rank(rank), part))
 
 
-def __getattr__(name: str) -> Any:
-    """`advance` was here, and plug-ins may import it from here."""
-    if name == "advance":
-        return import_module("fedlora.strategies.step").advance
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# It was here, and plug-ins may import it from here.
+__getattr__ = lazily(__name__, {"advance": "fedlora.strategies.step"})

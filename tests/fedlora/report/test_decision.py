@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from statsmodels.stats.power import TTestPower
 
+from fedlora.errors import FedloraError
 from fedlora.report import Comparison, decision, statistics, verdict
 from fedlora.report.roles import Roles
 
@@ -31,6 +33,10 @@ def world(make):
         return Comparison("made up", "", runs, rounds, roles=roles or Roles())
 
     return build
+
+
+def paragraph(decided):
+    return " ".join(verdict.sentences(decided))
 
 
 def spread(mean, *steps):
@@ -76,7 +82,7 @@ def test_choices_are_compared_within_a_condition_only(world):
     svd = next(each for each in found.overall if each.choice == "svd")
     assert (svd.wins, svd.ties, svd.losses, svd.mean_place) == (1, 0, 1, 1.5)
     assert svd.worst_regret == pytest.approx(0.1, abs=1e-3)
-    said = verdict.paragraph(found)
+    said = paragraph(found)
     assert "At partition.alpha=0.1: take svd: accuracy 0.310 (0.285 to 0.335, 3 seeds), 0.099 above fedit" in said
     assert "At partition.alpha=100: take fedit" in said
 
@@ -96,22 +102,28 @@ def test_a_choice_that_is_missing_in_a_condition_is_named_and_comes_last(world):
     )  # fmt: skip
     assert [(each.choice, each.conditions) for each in found.overall] == [("svd", 2), ("fedit", 1)]
     assert found.missing == ["fedit"]
-    said = verdict.paragraph(found)
+    said = paragraph(found)
     assert "svd alone ran" in said
     assert "Not run in every condition: fedit." in said
 
 
 def test_one_seed_is_no_recommendation(world):
     found = decision.decide(world({HARD: {"svd": {0: 0.6}, "fedit": {0: 0.5}}}))
-    said = verdict.paragraph(found)
+    said = paragraph(found)
     assert said.startswith("svd has the highest score, accuracy 0.600, 0.100 above fedit, in one seed each")
     assert "take" not in said
+
+
+def test_without_a_finished_run_there_is_nothing_to_decide(make):
+    made = make()
+    with pytest.raises(FedloraError, match="no run has finished, so there is nothing to compare; first: flora"):
+        decision.decide(replace(made, runs=made.runs.iloc[:0]))
 
 
 def test_two_seeds_are_both_shown(world):
     found = decision.decide(world({HARD: {"svd": {0: 0.6, 1: 0.7}, "fedit": {0: 0.2, 1: 0.31}}}))
     assert not found.conditions[0].best.score.known
-    assert "accuracy 0.650 (0.600 and 0.700)" in verdict.paragraph(found)
+    assert "accuracy 0.650 (0.600 and 0.700)" in paragraph(found)
 
 
 def test_controls_are_a_scale_and_no_candidates(world):
@@ -125,13 +137,9 @@ def test_controls_are_a_scale_and_no_candidates(world):
     assert only.best.choice == "svd"
     assert [each.choice for each in only.controls] == ["oracle", "local"]
     assert only.best.possible == pytest.approx(0.5, abs=0.002)
-    assert "50% of the way from local training to the oracle" in verdict.paragraph(
-        decision.decide(world({HARD: scores}))
-    )
+    assert "50% of the way from local training to the oracle" in paragraph(decision.decide(world({HARD: scores})))
     better = scores | {"local": spread(0.8, 0, 0.01, 0.02)}
-    assert "Without aggregation (local) clients reach no less: 0.810" in verdict.paragraph(
-        decision.decide(world({1: better}))
-    )
+    assert "Without aggregation (local) clients reach no less: 0.810" in paragraph(decision.decide(world({1: better})))
 
 
 def test_a_condition_may_be_made_a_choice(world):
@@ -148,7 +156,7 @@ def test_the_json_holds_what_the_words_say_and_no_nan(world):
     content = json.loads(json.dumps(verdict.to_json(found), allow_nan=False))
     assert content["conditions"][0]["best"] == "svd"
     assert content["conditions"][0]["standings"][0]["low"] is None
-    assert " ".join(content["verdict"]) == verdict.paragraph(found)
+    assert " ".join(content["verdict"]) == paragraph(found)
 
 
 @pytest.mark.parametrize(

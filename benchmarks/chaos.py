@@ -37,6 +37,7 @@ import httpx
 import psutil
 
 from deployments.shipped import PRESETS
+from fedlora import metrics
 from fedlora.config import configfile
 from fedlora.metrics import FINAL
 from fedlora.run import loop, rounds
@@ -156,13 +157,9 @@ def outcome(folder: Path) -> dict[str, Any]:
         "adapters and state": {
             str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
         },
-        "metrics": [_lasting(record.metrics) for record in records],
+        "metrics": [metrics.reproducible(record.metrics) for record in records],
         "clients": [record.clients for record in records],
     }
-
-
-def _lasting(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith("time/") or "virtual" in name}
 
 
 def expected(changes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -198,8 +195,8 @@ def faults(home: Path, folder: Path, wanted: Mapping[str, Any]) -> list[str]:
         found.append(f"MLflow has {logged['runs']} runs, {logged['status']}")
     if logged["twice"]:
         found.append(f"points were logged twice: {logged['twice']}")
-    for number, metrics in enumerate(wanted["metrics"]):
-        lost = [name for name, value in metrics.items() if logged["values"].get(name, {}).get(number) != value]
+    for number, values in enumerate(wanted["metrics"]):
+        lost = [name for name, value in values.items() if logged["values"].get(name, {}).get(number) != value]
         found += [f"MLflow lacks {name} of round {number}" for name in lost]
     found += [f"{path} was left behind" for path in folder.rglob(".*.tmp")]
     return found

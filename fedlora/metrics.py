@@ -40,6 +40,8 @@ TIME_DIVERGENCE = "time/divergence_s"
 TIME_EVALUATE = "time/evaluate_s"
 TIME_ROUND = "time/round_s"
 TIME_VIRTUAL = "time/virtual_s"
+MEMORY_CLIENT = "memory/client_bytes"
+MEMORY_SERVER = "memory/server_bytes"
 TIME_RESUMED = "time/resumed"
 """1 in a round that an earlier process had begun; absent in the others."""
 
@@ -129,6 +131,18 @@ def of_divergence(divergence: Divergence) -> dict[str, float]:
 def of_bytes(sent: Bytes, before: float) -> dict[str, float]:
     """Bytes of the round by kind, and of all rounds so far (`before` is the total up to the last round)."""
     return {metric: getattr(sent, name) for name, metric in BYTES.items()} | {BYTES_TOTAL: before + sent.total}
+
+
+def reproducible(metrics: Metrics) -> dict[str, float]:
+    """Those that the same run has again wherever it is repeated, to the bit: not what it took of time and memory."""
+    taken = ("time/", "memory/")
+    return {name: value for name, value in metrics.items() if name == TIME_VIRTUAL or not name.startswith(taken)}
+
+
+def of_memory(clients: Sequence[int | None], server: int | None) -> dict[str, float]:
+    """Peaks in bytes: the highest of the clients that completed, and the server's; what nobody measured is left out."""
+    known = {MEMORY_CLIENT: max((each for each in clients if each), default=None), MEMORY_SERVER: server}
+    return {name: float(value) for name, value in known.items() if value}
 
 
 def of_participation(counts: Mapping[str, int]) -> dict[str, float]:

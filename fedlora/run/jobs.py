@@ -6,8 +6,6 @@ that is already done, and whole, is not done again.
 
 from __future__ import annotations
 
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from fedlora.run.runfolder import RunFolder
 from fedlora.run.traffic import crossing
 from fedlora.seeds import Turn
 from fedlora.strategies.base import ServerState
-from fedlora.training import client, evaluation
+from fedlora.training import client, evaluation, memory
 from fedlora.training.evaluation import Scores
 from fedlora.training.workers import Workbench
 
@@ -42,11 +40,8 @@ def warm_up(bench: Workbench) -> None:
 
 
 def peak_memory(bench: Workbench) -> int:
-    """Most bytes that this worker has held so far: of its GPU, or of the process."""
-    if bench.device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated(bench.device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Most bytes that this worker has held since its last client began: of its GPU, or of the process."""
+    return memory.peak(bench.device)
 
 
 def prepare_data(bench: Workbench, folder: Path) -> None:
@@ -171,7 +166,8 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
     own = examples_of(strategy, _partition(run, bench), client_id)
     rows, held_out = ranks.hold_out(config.lora, number, own.train, config.seed, client_id)
     examples, training = tokens.examples(data.train, rows), own.training(config.training)
-    trained = client.train(model, start, examples, training, turn, plan.trains, data.padding, strategy.penalty)
+    with memory.watched(bench.device) as peak:
+        trained = client.train(model, start, examples, training, turn, plan.trains, data.padding, strategy.penalty)
     upload = strategy.after_training(start, trained.adapter)
     record = ClientRecord(
         round=number,
@@ -184,6 +180,7 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
         bytes=crossing(run, turn, state.base, start, upload),
         validation=_score(bench, run, data.train, held_out) if len(held_out) else None,
         local=_score(bench, run, data.test, own.test) if config.evaluation.local else None,
+        memory=peak.bytes,
     )
     message = channel.Message(upload.tensors(), record.to_json())
     if fate.damage:

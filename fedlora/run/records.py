@@ -92,6 +92,8 @@ class ClientRecord:
     """On rows held out of its training, where ranks grow by them."""
     local: Scores | None
     """On its own test rows, after training."""
+    memory: int | None = None
+    """Peak of training in bytes, of its GPU or process (`fedlora.training.memory`); not said by earlier versions."""
 
     def to_json(self) -> dict[str, Any]:
         scores = {name: found and found.to_json() for name, found in self._scores().items()}
@@ -102,8 +104,10 @@ class ClientRecord:
         """Raises:
         KeyError, TypeError, ValueError: it does not say what it should.
         """
-        said = {each.name: content[each.name] for each in fields(cls)}
+        said = {each.name: content[each.name] for each in fields(cls) if each.name != "memory"}
+        said["memory"] = content.get("memory")
         counts = {name: said[name] for name in ("round", "client", "examples", "rank")} | said["bytes"]
+        counts |= {} if said["memory"] is None else {"memory": said["memory"]}
         measured = {f"losses[{step}]": loss for step, loss in enumerate(said["losses"])} | {"seconds": said["seconds"]}
         for name, value in (counts | measured).items():
             kinds = (int,) if name in counts else (int, float)
@@ -131,14 +135,17 @@ class Outcome:
     seconds: float = 0.0
     """Aggregation alone."""
     divergence_seconds: float | None = None
+    memory: int | None = None
+    """Peak of all this in bytes, of the process that does it (`fedlora.training.memory`)."""
 
     def to_json(self) -> dict[str, Any]:
-        times = {name: getattr(self, name) for name in ("read_seconds", "seconds", "divergence_seconds")}
-        return {"divergence": self.divergence.to_json(), "bytes": asdict(self.bytes), **times}
+        measured = ("read_seconds", "seconds", "divergence_seconds", "memory")
+        taken = {name: getattr(self, name) for name in measured}
+        return {"divergence": self.divergence.to_json(), "bytes": asdict(self.bytes), **taken}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Outcome:
-        """Seconds that an earlier version did not measure are None."""
+        """What an earlier version did not measure is None."""
         divergence = Divergence.from_json(content["divergence"])
         return cls(**_known(cls, content) | {"divergence": divergence, "bytes": Bytes(**content["bytes"])})
 

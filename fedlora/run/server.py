@@ -28,6 +28,7 @@ from fedlora.seeds import Turn
 from fedlora.strategies import state as states
 from fedlora.strategies.base import ServerState
 from fedlora.strategies.step import step
+from fedlora.training import memory
 from fedlora.training.evaluation import Scores
 from fedlora.training.workers import use_threads
 
@@ -148,12 +149,14 @@ class Server:
             accepted = [self._of(number, entry) for entry in roll.having("completed")]
         sent = (Update(each.record.client, each.record.examples, each.adapter) for each in accepted)
         updates = Updates.collect(sent, config.weighting)
-        made = step(run.strategy, state, updates, config.lora.truncation == "svd")
+        with memory.watched("cpu") as peak:
+            made = step(run.strategy, state, updates, config.lora.truncation == "svd")
         probe.prepare(run, number, state, updates)
         validation = {each.record.client: each.record.validation.loss for each in accepted if each.record.validation}
         risen = ranks.after_round(config.lora, number, validation, config.clients)
         crossed = total([*(each.record.bytes for each in accepted), *(entry.bytes for entry in roll.entries)])
-        outcome = Outcome(made.divergence, crossed, self._read_seconds, made.seconds, made.divergence_seconds)
+        times = (self._read_seconds, made.seconds, made.divergence_seconds)
+        outcome = Outcome(made.divergence, crossed, *times, memory=peak.bytes)
         # As it is read again: it may hold uploads that live in files, which are removed before it is let go.
         new = states.as_stored(replace(made.state, ranks={**made.state.ranks, **risen}))
         run.write_state(new, outcome.to_json())
@@ -242,6 +245,7 @@ class Server:
             | metrics.of_divergence(outcome.divergence)
             | metrics.of_bytes(outcome.bytes, before.metrics[metrics.BYTES_TOTAL])
             | metrics.of_participation(roll.counts())
+            | metrics.of_memory([record.memory for record in records.values()], outcome.memory)
             | {name: value for name, key in _SECONDS.items() if (value := getattr(outcome, key)) is not None}
             | virtual
         )

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from fedlora import metrics
 from fedlora.errors import DataError, RunFolderError
 from fedlora.run import recovery, rounds
 from fedlora.run.loop import train
@@ -24,7 +25,7 @@ def final_bytes(folder) -> bytes:
 
 def without_times(folder) -> list[dict]:
     records = rounds.records(RunFolder(folder))
-    return [{k: v for k, v in record.metrics.items() if not k.startswith("time/")} for record in records]
+    return [metrics.reproducible(record.metrics) for record in records]
 
 
 @pytest.fixture(scope="module")

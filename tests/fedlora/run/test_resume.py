@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from fedlora import metrics
 from fedlora.errors import RunAborted, RunFolderError
 from fedlora.run import rounds
 from fedlora.run.loop import train
@@ -18,7 +19,7 @@ from fedlora.run.server import Server, Timings
 
 def without_times(folder) -> list[dict]:
     records = rounds.records(RunFolder(folder))
-    return [{k: v for k, v in record.metrics.items() if not k.startswith("time/")} for record in records]
+    return [metrics.reproducible(record.metrics) for record in records]
 
 
 def final_bytes(folder) -> bytes:

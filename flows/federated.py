@@ -5,10 +5,11 @@ prefect deployment run 'federated/custom' -p strategy=flora-na -p rounds=3
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any
 
 from deployments.local import environment
 
@@ -16,7 +17,6 @@ environment.prepare()
 
 from prefect import flow, runtime  # noqa: E402 (the environment must be ready first)
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
-from pydantic import Field  # noqa: E402
 
 from deployments import form  # noqa: E402
 from deployments.shipped import DEPLOYMENTS, PRESETS  # noqa: E402
@@ -26,7 +26,6 @@ from fedlora.run import jobs  # noqa: E402
 from fedlora.run.play import Observers, play  # noqa: E402
 from fedlora.run.runfolder import RunFolder  # noqa: E402
 from fedlora.run.server import Server  # noqa: E402
-from fedlora.strategies import registry  # noqa: E402
 from fedlora.training import workers  # noqa: E402
 from flows import checks, progress, refusals  # noqa: E402
 from flows.logbook import Logbook  # noqa: E402
@@ -35,11 +34,6 @@ from mlflow_tracking import store, tracker  # noqa: E402
 from tasks import devices, interruption, names  # noqa: E402
 from tasks.federated import Run, TaskHands  # noqa: E402
 
-if TYPE_CHECKING:
-    StrategyName = str
-else:
-    StrategyName = Literal[(form.AS_IN_PRESET, *registry.names())]
-
 _PREPARING = {
     "processes": "preparing the data, and the model in the worker processes",
     "threads": "preparing the data and the model",
@@ -47,37 +41,31 @@ _PREPARING = {
 _TASKS: Any = ThreadPoolTaskRunner(max_workers=16)
 
 
+@form.left_empty
 @flow(name="federated", task_runner=_TASKS, validate_parameters=True)
 @refusals.told
+@form.with_settings
 def federated(
     preset: Annotated[str, form.name_or_file(configfile.preset_names(PRESETS), "preset")] = "demo",
-    strategy: Annotated[StrategyName | None, form.one_of(registry.names())] = form.AS_IN_PRESET,
-    rounds: Annotated[int | None, Field(ge=1)] = None,
-    clients: Annotated[int | None, Field(ge=1)] = None,
-    fraction: Annotated[float | None, Field(gt=0, le=1)] = None,
-    seed: Annotated[int | None, Field(ge=0)] = None,
-    overrides: dict[str, Any] | None = None,
-    run_dir: str | None = None,
-    mlflow_parent: str | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    overrides: Annotated[dict[str, Any] | None, form.empty("object")] = None,
+    run_dir: Annotated[str | None, form.empty("string")] = None,
+    mlflow_parent: Annotated[str | None, form.empty("string")] = None,
 ) -> str:
     """One federated run; returns its run folder.
 
     Args:
-        preset: Where the settings come from: a preset of deployments/presets, or a YAML file on the worker.
-        strategy: How the server combines the clients' adapters.
-        rounds: Federated rounds. Empty: the preset's.
-        clients: Clients among whom the data is dealt. Empty: the preset's.
-        fraction: Share of the clients that take part in a round. Empty: the preset's.
-        seed: Everything random follows from it. Empty: the preset's.
-        overrides: Any other setting by its dotted key, for example {"lora.rank": 4, "partition.alpha": 0.1}. Relative
-            paths are relative to deployments/prefect.yaml.
+        preset: Where the settings come from that are left empty: a preset of deployments/presets, or a YAML file on the
+            worker.
+        settings: By dotted key; as a deployment, a parameter for each of `form.SETTINGS`.
+        overrides: Any other setting by its dotted key, for example {"lora.dropout": 0.1, "channel.min_clients": 4}.
+            Relative paths are relative to deployments/prefect.yaml.
         run_dir: Folder of the run, below $FEDLORA_HOME/runs unless it is absolute; one that was interrupted is
-            continued. Empty: a new one.
-        mlflow_parent: MLflow run id of the sweep that this run belongs to.
+            continued. Left empty but by sweeps: a new one.
+        mlflow_parent: Filled in by a sweep: the MLflow run that this one belongs to.
     """
-    flat = dict(zip(form.SETTINGS, (strategy, rounds, clients, fraction, seed), strict=True))
-    others = configfile.absolute_paths(overrides or {}, DEPLOYMENTS)
-    config = configfile.load(preset, {**others, **form.settings(flat)}, PRESETS)
+    given = configfile.absolute_paths({**(overrides or {}), **settings}, DEPLOYMENTS)
+    config = configfile.load(preset, given, PRESETS)
     place = home.runs() / run_dir if run_dir else default_folder(config)
     checks.of_run(config, place)
     folder = RunFolder.create(place, config)
@@ -99,7 +87,7 @@ def execution(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Run, Progr
             pool.start(jobs.warm_up)
             guarded = [slot.device for slot in pool.slots if devices.is_exclusive(config.runner, slot.device)]
             devices.ensure_limits(guarded)
-            yield Run(Server(folder), config.strategy), told
+            yield Run(Server(folder)), told
     except BaseException as error:
         interruption.note(error)
         tracked = tracker.load(folder)

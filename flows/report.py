@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from deployments.local import environment
 
@@ -16,6 +17,7 @@ environment.prepare()
 from prefect import flow  # noqa: E402 (the environment must be ready first)
 from prefect.artifacts import create_link_artifact, create_markdown_artifact  # noqa: E402
 
+from deployments import form  # noqa: E402
 from fedlora import report  # noqa: E402
 from fedlora.files import home  # noqa: E402
 from fedlora.report import boards, verdict  # noqa: E402
@@ -88,9 +90,10 @@ def default_folder(source: Source) -> Path:
     return home.home() / "reports" / name if source.parent is None else home.sweeps() / name / _FOLDER
 
 
+@form.left_empty
 @flow(name="report", validate_parameters=True)
 @refusals.told
-def make_report(source: str = LATEST, out: str | None = None) -> str:
+def make_report(source: str = LATEST, out: Annotated[str | None, form.empty("string")] = None) -> str:
     """Compare the runs of a sweep or experiment on one HTML page; returns its path.
 
     Args:

@@ -30,13 +30,14 @@ from mlflow_tracking.parents import Parent  # noqa: E402
 from tasks import interruption, names  # noqa: E402
 
 
+@form.left_empty
 @flow(name="sweep", validate_parameters=True)
 @refusals.told
 def run_sweep(
     sweep: Annotated[str, form.name_or_file(configfile.preset_names(SWEEPS), "sweep")] = "demo",
-    overrides: dict[str, Any] | None = None,
-    parallel: Annotated[int | None, Field(ge=1)] = None,
-    pool: str | None = None,
+    overrides: Annotated[dict[str, Any] | None, form.empty("object")] = None,
+    parallel: Annotated[int | None, Field(ge=1), form.empty("integer", minimum=1)] = None,
+    pool: Annotated[str | None, form.empty("string")] = None,
     fresh: bool = False,
     retry_failed: bool = False,
 ) -> str:

@@ -32,10 +32,9 @@ from tasks.devices import held
 
 @dataclass(frozen=True)
 class Run:
-    """What a task needs of a run: the server's side of it, and the strategy by which Prefect's pages call its tasks."""
+    """What a task needs of a run: the server's side of it."""
 
     server: Server
-    strategy: str
 
     @property
     def folder(self) -> RunFolder:
@@ -47,13 +46,13 @@ def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
 
 
 def _step(name: str) -> Callable[[Callable[..., Any]], Any]:
-    return task(name=name, task_run_name=f"{{run.strategy}} {name}", cache_policy=NO_CACHE, persist_result=False)
+    return task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
 
 
-def _round_step(name: str, detail: str = "") -> Callable[[Callable[..., Any]], Any]:
+def _round_step(name: str, of: str = "") -> Callable[[Callable[..., Any]], Any]:
     return task(
         name=name,
-        task_run_name=f"{{run.strategy}} round {{number}} {name}{detail}",
+        task_run_name=f"round {{number}} {of}{name}",
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=2,
@@ -76,7 +75,7 @@ def initialise(run: Run) -> str | None:
     return head
 
 
-@_round_step("fine-tune", " client {client}")
+@_round_step("fine-tune", "client {client} ")
 def fine_tune(run: Run, number: int, client: int, attempt: int) -> str | None:
     """Train one client in the next free slot; why it could not, if it could not."""
     runner, path = run.folder.config.runner, run.folder.path
@@ -100,7 +99,7 @@ def aggregate(run: Run, number: int) -> float:
     return run.server.aggregate(number).seconds
 
 
-@_round_step("evaluate", " part {index}")
+@_round_step("evaluate", "part {index} ")
 def evaluate(run: Run, number: int, index: int, part: Part) -> Scores:
     """Score the broadcast model on one part of the test set."""
     scores: Scores = _in_pool(run, jobs.evaluate, number, part)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from fedlora.config import yamltext
 from fedlora.config.run import INSTEAD_OF, RunConfig
@@ -215,6 +216,20 @@ def dotted_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterato
             yield f"{prefix}{name}"
 
 
+def field(dotted: str) -> FieldInfo:
+    """What is known of a key: its type, default, limits and meaning.
+
+    Raises:
+        KeyError: there is no such key.
+    """
+    kind: Any = RunConfig
+    *sections, last = dotted.split(".")
+    for name in sections:
+        kind = kind.model_fields[name].annotation
+    found: FieldInfo = kind.model_fields[last]
+    return found
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys; the free-form `strategy_options` are opened one level, `lora.ranks` is not.
 
@@ -287,10 +302,7 @@ def _describe(error: ValidationError, values: Overrides) -> str:
 
 def _choices(dotted: str) -> tuple[str, ...]:
     """The words that a key with a fixed choice allows."""
-    kind: Any = RunConfig
-    for name in dotted.split("."):
-        fields = getattr(kind, "model_fields", {})
-        if name not in fields:
-            return ()
-        kind = fields[name].annotation
-    return tuple(str(word) for word in get_args(kind)) if str(get_origin(kind)) == "typing.Literal" else ()
+    if dotted not in dotted_keys():
+        return ()
+    kind = field(dotted).annotation
+    return tuple(str(word) for word in get_args(kind)) if get_origin(kind) is Literal else ()

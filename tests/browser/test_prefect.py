@@ -36,7 +36,7 @@ def test_a_run_shows_its_rounds_and_clients(site, page, called):
     expect(page.get_by_text("Completed").first).to_be_visible()
     expect(page.get_by_role("link", name="sweep seen")).to_be_visible()
     tab(page, "Task Runs")
-    for words in ("svd round 2 fine-tune client 1", "svd round 2 aggregate"):
+    for words in ("round 2 client 1 fine-tune", "round 2 aggregate"):
         page.get_by_placeholder("Search by run name").fill(words)
         expect(page.get_by_role("link", name=words)).to_be_visible()
     assert_private(called)
@@ -82,9 +82,10 @@ def test_the_address_of_the_forms_that_up_prints_lists_the_deployments(site, pag
 def test_the_form_offers_choices_and_says_what_they_mean(site, page, called, ui, opened_by):
     """The first UI's lists close again at once under a mouse (Prefect 3.8.8)."""
     page.goto(f"{site.prefect}/{ui}deployments/deployment/{site.deployment('federated/custom')}/run")
-    for help_text in ("Where the settings come from", "How the server combines the clients' adapters"):
+    for help_text in ("Where the settings come from", "How the server combines and broadcasts adapters", "Rank r of"):
         expect(page.get_by_text(help_text)).to_be_visible()
-    choice = page.get_by_role("button").filter(has_text=AS_IN_PRESET)
+    expect(page.get_by_text("Property is type")).to_be_hidden()
+    choice = page.get_by_role("button").filter(has_text=AS_IN_PRESET).first
     preset = page.get_by_role("button").filter(has_text=re.compile("^demo$"))
 
     def unfold(button: Locator) -> None:

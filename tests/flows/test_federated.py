@@ -92,11 +92,11 @@ def test_task_runs_say_strategy_round_and_client(finished_flow):
     names = task_names(flow_run_of(finished_flow))
     for number in (1, 2):
         for client in range(3):
-            assert f"fedit round {number} fine-tune client {client}" in names
-        assert f"fedit round {number} aggregate" in names
-        assert f"fedit round {number} evaluate part 0" in names
-        assert f"fedit round {number} track" in names
-    assert {"fedit partition", "fedit initialise", "fedit round 0 track", "fedit publish"} <= set(names)
+            assert f"round {number} client {client} fine-tune" in names
+        assert f"round {number} aggregate" in names
+        assert f"round {number} part 0 evaluate" in names
+        assert f"round {number} track" in names
+    assert {"partition", "initialise", "round 0 track", "publish"} <= set(names)
 
 
 def test_progress_and_summary_artifacts(finished_flow):

@@ -90,7 +90,7 @@ _TASKS: Any = ThreadPoolTaskRunner(max_workers=16)
 def side_by_side(folder: RunFolder) -> dict[str, list[float]]:
     """A round of the flow, then the same round of the bare loop, and so on; seconds of each."""
     results: dict[str, list[float]] = {"flow_s": [], "bare_s": []}
-    config, run = folder.config, Run(Server(folder), folder.config.strategy)
+    config, run = folder.config, Run(Server(folder))
     with workers.open_pool(config.runner) as pool:
         hands, logbook = TaskHands(run, lambda: None), Logbook(run, "benchmark", None, Progress())
         hands.prepare()

@@ -40,6 +40,7 @@ from fedlora.config import RunConfig, configfile
 from fedlora.data import tokens
 from fedlora.data.partition import Partition
 from fedlora.model.resident import ResidentModel
+from fedlora.objective.classification import OBJECTIVE, Confusion
 from fedlora.run import jobs, participation, rounds
 from fedlora.run.play import play_round
 from fedlora.run.records import Setup
@@ -49,7 +50,7 @@ from fedlora.seeds import Turn
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
 from fedlora.strategies.step import advance
-from fedlora.training import client, evaluation, workers
+from fedlora.training import client, workers
 from flows.logbook import Logbook
 from flows.progress import Progress
 from tasks.federated import Run, TaskHands
@@ -78,9 +79,9 @@ def bare_loop(run: RunFolder, model: ResidentModel) -> Iterator[float]:
         yield score(model, data, np.arange(len(data.test)), config).accuracy
 
 
-def score(model: ResidentModel, data: tokens.TokenisedData, rows: np.ndarray, config: RunConfig) -> evaluation.Scores:
+def score(model: ResidentModel, data: tokens.TokenisedData, rows: np.ndarray, config: RunConfig) -> Confusion:
     examples = tokens.examples(data.test, rows)
-    return evaluation.evaluate(model, examples, len(data.labels), config.evaluation.batch_size, data.padding)
+    return OBJECTIVE.evaluate(model, examples, config.evaluation.batch_size, data.padding)
 
 
 _TASKS: Any = ThreadPoolTaskRunner(max_workers=16)

@@ -10,7 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:  # torch: who asks for a name need not wait for it
     from fedlora.adapter.divergence import Divergence
-    from fedlora.training.evaluation import Scores
+    from fedlora.objective import Score, Scores
 
 GLOBAL_ACCURACY = "global/accuracy"
 GLOBAL_LOSS = "global/loss"
@@ -92,26 +92,28 @@ BYTES = {each.name: f"bytes/{each.name}" for each in fields(Bytes)}
 
 def of_global(scores: Scores) -> dict[str, float]:
     """Scores of the broadcast model on the full test set."""
-    return {GLOBAL_ACCURACY: scores.accuracy, GLOBAL_LOSS: scores.loss, GLOBAL_MACRO_F1: scores.macro_f1}
+    return {f"global/{name}": value for name, value in scores.values().items()}
 
 
-def of_local(clients: Sequence[Scores]) -> dict[str, float]:
-    """Mean, 10th percentile and worst of the clients' accuracies on their own test examples; nothing without any."""
-    accuracies = [scores.accuracy for scores in clients if scores.examples]
-    if not accuracies:
+def of_local(clients: Sequence[Scores], score: Score) -> dict[str, float]:
+    """Mean, worst tenth (10th percentile where higher is better, else 90th) and worst of the clients' scores on their
+    own test examples; nothing without any."""
+    found = [scores.values()[score.name] for scores in clients if scores.examples]
+    if not found:
         return {}
+    tenth, worst = (10, np.min) if score.higher_is_better else (90, np.max)
+    name = f"local/{score.name}"
     return {
-        LOCAL_ACCURACY: float(np.mean(accuracies)),
-        LOCAL_ACCURACY_P10: float(np.percentile(accuracies, 10)),
-        LOCAL_ACCURACY_WORST: float(np.min(accuracies)),
+        name: float(np.mean(found)),
+        f"{name}_p10": float(np.percentile(found, tenth)),
+        f"{name}_worst": float(worst(found)),
     }
 
 
-def gap(metrics: Metrics) -> dict[str, float]:
-    """Local minus global accuracy, where both were measured."""
-    if LOCAL_ACCURACY not in metrics or GLOBAL_ACCURACY not in metrics:
-        return {}
-    return {GAP_ACCURACY: metrics[LOCAL_ACCURACY] - metrics[GLOBAL_ACCURACY]}
+def gap(metrics: Metrics, score: Score) -> dict[str, float]:
+    """Local minus global score, where both were measured."""
+    of_clients, of_all = (metrics.get(f"{where}/{score.name}") for where in ("local", "global"))
+    return {} if of_clients is None or of_all is None else {f"gap/{score.name}": of_clients - of_all}
 
 
 def of_divergence(divergence: Divergence) -> dict[str, float]:

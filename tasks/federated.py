@@ -17,6 +17,7 @@ from prefect.tasks import exponential_backoff
 
 from fedlora.data import picture
 from fedlora.errors import ClientFailed, WorkerError, worth_retrying
+from fedlora.objective import Scores
 from fedlora.run import export, jobs, recovery
 from fedlora.run.participation import Ask, Roll
 from fedlora.run.play import Trained
@@ -24,7 +25,6 @@ from fedlora.run.records import Part
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.server import Server
 from fedlora.training import workers
-from fedlora.training.evaluation import Scores
 from mlflow_tracking import tracker
 from mlflow_tracking.tracker import Tracked
 from tasks.devices import held

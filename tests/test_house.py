@@ -15,7 +15,7 @@ ROOMS = (
     ("files", "adapter", "updates"),
     ("strategies",),
     ("config",),
-    ("model", "data"),
+    ("model", "data", "objective"),
     ("training", "channel"),
     ("metrics",),
     ("exchange", "report"),

@@ -227,6 +227,8 @@ class RunConfig(Section):
 
     name: str | None = None
     """A label for people; the run is named after its strategy and seed without it."""
+    task: str = "classification"
+    """What is learned, and how it is scored (`fedlora.objective`)."""
     strategy: str = "fedit"
     """How the server combines and broadcasts adapters (`fedlora strategies`)."""
     strategy_options: dict[str, Any] = Field(default_factory=dict)
@@ -319,6 +321,8 @@ class RunConfig(Section):
         # So that runs made before there were these keys are found again.
         if self.channel == ChannelConfig():
             del content["channel"]
+        if self.task == "classification":
+            del content["task"]
         if not self.model.trust_remote_code:
             del content["model"]["trust_remote_code"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -23,7 +23,6 @@ from fedlora.config.lora import LoraConfig
 from fedlora.errors import ModelError
 from fedlora.model.base import (
     check_sides,
-    load_base,
     no_place_for_core,
     only_conv1d,
     stores_transposed,
@@ -31,14 +30,18 @@ from fedlora.model.base import (
     tied_to,
     would_change_both,
 )
-from fedlora.model.heads import NOTE, PooledClassifier, head_modules
+from fedlora.model.heads import NOTE, head_modules
+from fedlora.objective.base import Objective
 
 
 class ResidentModel:
     """A base model in memory with one adapter attached, at the highest rank; adapters of a lower rank are loaded into
     its first indices, with zeros behind them, which have no gradient."""
 
-    def __init__(self, model: Any, config: ModelConfig, device: torch.device) -> None:
+    def __init__(
+        self, objective: Objective, model: Any, config: ModelConfig, labels: Sequence[str], device: torch.device
+    ) -> None:
+        self.objective, self.labels = objective, labels
         self.peft = model.to(device)
         self.device = device
         self.name, self.dtype = config.name, config.dtype
@@ -50,6 +53,7 @@ class ResidentModel:
     @classmethod
     def build(
         cls,
+        objective: Objective,
         config: ModelConfig,
         lora: LoraConfig,
         labels: Sequence[str],
@@ -57,17 +61,18 @@ class ResidentModel:
         seed: int,
         device: torch.device,
     ) -> ResidentModel:
-        """Load the base, attach a fresh adapter drawn by `seed` (A random, B zero) and move it to the device.
+        """Load the base of an objective, attach a fresh adapter drawn by `seed` (A random, B zero), and move both
+        to the device.
 
         Raises:
             ModelError: the model cannot be loaded, or the adapter does not fit it.
         """
         import peft
 
-        base: Any = load_base(config, labels, pad_token_id, seed)
-        peft_config = _peft_config(base, lora)
+        base: Any = objective.load(config, labels, pad_token_id, seed)
+        peft_config = _peft_config(base, lora, objective.task_type(base))
         seeds.seed_torch(seed, "adapter")
-        resident = cls(peft.get_peft_model(base, peft_config), config, device)
+        resident = cls(objective, peft.get_peft_model(base, peft_config), config, labels, device)
         resident._start_embeddings()
         resident._check_rank(lora)
         return resident
@@ -223,7 +228,7 @@ def add_to_weight(layer: Any, pair: Factors) -> None:
     layer.weight.data.add_(delta.to(layer.weight.dtype))
 
 
-def _peft_config(base: Any, lora: LoraConfig) -> Any:
+def _peft_config(base: Any, lora: LoraConfig, task_type: str | None) -> Any:
     import peft
 
     targets = target_modules(base, lora)
@@ -232,7 +237,7 @@ def _peft_config(base: Any, lora: LoraConfig) -> Any:
         "target_modules": targets,
         "fan_in_fan_out": only_conv1d(base, targets),  # PEFT would find out, with a warning for every layer
         "modules_to_save": head_modules(base),
-        "task_type": None if isinstance(base, PooledClassifier) else "SEQ_CLS",
+        "task_type": task_type,
     }
     if lora.variant == "hira":
         return peft.HiraConfig(hira_dropout=lora.dropout, **common)

@@ -18,6 +18,7 @@ from fedlora.channel import faults as channel
 from fedlora.channel import uploads
 from fedlora.errors import AdapterError, UpdateRejected
 from fedlora.files.limits import clean
+from fedlora.objective import Scores
 from fedlora.run.records import ClientRecord
 from fedlora.run.runfolder import RunFolder
 from fedlora.seeds import Turn
@@ -61,15 +62,15 @@ def inspect(run: RunFolder, turn: Turn, start: Adapter, most_examples: int, in_m
         said = str(error)
         raise UpdateRejected(said if said.startswith(str(turn)) else f"{turn}: {said}") from None
     _check_norm(upload, start, run.config.channel.max_norm, turn)
-    known = _read(record, turn)
+    known = _read(record, turn, run.objective.scores)
     if known.rank != upload.rank:
         raise UpdateRejected(f"{turn}: the update says it has rank {known.rank}, and has {upload.rank}")
     return Accepted(known, record["digest"], upload)
 
 
-def _read(record: Mapping[str, Any], turn: Turn) -> ClientRecord:
+def _read(record: Mapping[str, Any], turn: Turn, kind: type[Scores]) -> ClientRecord:
     try:
-        return ClientRecord.from_json(record)
+        return ClientRecord.from_json(record, kind)
     except (KeyError, TypeError, ValueError) as error:
         raise UpdateRejected(f"{turn}: the update does not say what it should ({clean(repr(error))})") from None
 

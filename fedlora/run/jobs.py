@@ -21,6 +21,7 @@ from fedlora.files import home
 from fedlora.model import outline, provenance
 from fedlora.model.base import check_length, load_tokenizer
 from fedlora.model.resident import ResidentModel
+from fedlora.objective import Scores
 from fedlora.run import ranks
 from fedlora.run.records import ClientRecord, DataRead, Part, Setup
 from fedlora.run.rounds import examples_of
@@ -28,8 +29,7 @@ from fedlora.run.runfolder import RunFolder
 from fedlora.run.traffic import crossing
 from fedlora.seeds import Turn
 from fedlora.strategies.base import ServerState
-from fedlora.training import client, evaluation, memory
-from fedlora.training.evaluation import Scores
+from fedlora.training import client, memory
 from fedlora.training.workers import Workbench
 
 
@@ -209,10 +209,8 @@ def evaluate(bench: Workbench, folder: Path, number: int, part: Part) -> Scores:
 
 def _score(bench: Workbench, run: RunFolder, split: Any, rows: np.ndarray) -> Scores:
     """Scores of the model as it is loaded, on some rows of a split."""
-    data, batch_size = _data(run, bench), run.config.evaluation.batch_size
-    examples = tokens.examples(split, rows)
-    model = _loaded(run, bench)
-    return evaluation.evaluate(model, examples, len(data.labels), batch_size, data.padding)
+    padding, batch_size = _data(run, bench).padding, run.config.evaluation.batch_size
+    return run.objective.evaluate(_loaded(run, bench), tokens.examples(split, rows), batch_size, padding)
 
 
 def _data(run: RunFolder, bench: Workbench) -> tokens.TokenisedData:
@@ -248,7 +246,7 @@ def _model_key(run: RunFolder, bench: Workbench) -> str:
     config = run.config
     adapter = {**config.lora.model_dump(mode="json"), "ranks": config.lora.highest_rank, "truncation": None}
     setup = _setup(run, bench)
-    return f"{config.model.model_dump_json()} {setup.model} {adapter} {list(setup.labels)}"
+    return f"{config.task} {config.model.model_dump_json()} {setup.model} {adapter} {list(setup.labels)}"
 
 
 def _build(run: RunFolder, bench: Workbench) -> ResidentModel:
@@ -257,4 +255,5 @@ def _build(run: RunFolder, bench: Workbench) -> ResidentModel:
     transformers_logging.disable_progress_bar()  # it would break the lines of a log, or an error's one line
     config, setup, device = run.config, _setup(run, bench), torch.device(bench.device)
     base = provenance.pinned(config.model, setup.model)
-    return ResidentModel.build(base, config.lora, list(setup.labels), setup.pad_token_id, config.seed, device)
+    labels = list(setup.labels)
+    return ResidentModel.build(run.objective, base, config.lora, labels, setup.pad_token_id, config.seed, device)

@@ -12,13 +12,13 @@ from fedlora.config import RunConfig
 from fedlora.data import picture
 from fedlora.errors import ClientFailed, WorkerError, worth_retrying
 from fedlora.metrics import RoundRecord
+from fedlora.objective import Scores
 from fedlora.run import export, jobs, preflight, recovery, rounds
 from fedlora.run.participation import Ask, Roll
 from fedlora.run.play import Observer, Trained, play
 from fedlora.run.records import Part
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.server import Server
-from fedlora.training.evaluation import Scores
 from fedlora.training.workers import Pool, open_pool, slot_devices
 
 T = TypeVar("T")

@@ -10,12 +10,12 @@ from typing import Protocol
 
 from fedlora.metrics import RoundRecord
 from fedlora.model import provenance
+from fedlora.objective import Scores
 from fedlora.run import jobs, participation, recovery, rounds
 from fedlora.run.participation import Ask, Roll
 from fedlora.run.records import Part
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.server import Server, Timings
-from fedlora.training.evaluation import Scores
 
 Trained = Callable[[int], None]
 """Is told how many clients of an attempt have come to an end."""

@@ -78,16 +78,18 @@ def check(config: RunConfig) -> Found:
 
 
 def names(config: RunConfig) -> None:
-    """Resolve every name in a configuration: strategy, data, model, device. Looks into no file.
+    """Resolve every name in a configuration: task, strategy, data, model, device. Looks into no file.
 
     Raises:
         ConfigError, DataError, ModelError: one line that names the key, the value and what to do.
     """
     catalogue.check(config.data)
     check_rank(config)
-    from fedlora.model import base as model  # torch, which a mistake in the lines above need not wait for
-    from fedlora.training import workers  # torch, which a mistake in the lines above need not wait for
+    from fedlora import objective  # torch, which a mistake in the lines above need not wait for
+    from fedlora.model import base as model
+    from fedlora.training import workers
 
+    objective.find(config.task)
     model.resolve(config.model.name)
     workers.slot_devices(config.runner)
 

@@ -11,7 +11,7 @@ from fedlora.adapter.divergence import Divergence
 from fedlora.files.limits import short
 from fedlora.metrics import Bytes
 from fedlora.model.provenance import Origin
-from fedlora.training.evaluation import Scores
+from fedlora.objective import Scores
 
 if TYPE_CHECKING:
     from fedlora.run.runfolder import RunFolder
@@ -100,8 +100,10 @@ class ClientRecord:
         return {**{each.name: getattr(self, each.name) for each in fields(self)}, "bytes": asdict(self.bytes), **scores}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> ClientRecord:
-        """Raises:
+    def from_json(cls, content: Mapping[str, Any], kind: type[Scores]) -> ClientRecord:
+        """With scores of a kind, which is the objective's.
+
+        Raises:
         KeyError, TypeError, ValueError: it does not say what it should.
         """
         said = {each.name: content[each.name] for each in fields(cls) if each.name != "memory"}
@@ -114,7 +116,7 @@ class ClientRecord:
             if type(value) not in kinds or not abs(value) < _LARGEST or (name in counts and value < 0):
                 raise ValueError(f"{name} is {short(value)}")
         for name in ("validation", "local"):
-            said[name] = None if said[name] is None else Scores.from_json(said[name])
+            said[name] = None if said[name] is None else kind.from_json(said[name])
         if said["validation"] and not said["validation"].examples:
             raise ValueError("validation is on no examples")
         return cls(**said | {"losses": list(said["losses"]), "bytes": Bytes(**said["bytes"])})

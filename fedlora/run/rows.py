@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlora.objective import Score
 from fedlora.run.participation import Entry, Roll
 from fedlora.run.records import ClientRecord
 
@@ -21,16 +22,16 @@ def of_divergence(number: int, divergence: Mapping[str, Mapping[str, Any]]) -> l
     ]
 
 
-def of_clients(number: int, roll: Roll, records: Mapping[int, ClientRecord]) -> list[dict[str, Any]]:
-    """A row per client that was asked: examples, rank, first and last loss, local accuracy, seconds, bytes, what became
-    of it and why."""
+def of_clients(number: int, roll: Roll, records: Mapping[int, ClientRecord], score: Score) -> list[dict[str, Any]]:
+    """A row per client that was asked: examples, rank, first and last loss, local score, seconds, bytes, what became of
+    it and why."""
     return [
-        _of_client(number, entry, records[entry.client] if entry.status == "completed" else None)
+        _of_client(number, entry, records[entry.client] if entry.status == "completed" else None, score)
         for entry in roll.entries
     ]
 
 
-def _of_client(number: int, entry: Entry, known: ClientRecord | None) -> dict[str, Any]:
+def _of_client(number: int, entry: Entry, known: ClientRecord | None, score: Score) -> dict[str, Any]:
     losses, scores = (known.losses, known.local) if known else (None, None)
     sent = known.bytes if known else entry.bytes
     return {
@@ -40,7 +41,7 @@ def _of_client(number: int, entry: Entry, known: ClientRecord | None) -> dict[st
         "rank": known.rank if known else None,
         "loss_first": losses[0] if losses else None,
         "loss": float(np.mean(losses[-5:])) if losses else None,
-        "accuracy": scores.accuracy if scores and scores.examples else None,
+        score.name: scores.values()[score.name] if scores and scores.examples else None,
         "seconds": known.seconds if known else None,
         "bytes": sent.total,
         "bytes_up": sent.up_adapter + sent.up_head,

@@ -24,12 +24,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlora import __version__
+from fedlora import __version__, objective
 from fedlora.config import RunConfig, configfile
 from fedlora.errors import AdapterError, ConfigError, RunFolderError
 from fedlora.files import limits, lock
 from fedlora.files.atomic import check_writable, write_atomic, write_json
 from fedlora.files.tensorfile import read_tensors, serialise
+from fedlora.objective import Objective
 from fedlora.strategies import registry
 from fedlora.strategies import state as states
 from fedlora.strategies.base import ServerState, Strategy
@@ -185,6 +186,15 @@ class RunFolder:
             ConfigError: it is not installed here.
         """
         return registry.make(self.config.strategy, self.config.strategy_options)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What the run learns.
+
+        Raises:
+            ConfigError: there is no such task here.
+        """
+        return objective.find(self.config.task)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file; a mapping gets a seal, by which damage is found."""

@@ -19,6 +19,7 @@ from fedlora.data.partition import Partition
 from fedlora.errors import RunAborted
 from fedlora.files.tensorfile import StoredTensors
 from fedlora.metrics import Bytes, RoundRecord
+from fedlora.objective import Score, Scores
 from fedlora.run import inspection, participation, probe, ranks, rounds, rows
 from fedlora.run.inspection import Accepted
 from fedlora.run.participation import Ask, Entry, Roll
@@ -29,7 +30,6 @@ from fedlora.strategies import state as states
 from fedlora.strategies.base import ServerState
 from fedlora.strategies.step import step
 from fedlora.training import memory
-from fedlora.training.evaluation import Scores
 from fedlora.training.workers import use_threads
 
 _IN_MEMORY = 2**28
@@ -178,7 +178,8 @@ class Server:
             )
         stored = StoredTensors(self.run.path / f"{stem}.safetensors")
         adapter = Adapter.from_tensors(dict(stored.items())) if self._has_room() else Adapter.stored(stored)
-        return self._keep(number, Accepted(ClientRecord.from_json(record), record["digest"], adapter))
+        said = ClientRecord.from_json(record, self.run.objective.scores)
+        return self._keep(number, Accepted(said, record["digest"], adapter))
 
     def close(self, number: int, parts: Sequence[Part], scores: Sequence[Scores], timings: Timings) -> RoundRecord:
         """Gather a round's metrics and close it: `record.json` is the mark that it is complete.
@@ -193,21 +194,22 @@ class Server:
             RunAborted: something of the round is missing.
         """
         values: dict[str, float] = {}
-        roll, made = self._roll(number), self._of_state(number)
+        roll, made, score = self._roll(number), self._of_state(number), self.run.objective.score
         by_split: dict[str, list[Scores]] = {"global": [], "local": []}
         for part, found in zip(parts, scores, strict=True):
             if part.split == "probe":
-                values[part.metric] = found.accuracy
+                values[part.metric] = found.values()[score.name]
             else:
                 by_split[part.split].append(found)
         if by_split["global"]:
             values |= metrics.of_global(sum(by_split["global"][1:], by_split["global"][0]))
         records = {entry.client: self._of(number, entry).record for entry in roll.having("completed")}
         if made.outcome is None:
-            values |= metrics.of_local(by_split["local"]) | metrics.of_bytes(Bytes(), 0) | dict.fromkeys(_SECONDS, 0.0)
+            values |= metrics.of_local(by_split["local"], score) | metrics.of_bytes(Bytes(), 0)
+            values |= dict.fromkeys(_SECONDS, 0.0)
         else:
             values |= self._of_training(number, roll, records, made.outcome)
-        values |= metrics.gap(values)
+        values |= metrics.gap(values, score)
         values |= {
             metrics.TIME_TRAIN: timings.train,
             metrics.TIME_EVALUATE: timings.evaluate,
@@ -215,7 +217,7 @@ class Server:
             **({metrics.TIME_RESUMED: 1.0} if timings.resumed else {}),
         }
         record = RoundRecord(number, int(time.time() * 1000), tuple(roll.completed), values)
-        self.run.write_json(self.run.record_name(number), {**record.to_json(), **_kept(roll, records, made)})
+        self.run.write_json(self.run.record_name(number), {**record.to_json(), **_kept(roll, records, made, score)})
         self._accepted, self._kept_bytes, self._read_seconds = {}, 0, 0.0
         self._closed = {number: record}
         return record
@@ -234,6 +236,7 @@ class Server:
     def _of_training(
         self, number: int, roll: Roll, records: Mapping[int, ClientRecord], outcome: Outcome
     ) -> dict[str, float]:
+        score = self.run.objective.score
         before = self._closed.get(number - 1) or rounds.read_record(self.run, number - 1)
         if before is None:
             raise RunAborted(f"round {number} in {self.run.path} is incomplete")
@@ -241,7 +244,7 @@ class Server:
         if self.run.config.channel.faults.delay != "none":
             virtual[metrics.TIME_VIRTUAL] = participation.virtual_seconds(self.run.config, roll)
         return (
-            metrics.of_local([record.local for record in records.values() if record.local is not None])
+            metrics.of_local([record.local for record in records.values() if record.local is not None], score)
             | metrics.of_divergence(outcome.divergence)
             | metrics.of_bytes(outcome.bytes, before.metrics[metrics.BYTES_TOTAL])
             | metrics.of_participation(roll.counts())
@@ -251,7 +254,7 @@ class Server:
         )
 
 
-def _kept(roll: Roll, records: Mapping[int, ClientRecord], made: _Made) -> dict[str, Any]:
+def _kept(roll: Roll, records: Mapping[int, ClientRecord], made: _Made, score: Score) -> dict[str, Any]:
     """What is needed of a round when its uploads and state are gone: rows of the tables, who was asked (at which rank,
     where it was not the highest), base bytes."""
     asked = sorted({entry.client for entry in roll.entries})
@@ -261,7 +264,7 @@ def _kept(roll: Roll, records: Mapping[int, ClientRecord], made: _Made) -> dict[
         "ranks": {str(client): made.ranks[client] for client in asked if client in made.ranks},
         "base_bytes": made.base_bytes,
         "rows": {
-            "clients": rows.of_clients(made.round, roll, records),
+            "clients": rows.of_clients(made.round, roll, records, score),
             "divergence": rows.of_divergence(made.round, divergence),
         },
     }

@@ -105,7 +105,7 @@ def pace(config: RunConfig) -> Pace:
         setup = time.perf_counter() - begun
         for client in range(min(2, trial.clients)):
             pool.run(jobs.fine_tune, run.path, 1, client)
-        last = ClientRecord.from_json(run.need_json(f"{run.client_stem(1, client)}.json"))
+        last = ClientRecord.from_json(run.need_json(f"{run.client_stem(1, client)}.json"), run.objective.scores)
         examples, scoring = _score(pool, run)
         memory = pool.run(jobs.peak_memory)
         test, parts = Setup.read(run).examples["test"], Partition.load(run.path / "partition.npz")

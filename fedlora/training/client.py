@@ -66,9 +66,7 @@ def train(
     begun = time.perf_counter()
     for batch in training_batches(examples, training.batch_size, steps, order, padding):
         on_device = batch.to(model.device)
-        with model.autocast():
-            logits = model.peft(**on_device.model_inputs()).logits
-        loss = nn.functional.cross_entropy(logits.float(), on_device.labels)
+        loss = model.objective.loss(model, on_device).mean
         extra = penalty(live, start) if penalty else None
         optimizer.zero_grad(set_to_none=True)
         (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]

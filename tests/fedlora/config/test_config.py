@@ -20,6 +20,7 @@ DEFAULTS = configfile.flatten(RunConfig().model_dump(mode="json"))
 
 OTHER = {
     "name": "a label",
+    "task": "regression",
     "strategy": "svd",
     "strategy_options": {"max_sweeps": 3},
     "rounds": 3,

@@ -12,6 +12,7 @@ from fedlora.config.lora import LoraConfig
 from fedlora.errors import ModelError
 from fedlora.model import base as model
 from fedlora.model.resident import ResidentModel
+from fedlora.objective.classification import OBJECTIVE
 
 LABELS = ["cat", "dog", "hen"]
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def encoder(folders, tmp_path):
 
 
 def build(config: ModelConfig, seed: int = 0, pad: int | None = PAD, **lora) -> ResidentModel:
-    return ResidentModel.build(config, LoraConfig(**{"rank": 2, "alpha": 6, **lora}), LABELS, pad, seed, CPU)
+    return ResidentModel.build(OBJECTIVE, config, LoraConfig(**{"rank": 2, "alpha": 6, **lora}), LABELS, pad, seed, CPU)
 
 
 def padded(ids: torch.Tensor, by: int, pad: int = PAD) -> tuple[torch.Tensor, torch.Tensor]:

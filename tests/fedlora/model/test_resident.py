@@ -16,6 +16,7 @@ from fedlora.errors import ModelError
 from fedlora.exchange.peftfolder import write_peft_folder
 from fedlora.model import base as model
 from fedlora.model.resident import ResidentModel, add_to_weight
+from fedlora.objective.classification import OBJECTIVE
 
 LABELS = ["cat", "dog", "hen"]
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ EVERY = [(variant, layer) for variant in VARIANTS for layer in LAYERS]
 
 def build(folder, seed: int = 0, dtype: str = "fp32", **lora) -> ResidentModel:
     config = ModelConfig(name=str(folder), pooling="head", dtype=dtype)
-    return ResidentModel.build(config, LoraConfig(**{"rank": 2, "alpha": 6, **lora}), LABELS, PAD, seed, CPU)
+    return ResidentModel.build(OBJECTIVE, config, LoraConfig(**{"rank": 2, "alpha": 6, **lora}), LABELS, PAD, seed, CPU)
 
 
 @pytest.fixture
@@ -221,7 +222,9 @@ class TestStart:
     def test_factors_are_drawn_apart_from_the_head(self, folders):
         """Another number of labels needs other draws for the head, and leaves A as it is."""
         config, lora = ModelConfig(name=str(folders["bert"])), LoraConfig(rank=2)
-        few, many = (ResidentModel.build(config, lora, list("abcdefg")[:n], PAD, 1, CPU).read() for n in (2, 7))
+        few, many = (
+            ResidentModel.build(OBJECTIVE, config, lora, list("abcdefg")[:n], PAD, 1, CPU).read() for n in (2, 7)
+        )
         assert all(torch.equal(few.factors[module].A, many.factors[module].A) for module in few.modules)
 
     def test_two_resident_models_share_nothing(self, folders):

@@ -22,11 +22,11 @@ from fedlora.data import tokens
 from fedlora.errors import AdapterError
 from fedlora.exchange.peftfolder import read_peft_folder
 from fedlora.model import base as model
+from fedlora.objective.classification import OBJECTIVE, Confusion
 from fedlora.report import plots
 from fedlora.run import export, rounds
 from fedlora.run.loop import train
 from fedlora.run.runfolder import RunFolder
-from fedlora.training.evaluation import Scores, evaluate
 
 CLIENTS = {"round", "client", "examples", "rank", "loss", "accuracy", "seconds", "bytes", "status"}
 DIVERGENCE = {"round", "module", "rho", "floor"}
@@ -43,8 +43,10 @@ def scored(network, tokenizer, folder, batch_size=64):
     data = tokens.open_tokens(Path(setup["tokens"]))
     examples = tokens.examples(data.test, np.arange(len(data.test)))
     padding = tokens.Padding(tokenizer.pad_token_id, tokenizer.padding_side)
-    stand_in = SimpleNamespace(peft=network, device=torch.device("cpu"), autocast=contextlib.nullcontext)
-    return evaluate(stand_in, examples, len(data.labels), batch_size, padding)
+    stand_in = SimpleNamespace(
+        peft=network, device=torch.device("cpu"), autocast=contextlib.nullcontext, labels=data.labels
+    )
+    return OBJECTIVE.evaluate(stand_in, examples, batch_size, padding)
 
 
 def measured(folder) -> list[dict]:
@@ -69,7 +71,7 @@ def test_a_row_for_each_round_and_client(finished):
         assert (row["rank"], row["status"]) == (8, "completed")
         assert row["loss_first"] == record["losses"][0]
         assert row["loss"] == pytest.approx(np.mean(record["losses"]))  # two steps
-        assert row["accuracy"] == Scores.from_json(record["local"]).accuracy
+        assert row["accuracy"] == Confusion.from_json(record["local"]).accuracy
         assert row["seconds"] == record["seconds"] > 0
 
 

@@ -24,12 +24,12 @@ from fedlora.data.partition import Partition
 from fedlora.errors import ModelError
 from fedlora.model import base as model
 from fedlora.model.resident import ResidentModel
+from fedlora.objective.classification import OBJECTIVE
 from fedlora.run import inspection, loop, participation, probe, rounds, server
 from fedlora.run.loop import train
 from fedlora.run.runfolder import RunFolder
 from fedlora.strategies import registry, step
 from fedlora.training import client
-from fedlora.training.evaluation import evaluate
 from fedlora.training.workers import open_pool
 
 STRATEGIES = tuple(registry._BUILTIN)
@@ -57,8 +57,10 @@ def scored(network, tokenizer, folder, batch_size=64):
     data = tokens.open_tokens(Path(setup["tokens"]))
     examples = tokens.examples(data.test, np.arange(len(data.test)))
     padding = tokens.Padding(tokenizer.pad_token_id, tokenizer.padding_side)
-    stand_in = SimpleNamespace(peft=network, device=torch.device("cpu"), autocast=contextlib.nullcontext)
-    return evaluate(stand_in, examples, len(data.labels), batch_size, padding)
+    stand_in = SimpleNamespace(
+        peft=network, device=torch.device("cpu"), autocast=contextlib.nullcontext, labels=data.labels
+    )
+    return OBJECTIVE.evaluate(stand_in, examples, batch_size, padding)
 
 
 # -- what is measured
@@ -251,7 +253,7 @@ def by_hand(finished):
         setup = run.need_json("setup.json")
         data, parts = tokens.open_tokens(Path(setup["tokens"])), Partition.load(run.path / "partition.npz")
         config = run.config
-        network = ResidentModel.build(config.model, config.lora, data.labels, 0, 99, torch.device("cpu"))
+        network = ResidentModel.build(OBJECTIVE, config.model, config.lora, data.labels, 0, 99, torch.device("cpu"))
         return run, data, parts, network
 
     return pieces
@@ -288,9 +290,7 @@ def test_a_personal_strategy_is_scored_by_each_clients_own_model(by_hand, strate
         mine = run.read_tensors(run.client_stem(2, own))
         kept = {n: t if strategy == "local" or (strategy, n[-13:]) == KEPT else shared[n] for n, t in mine.items()}
         network.load(Adapter.from_tensors(kept))
-        scores = evaluate(
-            network, tokens.examples(data.test, np.arange(60)[own::3]), len(data.labels), 64, data.padding
-        )
+        scores = OBJECTIVE.evaluate(network, tokens.examples(data.test, np.arange(60)[own::3]), 64, data.padding)
         total = scores if total is None else total + scores
     expected = measured(run.path)[-1]
     assert (total.accuracy, total.loss) == (expected["global/accuracy"], expected["global/loss"])
@@ -348,7 +348,7 @@ def test_the_global_model_is_w0_plus_the_mean_update_round_after_round(finished,
         changes["model.name"] = str(decoders["gpt2"])
     run = RunFolder(finished(changes))
     labels, scaling = run.need_json("setup.json")["labels"], run.config.lora.scaling
-    resident = ResidentModel.build(run.config.model, run.config.lora, labels, 0, 99, torch.device("cpu"))
+    resident = ResidentModel.build(OBJECTIVE, run.config.model, run.config.lora, labels, 0, 99, torch.device("cpu"))
     below: dict[str, torch.Tensor] = {}
     for number in (1, 2):
         state, mean = run.read_state(number), mean_update(run, number)

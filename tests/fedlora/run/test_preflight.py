@@ -14,6 +14,7 @@ from fedlora.config import ModelConfig, configfile
 from fedlora.errors import ConfigError, DataError, FedloraError, ModelError, RunFolderError
 from fedlora.model import outline
 from fedlora.model.resident import ResidentModel
+from fedlora.objective.classification import OBJECTIVE
 from fedlora.run import jobs, preflight
 from fedlora.run.runfolder import RunFolder
 from fedlora.training.workers import Workbench
@@ -204,7 +205,7 @@ def test_a_check_and_the_run_say_the_same_of_a_model(good, save, words, tmp_path
         for pooling in ("head", "mean"):
             config = configfile.build({**good, "model.name": str(folder), "model.pooling": pooling, "lora.rank": 2})
             found = outline.of(config.model)
-            resident = ResidentModel.build(config.model, config.lora, ["a", "b"], 1, 0, torch.device("cpu"))
+            resident = ResidentModel.build(OBJECTIVE, config.model, config.lora, ["a", "b"], 1, 0, torch.device("cpu"))
             shapes = {module: pair.shape for module, pair in resident.factors().items()}
             assert {layer.name: (layer.d_out, layer.d_in) for layer in found.targets(config.lora)} == shapes
             assert found.rows == 99

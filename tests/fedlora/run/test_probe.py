@@ -7,9 +7,9 @@ import torch
 from fedlora.adapter import Adapter, Factors
 from fedlora.data import tokens
 from fedlora.model.resident import ResidentModel
+from fedlora.objective.classification import OBJECTIVE
 from fedlora.run import rounds
 from fedlora.run.runfolder import RunFolder
-from fedlora.training.evaluation import evaluate
 
 NAMES = ("ranks/before", "ranks/zero_padding", "ranks/replication")
 LEARNING = {"training.local_steps": 12, "training.learning_rate": 0.02}
@@ -80,7 +80,7 @@ def test_the_scores_are_those_by_hand(finished, case):
         name: sum(w * u.head[name].double() for w, u in zip(weights, uploads, strict=True)).float()
         for name in uploads[0].head
     }
-    model = ResidentModel.build(config.model, config.lora, data.labels, 0, 99, torch.device("cpu"))
+    model = ResidentModel.build(OBJECTIVE, config.model, config.lora, data.labels, 0, 99, torch.device("cpu"))
     model.set_base(run.read_state(number - 1).base, "what the clients trained on")
     adapters = {"ranks/before": uploads[high]}
     for name, owners_only in (("ranks/zero_padding", False), ("ranks/replication", True)):
@@ -89,7 +89,5 @@ def test_the_scores_are_those_by_hand(finished, case):
     found, test = measured(run.path)[number], tokens.examples(data.test, np.arange(len(data.test)))
     for name, adapter in adapters.items():
         model.load(adapter)
-        assert found[name] == pytest.approx(
-            evaluate(model, test, len(data.labels), 64, data.padding).accuracy, abs=1e-9
-        ), name
+        assert found[name] == pytest.approx(OBJECTIVE.evaluate(model, test, 64, data.padding).accuracy, abs=1e-9), name
     assert len({found[name] for name in NAMES}) > 1

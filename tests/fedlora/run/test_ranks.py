@@ -14,10 +14,10 @@ from fedlora.data import tokens
 from fedlora.data.partition import Partition
 from fedlora.errors import ConfigError
 from fedlora.model.resident import ResidentModel
+from fedlora.objective.classification import OBJECTIVE, Confusion
 from fedlora.run import ranks, rounds
 from fedlora.run.runfolder import RunFolder
 from fedlora.training import client
-from fedlora.training.evaluation import Scores, evaluate
 
 RULE = RankRule(low=2, high=4, share=0.3)
 MIXED = {"strategy": "zero-padding", "lora.ranks": [2, 4, 7]}
@@ -233,7 +233,7 @@ def ruled(finished):
 
 
 def test_under_a_rule_the_client_with_the_lowest_validation_loss_rises(ruled):
-    losses = {u: Scores.from_json(record(ruled, 1, u)["validation"]).loss for u in range(3)}
+    losses = {u: Confusion.from_json(record(ruled, 1, u)["validation"]).loss for u in range(3)}
     best = min(losses, key=losses.get)
     assert len(set(losses.values())) == 3
     assert RunFolder(ruled).read_state(1).ranks == {u: 4 if u == best else 2 for u in range(3)}
@@ -248,14 +248,14 @@ def test_the_validation_loss_is_that_of_held_out_examples(ruled):
     run = RunFolder(ruled)
     setup, config = run.need_json("setup.json"), run.config
     data, parts = tokens.open_tokens(run.path / setup["tokens"]), Partition.load(run.path / "partition.npz")
-    model = ResidentModel.build(config.model, config.lora, data.labels, 0, 99, torch.device("cpu"))
+    model = ResidentModel.build(OBJECTIVE, config.model, config.lora, data.labels, 0, 99, torch.device("cpu"))
     rows, held = ranks.hold_out(config.lora, 1, parts.train[1], config.seed, 1)
     start, examples = run.read_state(0).adapter.cut(2), tokens.examples(data.train, rows)
     client.train(model, start, examples, config.training, client.Turn(config.seed, 1, 1), EVERY_PART, data.padding)
-    expected = evaluate(model, tokens.examples(data.train, held), len(data.labels), 64, data.padding)
+    expected = OBJECTIVE.evaluate(model, tokens.examples(data.train, held), 64, data.padding)
     found = record(ruled, 1, 1)
     assert found["examples"] == len(rows) == len(parts.train[1]) - len(held)
-    assert Scores.from_json(found["validation"]).to_json() == expected.to_json()
+    assert Confusion.from_json(found["validation"]).to_json() == expected.to_json()
     assert record(ruled, 2, 1)["examples"] == len(parts.train[1])
 
 

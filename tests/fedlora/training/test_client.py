@@ -10,6 +10,7 @@ from fedlora.config.lora import LoraConfig
 from fedlora.data.tokens import Examples, Padding
 from fedlora.errors import RunAborted
 from fedlora.model.resident import ResidentModel
+from fedlora.objective.classification import OBJECTIVE
 from fedlora.training import client
 from fedlora.training.client import Turn
 
@@ -32,7 +33,7 @@ def made(count: int, seed: int = 0) -> Examples:
 def resident(folder, **lora) -> ResidentModel:
     config = ModelConfig(name=str(folder), pooling="mean")
     options = LoraConfig(**{"rank": 2, "alpha": 6, **lora})
-    return ResidentModel.build(config, options, ["a", "b", "c"], 0, 0, torch.device("cpu"))
+    return ResidentModel.build(OBJECTIVE, config, options, ["a", "b", "c"], 0, 0, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

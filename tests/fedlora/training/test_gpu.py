@@ -9,6 +9,7 @@ from fedlora.config.lora import LoraConfig
 from fedlora.data import tokens
 from fedlora.errors import ConfigError
 from fedlora.model.resident import ResidentModel
+from fedlora.objective.classification import OBJECTIVE
 from fedlora.run.runfolder import RunFolder
 from fedlora.training.client import Turn, train
 from fedlora.training.workers import slot_devices
@@ -50,7 +51,7 @@ def test_a_client_trained_on_a_gpu_is_the_client_trained_on_the_cpu(finished):
     start, results = run.read_state(0).adapter, []
     for device in ("cpu", "cuda:0"):
         model = ResidentModel.build(
-            ModelConfig(), LoraConfig(), data.labels, data.pad_token_id, 0, torch.device(device)
+            OBJECTIVE, ModelConfig(), LoraConfig(), data.labels, data.pad_token_id, 0, torch.device(device)
         )
         for module in model.peft.modules():  # the devices draw dropout from different streams
             if isinstance(module, torch.nn.Dropout):

@@ -12,7 +12,7 @@ from fedlora.config import ModelConfig
 from fedlora.config.lora import LoraConfig
 from fedlora.data.tokens import Examples, Padding
 from fedlora.model.resident import ResidentModel
-from fedlora.training.evaluation import Scores, evaluate
+from fedlora.objective.classification import OBJECTIVE, Confusion
 
 LABELS = 4
 
@@ -36,7 +36,7 @@ def part(examples: Examples, rows: slice) -> Examples:
 @pytest.fixture(scope="module")
 def model(small_bert) -> ResidentModel:
     config, lora = ModelConfig(name=str(small_bert()), pooling="mean"), LoraConfig(rank=2)
-    resident = ResidentModel.build(config, lora, ["a", "b", "c", "d"], 0, 0, torch.device("cpu"))
+    resident = ResidentModel.build(OBJECTIVE, config, lora, ["a", "b", "c", "d"], 0, 0, torch.device("cpu"))
     g = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in resident._handles.values():
@@ -63,7 +63,7 @@ def plain(model):
 def test_scores_are_those_of_scikit_learn_on_a_plain_loop(model, plain):
     model.peft.train()  # dropout must be off all the same
     examples = made(53)
-    scores = evaluate(model, examples, LABELS, 8, Padding(0))
+    scores = OBJECTIVE.evaluate(model, examples, 8, Padding(0))
     truth, predicted = examples.labels, plain.argmax(1)
     assert len(set(predicted)) > 2
     np.testing.assert_array_equal(scores.confusion, confusion_matrix(truth, predicted, labels=range(LABELS)))
@@ -77,7 +77,7 @@ def test_scores_are_those_of_scikit_learn_on_a_plain_loop(model, plain):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batching_changes_no_prediction(model, plain, batch_size, side):
     """BERT counts positions from the left, so left padding moves them: only the counts of examples hold there."""
-    scores = evaluate(model, made(53), LABELS, batch_size, Padding(0, side))
+    scores = OBJECTIVE.evaluate(model, made(53), batch_size, Padding(0, side))
     assert scores.examples == 53
     if side == "right" or batch_size == 1:
         assert scores.accuracy == pytest.approx(accuracy_score(made(53).labels, plain.argmax(1)))
@@ -85,8 +85,8 @@ def test_batching_changes_no_prediction(model, plain, batch_size, side):
 
 def test_parts_add_up(model):
     examples = made(53)
-    whole = evaluate(model, examples, LABELS, 16, Padding(0))
-    parts = [evaluate(model, part(examples, slice(i, None, 3)), LABELS, 16, Padding(0)) for i in range(3)]
+    whole = OBJECTIVE.evaluate(model, examples, 16, Padding(0))
+    parts = [OBJECTIVE.evaluate(model, part(examples, slice(i, None, 3)), 16, Padding(0)) for i in range(3)]
     total = parts[0] + parts[1] + parts[2]
     np.testing.assert_array_equal(total.confusion, whole.confusion)
     assert total.loss == pytest.approx(whole.loss)
@@ -96,8 +96,8 @@ def test_parts_add_up(model):
 def test_scores_survive_json(model):
     import json
 
-    scores = evaluate(model, made(20), LABELS, 16, Padding(0))
-    again = Scores.from_json(json.loads(json.dumps(scores.to_json())))
+    scores = OBJECTIVE.evaluate(model, made(20), 16, Padding(0))
+    again = Confusion.from_json(json.loads(json.dumps(scores.to_json())))
     np.testing.assert_array_equal(again.confusion, scores.confusion)
     assert again.confusion.dtype == np.int64
     assert again.loss_sum == scores.loss_sum
@@ -108,27 +108,27 @@ def test_macro_f1_of_absent_classes_by_hand():
     confusion = np.zeros((4, 4), np.int64)
     for truth, predicted in ((0, 0), (0, 2), (1, 2)):
         confusion[truth, predicted] += 1
-    scores = Scores(confusion, 3.0)
+    scores = Confusion(confusion, 3.0)
     assert scores.macro_f1 == pytest.approx((2 / 3 + 0 + 0) / 3)
     assert scores.macro_f1 == pytest.approx(f1_score([0, 0, 1], [0, 2, 2], average="macro"))
     assert (scores.accuracy, scores.loss) == (pytest.approx(1 / 3), 1.0)
 
 
 def test_a_client_without_test_examples_is_left_out_of_the_means(model):
-    empty, one = evaluate(model, nothing(), LABELS, 8, Padding(0)), evaluate(model, made(9), LABELS, 8, Padding(0))
+    empty, one = OBJECTIVE.evaluate(model, nothing(), 8, Padding(0)), OBJECTIVE.evaluate(model, made(9), 8, Padding(0))
     assert empty.examples == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert metrics.of_local([empty, one, empty]) == metrics.of_local([one])
-        assert metrics.of_local([empty]) == metrics.of_local([]) == {}
+        assert metrics.of_local([empty, one, empty], OBJECTIVE.score) == metrics.of_local([one], OBJECTIVE.score)
+        assert metrics.of_local([empty], OBJECTIVE.score) == metrics.of_local([], OBJECTIVE.score) == {}
     assert (empty + one).accuracy == one.accuracy
 
 
 def test_local_metrics_are_mean_tenth_percentile_and_worst():
-    clients = [Scores(np.array([[hits, 10 - hits], [0, 0]]), 0.0) for hits in (9, 2, 5, 8)]
-    found = metrics.of_local(clients)
+    clients = [Confusion(np.array([[hits, 10 - hits], [0, 0]]), 0.0) for hits in (9, 2, 5, 8)]
+    found = metrics.of_local(clients, OBJECTIVE.score)
     assert found["local/accuracy"] == pytest.approx(0.6)
     assert found["local/accuracy_worst"] == pytest.approx(0.2)
     assert found["local/accuracy_p10"] == pytest.approx(np.percentile([0.9, 0.2, 0.5, 0.8], 10))
-    assert metrics.gap({**found, "global/accuracy": 0.45})["gap/accuracy"] == pytest.approx(0.15)
-    assert metrics.gap(found) == {}
+    assert metrics.gap({**found, "global/accuracy": 0.45}, OBJECTIVE.score)["gap/accuracy"] == pytest.approx(0.15)
+    assert metrics.gap(found, OBJECTIVE.score) == {}

@@ -1,0 +1,29 @@
+"""What is learned and how it is scored: a file for each objective, found by its name."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+
+from fedlora.errors import ConfigError, did_you_mean
+from fedlora.objective.base import Loss, Objective, Resident, Score, Scores
+
+__all__ = ["Loss", "Objective", "Resident", "Score", "Scores", "find", "names"]
+
+
+def names() -> list[str]:
+    """The objectives that there are: what `task` may be."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+
+
+def find(task: str) -> Objective:
+    """The objective of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if task not in names():
+        hint = did_you_mean(task, names())
+        raise ConfigError(f"task={task}: no such objective.{hint} There are: {', '.join(names())}")
+    found: Objective = import_module(f"{__name__}.{task}").OBJECTIVE
+    return found

@@ -1,0 +1,111 @@
+"""The contract of an objective: what a batch means. Which network learns it, what its loss is, and how it is scored.
+
+Nothing outside `fedlora.objective` asks which one it is. A new one is one file here, called as `task` in a
+configuration, with an `OBJECTIVE` in it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.config import ModelConfig
+from fedlora.data.batches import Batch
+from fedlora.data.tokens import Examples, Padding
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score that decides: by which champions, leaderboards and reports go."""
+
+    name: str
+    """One of `Scores.values`."""
+    higher_is_better: bool
+    low: float
+    high: float
+    """What it cannot leave."""
+
+
+class Loss(NamedTuple):
+    """What a step minimises: a mean (a scalar with a gradient), and the number of units that it is over."""
+
+    mean: Tensor
+    units: int
+
+
+class Scores(ABC):
+    """How good a model is on some examples. Those of parts of a set add up to those of the whole, exactly."""
+
+    @abstractmethod
+    def __add__(self, other: Self) -> Self: ...
+
+    @property
+    @abstractmethod
+    def examples(self) -> int:
+        """How many examples they are of."""
+
+    @property
+    @abstractmethod
+    def loss(self) -> float:
+        """Mean loss per unit. Only where there are examples."""
+
+    @abstractmethod
+    def values(self) -> dict[str, float]:
+        """The scores by their names, `loss` among them. Only where there are examples."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]: ...
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Raises:
+        KeyError, TypeError, ValueError: these are no such scores.
+        """
+
+
+class Resident(Protocol):
+    """What an objective needs of the model in memory (`fedlora.model.resident`)."""
+
+    peft: Any
+    """The network with its adapter."""
+    device: torch.device
+    labels: Sequence[str]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic of the configured precision."""
+
+
+class Objective(ABC):
+    """What a batch means."""
+
+    name: ClassVar[str]
+    """The `task` of a configuration."""
+    score: ClassVar[Score]
+    scores: ClassVar[type[Scores]]
+
+    @abstractmethod
+    def load(self, config: ModelConfig, labels: Sequence[str], pad_token_id: int | None, seed: int) -> nn.Module:
+        """The network on the pre-trained weights; what it needs besides them is drawn by `seed`.
+
+        Raises:
+            ModelError: it cannot be loaded, or learns no such thing.
+        """
+
+    @abstractmethod
+    def task_type(self, network: nn.Module) -> str | None:
+        """PEFT's name for what the network does; None where PEFT has none."""
+
+    @abstractmethod
+    def loss(self, model: Resident, batch: Batch) -> Loss:
+        """Of a batch on the model's device."""
+
+    @abstractmethod
+    def evaluate(self, model: Resident, examples: Examples, batch_size: int, padding: Padding) -> Scores:
+        """Score the model with the adapter that is loaded in it: every example once, without gradients."""

@@ -58,7 +58,7 @@ class Standing:
     redrawn: Interval
     """The score again, with the bootstrap interval over its seeds."""
     clients: Interval
-    """Mean accuracy of the clients' own models in the last round, with the bootstrap interval over seeds and clients."""
+    """Mean accuracy of the clients' own models in the last round; the bootstrap interval over seeds and clients."""
 
     @property
     def score(self) -> Interval:

@@ -67,11 +67,6 @@ class Setting:
     seeds: Mapping[Any, str]
     """Seed to run id."""
 
-    @property
-    def rest(self) -> str:
-        """What it is besides its strategy; empty where only strategies vary."""
-        return words({key: value for key, value in self.values.items() if key != "strategy"})
-
 
 def only_compared(modules: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
     """The rows of modules without ρ, floor and excess in rounds that used one client's update: as `RoundRecord`."""

@@ -14,7 +14,7 @@ from markupsafe import Markup
 import fedlora
 from fedlora.errors import counted, saving
 from fedlora.files.atomic import write_atomic, write_json
-from fedlora.report import boards, curves, frames, maps, measures, pareto, plots, tables, verdict, views
+from fedlora.report import boards, curves, figuredata, maps, marks, measures, pareto, tables, verdict, views
 from fedlora.report.decision import Decision, decide
 from fedlora.report.frames import Comparison
 from fedlora.report.marks import Figure
@@ -22,6 +22,8 @@ from fedlora.report.marks import Figure
 PAGE = "report.html"
 VERDICT = "verdict.json"
 """What the comparison comes to, for machines."""
+_MOST_PANELS = 24
+"""Of more conditions the page shows one at first."""
 TABLES = ("runs", "rounds", "leaderboard", "paired", "modules")
 """The CSV files beside the page."""
 
@@ -74,16 +76,20 @@ def render(comparison: Comparison, decided: Decision) -> str:
     environment.filters["counted"] = counted
     sections, known = _figures(comparison, decided), measures.curves(comparison)
     every = [figure for figures in sections.values() for figure in figures]
-    found = frames.settings(comparison.runs)
+    looks = marks.looks(decided)
     return environment.get_template("report.html").render(
+        title=comparison.title,
         comparison=comparison,
         version=fedlora.__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         plotly=Markup(get_plotlyjs()) if every else "",  # noqa: S704 (the library's own script)
         figures=sections,
         data=_script_json({figure.key: _figure(figure) for figure in every}),
-        strategies={setting.strategy: plots.colour(setting.strategy) for setting in found},
-        rests=list(dict.fromkeys(setting.rest for setting in found)),
+        strategies={look.strategy: look.colour for look in looks},
+        rests=list(dict.fromkeys(look.rest for look in looks)),
+        conditions=decided.labels,
+        most_panels=_MOST_PANELS,
+        csv=figuredata.link,
         views=views,
         decided=decided,
         verdict=verdict,
@@ -94,9 +100,8 @@ def render(comparison: Comparison, decided: Decision) -> str:
 
 
 def _figures(comparison: Comparison, decided: Decision) -> dict[str, list[Figure]]:
-    by_key = {figure.key: figure for figure in curves.all_curves(comparison)}
-    settings = frames.settings(comparison.runs)
-    final = maps.final_accuracy(decided, settings)
+    by_key = {figure.key: figure for figure in curves.all_curves(comparison, decided)}
+    final = maps.final_accuracy(decided)
     partition = maps.partitions(comparison)
     chosen = {
         "accuracy": ("accuracy-rounds", "accuracy-megabytes"),
@@ -106,10 +111,10 @@ def _figures(comparison: Comparison, decided: Decision) -> dict[str, list[Figure
     sections = {name: [by_key[key] for key in keys if key in by_key] for name, keys in chosen.items()}
     return {
         "final": [final] if final else [],
-        "pareto": pareto.figures(decided, settings),
+        "pareto": pareto.figures(decided),
         **sections,
-        "layers": maps.layers(comparison),
-        "related": maps.rho_accuracy(comparison),
+        "layers": maps.layers(comparison, decided),
+        "related": maps.rho_accuracy(comparison, decided),
         "scaling": curves.scaling(comparison),
         "partition": [partition] if partition else [],
     }
@@ -126,6 +131,9 @@ def _figure(figure: Figure) -> dict[str, Any]:
         "showlegend": any(trace.get("type") == "scatter" and trace.get("showlegend", True) for trace in figure.traces),
         **figure.layout,
     }
+    if figure.panels:
+        panels = [marks.safe(label) for label in figure.panels]
+        layout["meta"] = {"panels": panels, "free": figure.free, "row": figure.row}
     return {"data": list(figure.traces), "layout": layout}
 
 

@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from fedlora.report import statistics
-from fedlora.report.statistics import correlation, holm, interval, paired
+from fedlora.report.statistics import correlation, holm, interval, paired, welch
 
 
 def test_an_interval_is_student_s():
@@ -48,6 +50,31 @@ def test_where_no_test_is_possible_it_says_why(ours, other, words):
     found = paired(ours, other)
     assert math.isnan(found.p)
     assert found.why.startswith(words)
+
+
+def test_welch_s_test_is_that_of_scipy():
+    ours, other = [0.61, 0.64, 0.60, math.nan], [0.55, 0.70, 0.40, 0.52]
+    found = welch(ours, other)
+    wanted = stats.ttest_ind(ours[:3], other, equal_var=False)
+    assert found.p == pytest.approx(float(wanted.pvalue))
+    assert found.difference.mean == pytest.approx(np.mean(ours[:3]) - np.mean(other))
+    limits = wanted.confidence_interval(0.95)
+    assert (found.difference.low, found.difference.high) == (pytest.approx(limits.low), pytest.approx(limits.high))
+    assert found.p != pytest.approx(float(stats.ttest_ind(ours[:3], other).pvalue))  # nor is it Student's
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "words"),
+    [
+        ([math.nan], [0.5, 0.6], "nothing was measured"),
+        ([0.5], [0.5, 0.6], "one seed: two of each are needed"),
+        ([0.5, 0.5], [0.6, 0.6], "neither varies over seeds"),
+    ],
+)
+def test_where_welch_s_test_is_not_possible_it_says_why(ours, other, words):
+    found = welch(ours, other)
+    assert math.isnan(found.p)
+    assert found.why == words
 
 
 def test_holm_multiplies_the_smallest_by_their_number_and_never_falls():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedlora.report import frames, plots
@@ -81,6 +81,8 @@ class Look:
     """What it is besides its strategy; empty where only strategies are chosen among."""
     place: int
     """Of the rest among all rests."""
+    panel: int | None = None
+    """Of its condition."""
 
     @property
     def colour(self) -> str:
@@ -93,7 +95,7 @@ class Look:
     @property
     def meta(self) -> dict[str, Any]:
         """What the page switches traces by."""
-        return {"strategy": self.strategy, "rest": self.rest}
+        return {"strategy": self.strategy, "rest": self.rest} | ({} if self.panel is None else {"panel": self.panel})
 
     def line(self, of: str = "", each: str = "", **changes: Any) -> Trace:
         """A line through points, with an entry in the legend.
@@ -110,6 +112,7 @@ class Look:
             "name": safe(self.label),
             "legendgroup": safe(self.label),
             "meta": meta,
+            **({"xaxis": f"x{self.panel + 1}", "yaxis": f"y{self.panel + 1}"} if self.panel else {}),
             "line": {"color": self.colour, "dash": _DASHES[self.place % len(_DASHES)], "width": 2},
             "marker": {"color": self.colour, "symbol": self.symbol, "size": 6},
             **changes,
@@ -120,12 +123,7 @@ class Look:
 class Placed(Look):
     """A choice as it stands in a condition, drawn in the condition's panel."""
 
-    standing: Standing
-    panel: int
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        return {**super().meta, "panel": self.panel}
+    standing: Standing = field(kw_only=True)
 
     @property
     def words(self) -> str:
@@ -143,10 +141,6 @@ class Placed(Look):
         seeds = [frames.plain(seed) for seed in self.standing.setting.seeds]
         return f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
 
-    def line(self, of: str = "", each: str = "", **changes: Any) -> Trace:
-        axes = {"xaxis": f"x{self.panel + 1}", "yaxis": f"y{self.panel + 1}"} if self.panel else {}
-        return super().line(of, each, **axes, **changes)
-
 
 def looks(decided: Decision) -> list[Placed]:
     """The look of every choice in every condition: condition by condition, the best first, controls last. A choice
@@ -157,7 +151,10 @@ def looks(decided: Decision) -> list[Placed]:
         for each in (*condition.standings, *condition.controls)
     ]
     places = {rest: place for place, rest in enumerate(dict.fromkeys(rest for _, _, rest in found))}
-    return [Placed(each.choice, each.setting.strategy, rest, places[rest], each, panel) for panel, each, rest in found]
+    return [
+        Placed(each.choice, each.setting.strategy, rest, places[rest], panel, standing=each)
+        for panel, each, rest in found
+    ]
 
 
 def axis(title: str, **changes: Any) -> dict[str, Any]:

@@ -29,7 +29,8 @@ Done = Literal["created", "updated", "unchanged"]
 
 _ENDED = ("Completed", REGRESSION, "Failed", "Crashed", "Cancelled", "TimedOut")
 _NOT_RUNNING = (*_ENDED, "Paused", "Suspended", "Scheduled", "AwaitingRetry")
-_WHY = """(flow_run.state.message or "")"""
+_WHY = f"""(flow_run.state.message or "" if flow_run.state.name in ["Completed", "{REGRESSION}"] else "")"""
+"""What a sweep says of itself that ran to its end; an error's words may hold what is nobody's business."""
 _TEXT = f"""flow.name ~ " '" ~ flow_run.name ~ "' ended: " ~ flow_run.state.name ~ ". " \
 ~ ({_WHY} ~ ". " if {_WHY} else "") ~ (flow_run|ui_url)"""
 _MESSAGE = f"""{{"text": {{{{ ({_TEXT})|tojson }}}}, "flow_run": {{{{ flow_run.name|tojson }}}}, \

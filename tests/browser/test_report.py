@@ -57,9 +57,9 @@ def test_the_leaderboard_names_every_strategy_and_sorts(site, report, called):
 
 
 WIDER = """() => [...document.querySelectorAll(".scroll")]
-    .filter(box => box.offsetParent && !box.closest("#configs") && box.scrollWidth > box.clientWidth + 1)
+    .filter(box => box.offsetParent && box.scrollWidth > box.clientWidth + 1)
     .map(box => box.innerText)"""
-"""Tables that are wider than the page; those of configurations hold words of any length."""
+"""Tables that are wider than the page."""
 TITLES = "table => [...table.querySelectorAll('thead th')].filter(th => th.offsetParent).map(th => th.innerText)"
 
 

@@ -110,3 +110,20 @@ def test_too_few_points_or_no_variation_have_no_correlation():
     flat = correlation([1, 1, 1], [1, 2, 3])
     assert math.isnan(flat.pearson)
     assert "does not vary" in flat.why
+
+
+def test_noise_is_called_a_drop_in_one_night_of_forty_and_a_steady_drop_is_found():
+    """Three choices, three seeds, differences with a spread of .01; and five seeds with a drop of five times that."""
+    random = np.random.default_rng(0)
+
+    def fell(seeds, drop, nights):
+        called = 0
+        for _ in range(nights):
+            differences = random.normal(0, 0.01, (3, seeds)) - np.array([[drop], [0], [0]])
+            tests = [paired(dict(enumerate(each + 0.5)), dict.fromkeys(range(seeds), 0.5)) for each in differences]
+            corrected = holm([each.p for each in tests])
+            called += any(p < 0.05 and each.difference.mean < 0 for p, each in zip(corrected, tests, strict=True))
+        return called / nights
+
+    assert 0.01 < fell(3, 0.0, 800) < 0.045
+    assert fell(5, 0.05, 60) > 0.95

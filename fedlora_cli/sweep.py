@@ -102,6 +102,7 @@ def _show(plan: Sweep, path: Path, flow_run: str) -> None:
         raise FedloraError(f"{path} does not hold the state of a sweep")
     print()
     tables.verdict(_said(path / outcome.SHOWN["verdict"]), sys.stdout)
+    tables.verdict(_said(path / outcome.CHANGES), sys.stdout)
     tables.compared(outcome.results(folder, plan.varied), plan.varied, sys.stdout)
     _print_left(folder, "failed")
     _print_left(folder, "skipped")
@@ -162,6 +163,13 @@ def report(
         str,
         typer.Argument(metavar="SWEEP|EXPERIMENT", help="A sweep (or one execution of it), or an MLflow experiment."),
     ] = "latest",
+    other: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[LATER]",
+            help="Another: what changed from the first to it. The first may be 'previous': the execution before it.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to. Without it: the sweep's folder.")] = None,
     only_verdict: Annotated[
         bool, typer.Option("--verdict", help="Print what the comparison comes to, and write nothing.")
@@ -169,11 +177,15 @@ def report(
 ) -> None:
     """Tables, plots and statistics of a sweep or experiment, as one HTML page and CSV files.
 
-    Without a name: the sweep that ended last.
+    Without a name: the sweep that ended last. With two: both side by side, and what changed.
+    For example: fedlora report previous demo-seeds
     """
     environment.prepare("CRITICAL")
     from fedlora_cli import tables
 
+    if other is not None:
+        _changes(source, other, out, only_verdict)
+        return
     if only_verdict:
         from fedlora.report import verdict
         from fedlora.report.decision import decide
@@ -188,4 +200,21 @@ def report(
     print(f"{written.comparison.title}: {counted(len(written.comparison.runs), 'run')}")
     print(f"report            {written.page}\ntables            {written.page.parent}/*.csv")
     if written.source.parent is not None:
+        print(f"MLflow            {written.link}")
+
+
+def _changes(before: str, after: str, out: Path | None, only_verdict: bool) -> None:
+    """What changed from one to the other, in words and as a table; and as a page unless only words are wanted."""
+    from fedlora.report import changewords
+    from fedlora_cli import tables
+    from flows import changes
+
+    if only_verdict:
+        tables.verdict(changewords.sentences(changes.between(before, after)[0]), sys.stdout)
+        return
+    written = changes.write(before, after, out)
+    tables.changed(written.changes, sys.stdout)
+    tables.verdict(written.sentences, sys.stdout)
+    print(f"changes           {written.page}\ntables            {written.page.parent}/changes.*")
+    if not written.link.startswith("file:"):
         print(f"MLflow            {written.link}")

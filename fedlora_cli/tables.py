@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.errors import counted
+from fedlora.report import changewords
+from fedlora.report.changes import Changes
 from fedlora.strategies.base import Strategy
 from fedlora.sweep import comparison
 from fedlora.sweep.estimate import Cost
@@ -60,6 +62,21 @@ def verdict(sentences: Sequence[str], stream: TextIO) -> None:
     for sentence in sentences:
         console(stream).print(output.shown(sentence, stream), markup=False)
         print(file=stream)
+
+
+def changed(found: Changes, stream: TextIO) -> None:
+    """Print both scores of every choice, their difference, and how it was tested."""
+    said = partial(output.shown, stream=stream)
+    print(f"from {found.before}\nto   {found.after}", file=stream)
+    for condition in dict.fromkeys(cell.condition for cell in found.cells):
+        board = changewords.table(found, condition)
+        kept = [place for place, title in enumerate(board.titles) if title in changewords.TERMINAL]
+        table = Table(title=condition and said(condition), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for place in kept:
+            table.add_column(said(board.titles[place]), justify="left" if place == 0 else "right")
+        for row in board.rows:
+            table.add_row(*(said(row[place].text) for place in kept))
+        console(stream).print(table)
 
 
 def planned(plan: Sweep, stands: Mapping[str, str], costs: Mapping[str, Cost], parallel: int, stream: TextIO) -> None:

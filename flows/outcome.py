@@ -16,7 +16,8 @@ from fedlora.sweep import comparison
 from fedlora.sweep.comparison import Result
 from fedlora.sweep.folder import STATE, SweepFolder
 from fedlora.sweep.plan import Sweep
-from flows import progress, report
+from flows import changes, progress, report
+from flows.changes import Since
 from flows.progress import Progress
 from mlflow_tracking import champion, parents, store
 from mlflow_tracking.parents import Parent
@@ -30,6 +31,8 @@ SHOWN = {
     "table": "comparison.csv",
 }
 """What a person looks at in a sweep's folder."""
+CHANGES = "report/changes.json"
+"""What changed since the last execution, where there was one."""
 FILES = (STATE, "comparison.csv", "comparison.png", "conditions.png")
 
 
@@ -52,8 +55,12 @@ def is_whole(plan: Sweep, folder: SweepFolder) -> bool:
     return written and (folder.champion is not None or not plan.champion)
 
 
-def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> None:
-    """Compare the finished runs in files, on the sweep's page in MLflow, and on the flow run's page in Prefect."""
+def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> Since | None:
+    """Compare the finished runs in files, on the sweep's page in MLflow, and on the flow run's page in Prefect.
+
+    Returns:
+        What changed since the last execution; None where there is no report to compare.
+    """
     told = progress.current()
     found = results(folder, plan.varied)
     if found:
@@ -68,9 +75,15 @@ def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> None:
     pages = [store.run_page(parent.experiment, result.run) for result in found]
     links = {"charts": store.sweep_page(parent.experiment, parent.run)}
     said: Sequence[str] = ()
+    since = None
     if found and (written := _report(folder, parent, told)):
         links["report"] = store.artifact_page(parent.experiment, parent.run, SHOWN["report"])
-        said = written.sentences
+        since = changes.since_last(folder, parent.uri)
+        said = [*written.sentences, f"Since the last: {since.line}."]
+        changes.publish(since, plan.name)
+    if since and since.written:
+        told.say(since.line)
+        links["what changed"] = store.artifact_page(parent.experiment, parent.run, f"report/{since.written.page.name}")
     parents.describe(parent, description(plan, folder, found, pages, links, said))
     # On Prefect's page a link needs the server's name.
     pages = [where.mlflow_page(parent.uri, page) for page in pages]
@@ -78,6 +91,7 @@ def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> None:
     board = description(plan, folder, found, pages, links, said)
     told.results(links["charts"], folder.path)
     create_markdown_artifact(board, key="sweep-summary", description=plan.name)
+    return since
 
 
 def _report(folder: SweepFolder, parent: Parent, told: Progress) -> report.Written | None:

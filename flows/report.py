@@ -6,6 +6,7 @@ prefect deployment run 'report/latest'
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -50,11 +51,7 @@ class Written:
     @property
     def link(self) -> str:
         """Its page in MLflow; on disk where it was not logged."""
-        if self.source.parent is None:
-            return self.page.as_uri()
-        run = self.source.parent.info.run_id
-        page = store.artifact_page(self.source.experiment, run, f"{_FOLDER}/{self.page.name}")
-        return where.mlflow_page(self.uri, page)
+        return logged(self.source, self.uri, self.page)
 
 
 def write_report(source: str = LATEST, out: str | Path | None = None, uri: str | None = None) -> Written:
@@ -76,12 +73,29 @@ def write_report(source: str = LATEST, out: str | Path | None = None, uri: str |
     folder = Path(out).expanduser().absolute() if out else default_folder(found)
     decided = decide(comparison)
     page = report.write(comparison, folder, decided)
-    if found.parent is not None:
-        with store.errors(resolved):
-            client = store.client(resolved)
-            for file in (page, folder / report.VERDICT, *(folder / f"{name}.csv" for name in report.TABLES)):
-                client.log_artifact(found.parent.info.run_id, str(file), _FOLDER)
+    log(found, resolved, [page, folder / report.VERDICT, *(folder / f"{name}.csv" for name in report.TABLES)])
     return Written(page, comparison, decided, resolved, found)
+
+
+def log(source: Source, uri: str, files: Sequence[Path]) -> None:
+    """Log files beside a sweep's report in MLflow; an experiment has no run to log to.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    if source.parent is not None:
+        with store.errors(uri):
+            client = store.client(uri)
+            for file in files:
+                client.log_artifact(source.parent.info.run_id, str(file), _FOLDER)
+
+
+def logged(source: Source, uri: str, page: Path) -> str:
+    """The address in MLflow of a page that was logged; on disk where it was not."""
+    if source.parent is None:
+        return page.as_uri()
+    artifact = store.artifact_page(source.experiment, source.parent.info.run_id, f"{_FOLDER}/{page.name}")
+    return where.mlflow_page(uri, artifact)
 
 
 def default_folder(source: Source) -> Path:
@@ -117,7 +131,7 @@ def summary(written: Written) -> str:
     """The verdict and the leaderboards in Markdown, with the way to the page."""
     lines = [f"## {plain(written.comparison.title)}", *(f"\n{plain(sentence)}" for sentence in written.sentences)]
     for condition in written.decision.conditions:
-        board = boards.leaderboard(condition)
+        board = boards.leaderboard(condition).shown
         lines += ["", f"**{plain(condition.label)}**", ""] if condition.label else [""]
         lines += [f"| {' | '.join(board.titles)} |", "|---" * len(board.titles) + "|"]
         lines += [f"| {' | '.join(plain(cell.text) for cell in row)} |" for row in board.rows]

@@ -6,17 +6,19 @@ prefect deployment run 'sweep/on-demand' -p sweep=demo -p 'overrides={"rounds": 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from deployments.local import environment
 
 environment.prepare()
 
 from prefect import flow, runtime  # noqa: E402 (the environment must be ready first)
+from prefect.states import Completed  # noqa: E402
 from pydantic import Field  # noqa: E402
 
 from deployments import form  # noqa: E402
 from deployments.shipped import DEPLOYMENTS, PRESETS, SWEEPS  # noqa: E402
+from deployments.states import REGRESSION  # noqa: E402
 from fedlora.config import configfile  # noqa: E402
 from fedlora.errors import FedloraError, counted  # noqa: E402
 from fedlora.files import home, lock  # noqa: E402
@@ -24,6 +26,7 @@ from fedlora.sweep import plan as sweeps  # noqa: E402
 from fedlora.sweep.folder import SweepFolder  # noqa: E402
 from fedlora.sweep.plan import Cell, Sweep  # noqa: E402
 from flows import cells, checks, outcome, progress, refusals  # noqa: E402
+from flows.changes import Since  # noqa: E402
 from flows.progress import Progress  # noqa: E402
 from mlflow_tracking import parents  # noqa: E402
 from mlflow_tracking.parents import Parent  # noqa: E402
@@ -61,6 +64,7 @@ def run_sweep(
     folder = SweepFolder.choose(home.sweeps(), plan, fresh, flow_run)
     if folder.parent and not parents.there(Parent(**folder.parent)):  # deleted in MLflow: so is what was under it
         folder = SweepFolder.choose(home.sweeps(), plan, fresh=True)
+    since: Since | None = None
     with lock.held(folder.path, f"sweep {plan.name} in {folder.path}", "wait for it, or begin another with --fresh"):
         if nothing_to_do(plan, folder, retry_failed, refused):
             report_known(progress.current(), plan, folder)
@@ -70,11 +74,18 @@ def run_sweep(
             parent = open_parent(plan, folder)
             with interruption.noted(), parents.closing(parent):
                 execute(plan, folder, parent, parallel, pool)
-                outcome.publish(plan, folder, parent)
+                since = outcome.publish(plan, folder, parent)
     if not folder.having("finished"):
         failed = folder.having("failed")[0]
         raise FedloraError(f"sweep {plan.name}: no run finished; the first, {failed.label}: {failed.reason}")
-    return str(folder.path)
+    return ended(folder, since)
+
+
+def ended(folder: SweepFolder, since: Since | None) -> str:
+    """The folder, as the result of a state that says what changed since the last execution: `Regression`, of type
+    Completed, where a score fell beyond noise. Who calls the flow gets the folder."""
+    name = REGRESSION if since and since.regression else None
+    return cast(str, Completed(name=name, message=since.line, data=str(folder.path))) if since else str(folder.path)
 
 
 def known_finished(plan: Sweep, fresh: bool) -> set[str]:

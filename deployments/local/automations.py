@@ -15,6 +15,8 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import CallWebhook, ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
+from deployments.states import REGRESSION
+
 OUR_FLOWS = ["federated", "sweep", "report"]
 SILENT_FOR = timedelta(seconds=120)
 """Four heartbeats of `deployments.local.environment`: a run that skips one is busy, one that skips four is gone."""
@@ -25,11 +27,15 @@ NOTIFY_BLOCK = "fedlora-notify"
 
 Done = Literal["created", "updated", "unchanged"]
 
-_ENDED = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
+_ENDED = ("Completed", REGRESSION, "Failed", "Crashed", "Cancelled", "TimedOut")
 _NOT_RUNNING = (*_ENDED, "Paused", "Suspended", "Scheduled", "AwaitingRetry")
-_TEXT = """flow.name ~ " '" ~ flow_run.name ~ "' ended: " ~ flow_run.state.name ~ ". " ~ (flow_run|ui_url)"""
+_WHY = f"""(flow_run.state.message or "" if flow_run.state.name in ["Completed", "{REGRESSION}"] else "")"""
+"""What a sweep says of itself that ran to its end; an error's words may hold what is nobody's business."""
+_TEXT = f"""flow.name ~ " '" ~ flow_run.name ~ "' ended: " ~ flow_run.state.name ~ ". " \
+~ ({_WHY} ~ ". " if {_WHY} else "") ~ (flow_run|ui_url)"""
 _MESSAGE = f"""{{"text": {{{{ ({_TEXT})|tojson }}}}, "flow_run": {{{{ flow_run.name|tojson }}}}, \
-"state": {{{{ flow_run.state.name|tojson }}}}, "url": {{{{ flow_run|ui_url|tojson }}}}}}"""
+"state": {{{{ flow_run.state.name|tojson }}}}, "message": {{{{ {_WHY}|tojson }}}}, \
+"url": {{{{ flow_run|ui_url|tojson }}}}}}"""
 
 
 def apply(silent_for: timedelta = SILENT_FOR) -> dict[str, Done]:

@@ -8,9 +8,9 @@ from fedlora import lazily
 
 if TYPE_CHECKING:
     from fedlora.report.frames import Comparison, Excluded
-    from fedlora.report.page import TABLES, VERDICT, write
+    from fedlora.report.page import CHANGES, TABLES, VERDICT, write, write_changes
 
-__all__ = ["TABLES", "VERDICT", "Comparison", "Excluded", "write"]
+__all__ = ["CHANGES", "TABLES", "VERDICT", "Comparison", "Excluded", "write", "write_changes"]
 
 # Pandas is not needed to draw the pictures of one run.
 __getattr__ = lazily(
@@ -18,8 +18,10 @@ __getattr__ = lazily(
     {
         "Comparison": "fedlora.report.frames",
         "Excluded": "fedlora.report.frames",
+        "CHANGES": "fedlora.report.page",
         "TABLES": "fedlora.report.page",
         "VERDICT": "fedlora.report.page",
         "write": "fedlora.report.page",
+        "write_changes": "fedlora.report.page",
     },
 )

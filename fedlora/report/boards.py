@@ -13,6 +13,10 @@ from fedlora.report.measures import Measures
 from fedlora.report.views import Cell, Table, p_value, shown, spread
 
 _NOTHING = Cell(views.NONE, math.inf)
+SECOND_VIEW = ("accuracy, bootstrap", "clients' own accuracy, bootstrap")
+"""Columns of the second view of the interval: over seeds drawn again, and over seeds and clients drawn again."""
+_MOST_CONDITIONS = 8
+"""Of more conditions the scores in each are hidden until asked for: places and regrets say what they come to."""
 _RESULTS = {"gap": "gap", "rho_first": "ρ round 1", "rho_last": "ρ last", "rho_floor": "ρ floor"}
 
 
@@ -22,11 +26,11 @@ def leaderboard(condition: Condition) -> Table:
     What is bold in the first column is the best and what is not told apart from it.
     """
     titles = ["choice", "accuracy", "below the best", "p (Holm)", "seeds to tell", "MB", "server s", "seconds"]
-    titles += ["worst client", *_RESULTS.values(), "of the possible"]
+    titles += ["worst client", *_RESULTS.values(), *SECOND_VIEW, "of the possible"]
     lines = [_line(each, each in condition.alike) for each in (*condition.standings, *condition.controls)]
     if all(line[-1] is _NOTHING for line in lines):  # the two that tell what is possible did not run
-        return Table(titles[:-1], [line[:-1] for line in lines])
-    return Table(titles, lines)
+        titles, lines = titles[:-1], [line[:-1] for line in lines]
+    return Table(titles, lines, "leaderboard", hidden=SECOND_VIEW, narrow=("accuracy", "MB"))
 
 
 def _line(each: Standing, alike: bool) -> list[Cell]:
@@ -40,8 +44,9 @@ def _line(each: Standing, alike: bool) -> list[Cell]:
         shown(each.costs[key], digits) for key, digits in (("megabytes", 2), ("server_seconds", 2), ("seconds", 1))
     ]
     others = [shown(each.results[key].mean) for key in ("worst_client", *_RESULTS)]
-    possible = _NOTHING if math.isnan(each.possible) else Cell(f"{each.possible:.0%}", each.possible)
-    return [name, spread(each.score), below, p_value(each.holm), more, *costs, *others, possible]
+    possible = _NOTHING if math.isnan(each.possible) else Cell(f"{each.possible:.0%}".replace("-", "−"), each.possible)
+    second = [spread(each.redrawn), spread(each.clients)]
+    return [name, spread(each.score), below, p_value(each.holm), more, *costs, *others, *second, possible]
 
 
 def paired(condition: Condition) -> Table:
@@ -55,7 +60,7 @@ def paired(condition: Condition) -> Table:
             numbers = [Cell(str(found.n), found.n), shown(found.mean, 4, sign=True), Cell(limits, found.low)]
             tests = [p_value(each.paired.p), p_value(each.holm)]
             body.append([views.name(each.setting, each.choice), *numbers, *tests, Cell(each.paired.why)])
-    return Table(titles, body)
+    return Table(titles, body, "paired", narrow=("difference", "p (Holm)"))
 
 
 def across(decision: Decision) -> Table:
@@ -75,13 +80,14 @@ def across(decision: Decision) -> Table:
         numbers = [shown(overall.mean_place, 2), shown(overall.mean_regret), shown(overall.worst_regret)]
         counts = [Cell(str(count), count) for count in (overall.wins, overall.ties, overall.losses)]
         body.append([views.name(setting, overall.choice), *cells, *numbers, *counts])
-    return Table(titles, body)
+    hidden = labels if len(labels) > _MOST_CONDITIONS else ()
+    return Table(titles, body, "across", hidden, narrow=("mean place", "mean regret", "worst regret"))
 
 
 def measured(found: Measures) -> Table:
     """Scores at a budget, what the target costs, and the area under the curve, a row per choice."""
-    titles = ["choice", f"accuracy at {found.megabytes:.3g} MB", f"accuracy at {found.seconds:.3g} s"]
-    titles += [f"{what} to {found.target:.3f}" for what in ("rounds", "MB", "s")]
+    titles = ["choice", "accuracy at the MB", "accuracy at the seconds"]
+    titles += [f"{what} to the target" for what in ("rounds", "MB", "seconds")]
     titles += ["mean over rounds", "worst client", "10th percentile"]
     body = []
     for each in found.choices:
@@ -91,7 +97,15 @@ def measured(found: Measures) -> Table:
         clients = [shown(results[name].mean) for name in ("worst_client", "p10_client")]
         name = views.name(each.standing.setting, each.standing.choice)
         body.append([name, *scores, *spent, shown(each.area), *clients])
-    return Table(titles, body)
+    return Table(titles, body, "measured", narrow=(titles[1], titles[4]))
+
+
+def budgets(found: Measures) -> str:
+    """The budgets and the target of `measured`, in words; those that are not known are left out."""
+    spent = ((found.megabytes, "MB"), (found.seconds, "s"))
+    known = [f"{value:.3g} {unit}" for value, unit in spent if not math.isnan(value)]
+    budget = f"Budget: {' or '.join(known)}. " if known else ""
+    return f"{budget}Target: {found.target:.3f}."
 
 
 def _until(value: float, digits: int) -> Cell:
@@ -108,7 +122,14 @@ def leaderboard_frame(decision: Decision) -> pd.DataFrame:
         for name, found in each.results.items():
             entry |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
         extra = {name: each.costs[name] for name in COSTS if name not in entry}
-        table.append(entry | extra | {"regret": each.regret, "of_the_possible": each.possible})
+        second = {
+            "accuracy_bootstrap_low": each.redrawn.low,
+            "accuracy_bootstrap_high": each.redrawn.high,
+            "clients_accuracy": each.clients.mean,
+            "clients_accuracy_low": each.clients.low,
+            "clients_accuracy_high": each.clients.high,
+        }
+        table.append(entry | extra | {"regret": each.regret, "of_the_possible": each.possible} | second)
     return pd.DataFrame(table)
 
 

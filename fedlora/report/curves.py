@@ -10,8 +10,9 @@ import pandas as pd
 
 from fedlora import metrics
 from fedlora.report import frames, marks, statistics, tables
-from fedlora.report.frames import Comparison, Setting
-from fedlora.report.marks import Figure, Look, Trace
+from fedlora.report.decision import Decision
+from fedlora.report.frames import Comparison
+from fedlora.report.marks import Figure, Look, Placed, Trace
 
 _MOST_THIN_LINES = 30
 """Of more runs only the means are drawn: thin lines would hide them."""
@@ -23,16 +24,16 @@ _ROUND = "round"
 _RHO = "ρ (relative error, no unit)"
 
 
-def all_curves(comparison: Comparison) -> list[Figure]:
+def all_curves(comparison: Comparison, decided: Decision) -> list[Figure]:
     """Everything against rounds and megabytes that was measured."""
     against_rounds = [
         ("accuracy-rounds", "Accuracy against rounds", metrics.GLOBAL_ACCURACY, "test accuracy (share)", _ACCURACY),
         ("gap", "Local–global gap", metrics.GAP_ACCURACY, "local − global accuracy (share)", _GAP),
     ]
-    found = [_of_metric(comparison, *words) for words in against_rounds]
-    found.insert(1, _accuracy_megabytes(comparison))
-    found.insert(2, _rho(comparison))
-    found += [_of_metric(comparison, *words, log=True) for words in _CONDITIONS]
+    found = [_of_metric(comparison, decided, *words) for words in against_rounds]
+    found.insert(1, _accuracy_megabytes(comparison, decided))
+    found.insert(2, _rho(comparison, decided))
+    found += [_of_metric(comparison, decided, *words, log=True) for words in _CONDITIONS]
     return [figure for figure in found if figure is not None]
 
 
@@ -58,7 +59,14 @@ _CONDITIONS = [
 
 
 def _of_metric(
-    comparison: Comparison, key: str, title: str, metric: str, unit: str, caption: str, log: bool = False
+    comparison: Comparison,
+    decided: Decision,
+    key: str,
+    title: str,
+    metric: str,
+    unit: str,
+    caption: str,
+    log: bool = False,
 ) -> Figure | None:
     points = _points(comparison, metric)
     if log:
@@ -66,13 +74,13 @@ def _of_metric(
     if points.empty:
         return None
     traces: list[Trace] = []
-    for look in marks.looks(frames.settings(comparison.runs)):
+    for look in marks.looks(decided):
         traces += _lines(look, points, _ROUND, metric, len(comparison.runs))
     y = marks.axis(unit, type="log", minorloglabels="complete") if log else marks.axis(unit)
-    return Figure(key, title, caption, traces, marks.layout(_rounds_axis(points), y))
+    return Figure(key, title, caption, traces, marks.layout(_rounds_axis(points), y), panels=decided.labels)
 
 
-def _accuracy_megabytes(comparison: Comparison) -> Figure | None:
+def _accuracy_megabytes(comparison: Comparison, decided: Decision) -> Figure | None:
     if metrics.BYTES_TOTAL not in comparison.rounds:
         return None
     points = _points(comparison, metrics.GLOBAL_ACCURACY, metrics.BYTES_TOTAL)
@@ -80,22 +88,23 @@ def _accuracy_megabytes(comparison: Comparison) -> Figure | None:
         return None
     points = points.assign(megabytes=points[metrics.BYTES_TOTAL] / 1e6)
     traces: list[Trace] = []
-    for look in marks.looks(frames.settings(comparison.runs)):
+    for look in marks.looks(decided):
         traces += _lines(look, points, "megabytes", metrics.GLOBAL_ACCURACY, len(comparison.runs))
     caption = (
         "The same accuracy against everything sent so far by all clients, up and down (1 MB is 10⁶ bytes): adapters, "
         "heads and base updates. What sends nothing stands at zero."
     )
     axes = marks.layout(marks.axis("sent so far (MB)", rangemode="tozero"), marks.axis("test accuracy (share)"))
-    return Figure("accuracy-megabytes", "Accuracy against megabytes", caption, traces, axes)
+    title = "Accuracy against megabytes"
+    return Figure("accuracy-megabytes", title, caption, traces, axes, panels=decided.labels, free=True)
 
 
-def _rho(comparison: Comparison) -> Figure | None:
+def _rho(comparison: Comparison, decided: Decision) -> Figure | None:
     points = _points(comparison, metrics.RHO_MODEL)
     if points.empty:
         return None
     traces: list[Trace] = []
-    for look in marks.looks(frames.settings(comparison.runs)):
+    for look in marks.looks(decided):
         traces += _lines(look, points, _ROUND, metrics.RHO_MODEL, len(comparison.runs))
         if metrics.RHO_FLOOR in points:
             traces.append(_floor(look, points))
@@ -105,18 +114,19 @@ def _rho(comparison: Comparison) -> Figure | None:
         "round one compares them on equal ones."
     )
     axes = marks.layout(_rounds_axis(points), marks.axis(_RHO, rangemode="tozero"), updatemenus=marks.linear_or_log())
-    return Figure("rho-rounds", "ρ and its floor against rounds", caption, traces, axes)
+    return Figure("rho-rounds", "ρ and its floor against rounds", caption, traces, axes, panels=decided.labels)
 
 
-def _floor(look: Look, points: pd.DataFrame) -> Trace:
-    mean = _mean(look.setting, points, metrics.RHO_FLOOR)
+def _floor(look: Placed, points: pd.DataFrame) -> Trace:
+    mean = _mean(look, points, metrics.RHO_FLOOR)
     return look.line(
+        of=f"floor, {look.seeds}",
         x=marks.numbers(mean[_ROUND]),
         y=marks.numbers(mean[metrics.RHO_FLOOR]),
         mode="lines",
         line={"color": look.colour, "dash": "dot", "width": 1.2},
         showlegend=False,
-        hovertemplate=f"{marks.safe(look.setting.label)}<br>floor in round %{{x}}: %{{y}}<extra></extra>",
+        hovertemplate=f"{look.words}<br>floor in round %{{x}}: %{{y}}<extra></extra>",
     )
 
 
@@ -127,38 +137,47 @@ def _points(comparison: Comparison, *needed: str) -> pd.DataFrame:
     return comparison.rounds.dropna(subset=list(needed)).sort_values(_ROUND)
 
 
-def _mean(setting: Setting, points: pd.DataFrame, *columns: str) -> pd.DataFrame:
+def _mean(look: Placed, points: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """Means over a setting's seeds, round by round."""
-    own = points[points["run_id"].isin(list(setting.seeds.values()))]
+    own = points[points["run_id"].isin(look.runs)]
     return own.groupby(_ROUND, as_index=False)[list(columns)].mean()
 
 
-def _lines(look: Look, points: pd.DataFrame, x: str, y: str, runs: int) -> list[Trace]:
+def _lines(look: Placed, points: pd.DataFrame, x: str, y: str, runs: int) -> list[Trace]:
     """The mean over seeds as a line, and each seed as a thin one where these are few enough to be told apart."""
-    setting = look.setting
-    mean = _mean(setting, points, *({x, y} - {_ROUND}))
+    mean = _mean(look, points, *({x, y} - {_ROUND}))
     if mean.empty:
         return []
-    over = f", mean of {len(setting.seeds)} seeds" if len(setting.seeds) > 1 else ""
-    found = [_drawn(look, mean, x, y, marks.safe(setting.label) + over)]
-    if len(setting.seeds) > 1 and runs <= _MOST_THIN_LINES:
+    found = [_drawn(look, mean, x, y, look.seeds)]
+    if len(look.runs) > 1 and runs <= _MOST_THIN_LINES:
         found += [
-            _drawn(look, points[points["run_id"] == run], x, y, f"{marks.safe(setting.label)}, seed {marks.safe(seed)}")
+            _drawn(look, points[points["run_id"] == run], x, y, f"seed {frames.plain(seed)}")
             | {"mode": "lines", "opacity": 0.3, "showlegend": False, "line": {"color": look.colour, "width": 1}}
-            for seed, run in setting.seeds.items()
+            for seed, run in look.standing.setting.seeds.items()
         ]
     return found
 
 
-def _drawn(look: Look, points: pd.DataFrame, x: str, y: str, words: str) -> Trace:
+def _drawn(look: Placed, points: pd.DataFrame, x: str, y: str, of: str) -> Trace:
+    """A line.
+
+    Args:
+        look: of what.
+        points: rows.
+        x: the column along the x axis.
+        y: the other.
+        of: the seed, or what it is a mean of.
+    """
     marked = len(points) <= _MOST_MARKERS
     where = "%{customdata}" if x != _ROUND else "%{x}"
     return look.line(
+        of=of,
+        each="round" if x != _ROUND else "",
         x=marks.numbers(points[x]),
         y=marks.numbers(points[y]),
         mode="lines+markers" if marked else "lines",
         customdata=[int(number) for number in points[_ROUND]],
-        hovertemplate=f"{words}<br>round {where}: %{{y:.4g}}"
+        hovertemplate=f"{look.words}, {marks.safe(of)}<br>round {where}: %{{y:.4g}}"
         + (", %{x:.4g} MB" if x != _ROUND else "")
         + "<extra></extra>",
     )
@@ -192,19 +211,20 @@ def _scaling(
     comparison: Comparison, key: str, names: tuple[str, str], result: str, words: tuple[str, str]
 ) -> Figure | None:
     values = tables.results(comparison)
-    groups: dict[str, tuple[Setting, list[tuple[float, statistics.Interval]]]] = {}
+    groups: dict[tuple[str, str], list[tuple[float, statistics.Interval]]] = {}
     for setting in frames.settings(comparison.runs):
         if frames.is_missing(setting.values[key]):
             continue
         others = {name: value for name, value in setting.values.items() if name != key}
         found = tables.over_seeds(values, setting, result)
         if not math.isnan(found.mean):
-            line = Setting(frames.words(others), setting.strategy, others, {})
-            groups.setdefault(line.label, (line, []))[1].append((float(setting.values[key]), found))
-    if not any(len(points) > 1 for _, points in groups.values()):
+            rest = frames.words({name: value for name, value in others.items() if name != "strategy"})
+            groups.setdefault((setting.strategy, rest), []).append((float(setting.values[key]), found))
+    if not any(len(points) > 1 for points in groups.values()):
         return None
-    looks = marks.looks([line for line, _ in groups.values()])
-    lines = [sorted(points, key=lambda point: point[0]) for _, points in groups.values()]
+    rests = list(dict.fromkeys(rest for _, rest in groups))
+    looks = [Look(f"{name} {rest}".strip(), name, rest, rests.index(rest)) for name, rest in groups]
+    lines = [sorted(points, key=lambda point: point[0]) for points in groups.values()]
     traces = [_scaling_line(look, points) for look, points in zip(looks, lines, strict=True)]
     xs = sorted({x for points in lines for x, _ in points})
     x_axis = marks.axis(names[1], type="log", tickvals=xs, ticktext=[f"{x:g}" for x in xs])
@@ -217,7 +237,7 @@ def _scaling_line(look: Look, points: Sequence[tuple[float, statistics.Interval]
     return look.line(
         x=marks.numbers(x for x, _ in points),
         y=marks.numbers(found.mean for _, found in points),
-        meta={"strategy": look.setting.strategy},
+        meta={"strategy": look.strategy},
         error_y={**marks.bars([found for _, found in points]), "thickness": 1, "width": 3},
-        hovertemplate=f"{marks.safe(look.setting.label)}<br>%{{x}}: %{{y:.4g}}<extra></extra>",
+        hovertemplate=f"{marks.safe(look.label)}<br>%{{x}}: %{{y:.4g}}<extra></extra>",
     )

@@ -55,6 +55,10 @@ class Standing:
     """(score − local) / (oracle − local): its share of what was possible, where both of these ran."""
     costs: Mapping[str, float]
     """Means over its seeds of `COSTS`, NaN where not measured."""
+    redrawn: Interval
+    """The score again, with the bootstrap interval over its seeds."""
+    clients: Interval
+    """Mean accuracy of the clients' own models in the last round; the bootstrap interval over seeds and clients."""
 
     @property
     def score(self) -> Interval:
@@ -147,7 +151,7 @@ def decide(comparison: Comparison) -> Decision:
     keys = frames.varied(comparison.runs)
     choices = [key for key in keys if comparison.roles.is_choice(key)]
     world = [key for key in keys if key not in choices]
-    measured = _Tables(tables.results(comparison), tables.spent(comparison))
+    measured = _Tables(tables.results(comparison), tables.spent(comparison), tables.client_scores(comparison))
     by_condition: dict[str, list[Setting]] = {}
     for setting in frames.settings(comparison.runs):
         by_condition.setdefault(_words(setting, world), []).append(setting)
@@ -187,6 +191,8 @@ def _condition(
             more=statistics.more_seeds(paired, tests) if paired else None,
             possible=_share(each.mean, ends),
             costs=each.costs,
+            redrawn=each.redrawn,
+            clients=each.clients,
         )
 
     standings = [standing(*each) for each in zip(candidates, places, differences, corrected, strict=True)]
@@ -202,6 +208,7 @@ def _condition(
 class _Tables:
     results: pd.DataFrame
     costs: pd.DataFrame
+    clients: Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -212,6 +219,8 @@ class _Scored:
     results: Mapping[str, Interval]
     by_seed: Mapping[Any, float]
     costs: Mapping[str, float]
+    redrawn: Interval
+    clients: Interval
 
     @property
     def mean(self) -> float:
@@ -220,11 +229,14 @@ class _Scored:
     @classmethod
     def of(cls, setting: Setting, found: _Tables) -> _Scored:
         own = found.costs.loc[list(setting.seeds.values())]
+        scores = tables.of_runs(found.results, setting, SCORE)
         return cls(
             setting,
             {name: tables.over_seeds(found.results, setting, name) for name in tables.RESULTS},
-            dict(zip(setting.seeds, tables.of_runs(found.results, setting, SCORE), strict=True)),
+            dict(zip(setting.seeds, scores, strict=True)),
             {name: float(own[name].mean()) for name in COSTS},
+            statistics.redrawn([[score] for score in scores]),
+            statistics.redrawn([found.clients.get(run, []) for run in setting.seeds.values()]),
         )
 
 

@@ -64,13 +64,8 @@ class Setting:
     strategy: str
     values: Mapping[str, Any]
     """Dotted key to value, for the keys that vary."""
-    seeds: Mapping[Any, str]
+    seeds: dict[Any, str]
     """Seed to run id."""
-
-    @property
-    def rest(self) -> str:
-        """What it is besides its strategy; empty where only strategies vary."""
-        return words({key: value for key, value in self.values.items() if key != "strategy"})
 
 
 def only_compared(modules: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
@@ -115,22 +110,33 @@ def settings_columns(runs: pd.DataFrame) -> list[str]:
 def varied(runs: pd.DataFrame) -> list[str]:
     """The settings that differ between runs, the strategy first; seed, tracking and placement left out."""
     keys = [key for key in settings_columns(runs) if key not in _NEUTRAL and not key.startswith("tracking.")]
-    return ["strategy", *(key for key in sorted(keys) if runs[key].map(_comparable).nunique() > 1)]
+    return ["strategy", *(key for key in sorted(keys) if runs[key].map(comparable).nunique() > 1)]
 
 
-def _comparable(value: Any) -> str:
+def comparable(value: Any) -> str:
+    """A value by which runs are told apart; empty where there is none."""
     return "" if is_missing(value) else plain(value)
 
 
-def settings(runs: pd.DataFrame) -> list[Setting]:
-    """The settings of a table of runs, in the order in which they first appear."""
-    keys = varied(runs)
-    found: dict[tuple[str, ...], tuple[dict[str, Any], dict[Any, str]]] = {}
+def settings(runs: pd.DataFrame, keys: Sequence[str] = ()) -> list[Setting]:
+    """The settings of a table of runs, in the order in which they first appear.
+
+    Args:
+        runs: a row per run.
+        keys: what tells settings apart, the strategy among it. None: what varies.
+    """
+    keys = keys or varied(runs)
+    found: dict[tuple[str, ...], Setting] = {}
     for row in runs.to_dict("records"):
-        values = {key: row[key] for key in keys}
-        identity = tuple(_comparable(value) for value in values.values())
-        found.setdefault(identity, (values, {}))[1][row["seed"]] = str(row["run_id"])
-    return [Setting(words(values), str(values["strategy"]), values, seeds) for values, seeds in found.values()]
+        values = {key: row.get(key) for key in keys}
+        new = Setting(words(values), str(values["strategy"]), values, {})
+        found.setdefault(identity(new), new).seeds[row["seed"]] = str(row["run_id"])
+    return list(found.values())
+
+
+def identity(setting: Setting) -> tuple[str, ...]:
+    """What a setting is known by among those with the same keys."""
+    return tuple(comparable(value) for value in setting.values.values())
 
 
 def partition_keys(keys: Sequence[str]) -> list[str]:

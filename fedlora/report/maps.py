@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import pandas as pd
 
 from fedlora.report import frames, marks, tables, verdict
-from fedlora.report.decision import Decision, Standing
-from fedlora.report.frames import Comparison, Setting
-from fedlora.report.marks import Figure, Look, Trace
+from fedlora.report.decision import Decision
+from fedlora.report.frames import Comparison
+from fedlora.report.marks import Figure, Placed, Trace
 
 _ROW_PX, _AROUND_PX, _HIGHEST_PX = 22, 130, 1100
 _SIGN_PX, _HALF_PX, _WIDE_PX = 7, 280, 900
@@ -26,62 +27,60 @@ _MOST_GAPS = 30
 _SCALE = "Viridis"
 
 
-def final_accuracy(decided: Decision, settings: Sequence[Setting]) -> Figure | None:
-    """Final accuracy with its interval, a line per choice, the best on top; one condition at a time.
-
-    Args:
-        decided: the comparison, condition by condition.
-        settings: in the page's order, for their looks.
-    """
-    traces, most = [], 0
-    for index, condition in enumerate(decided.conditions):
-        known = [each for each in (*condition.standings, *condition.controls) if not math.isnan(each.score.mean)]
-        most = max(most, len(known))
-        looks = marks.looks([each.setting for each in known], settings)
-        traces += [_final(look, each, condition.label, index) for look, each in zip(looks, known, strict=True)]
-    if not traces:
+def final_accuracy(decided: Decision) -> Figure | None:
+    """Final accuracy with its interval, a line per choice and a panel per condition, the best of the first on top."""
+    known = [look for look in marks.looks(decided) if not math.isnan(look.standing.score.mean)]
+    if not known:
         return None
+    rows = max(Counter(look.panel for look in known).values())
     y = marks.axis("", autorange="reversed", type="category")
     caption = "Mean over seeds with its 95 % interval (Student t, cut at 0 and 1); of two seeds the bar ends at both."
+    if decided.labels:
+        caption += " In the order of the first condition; of one alone in its own."
     axes = marks.layout(marks.axis("final test accuracy (share)"), y, hovermode="closest")
     return Figure(
-        "final-accuracy", "Final accuracy", caption, traces, axes, decided.labels, wide=True, height=_height(most)
+        "final-accuracy",
+        "Final accuracy",
+        caption,
+        [_final(look) for look in known],
+        axes,
+        wide=True,
+        height=_height(rows),
+        panels=decided.labels,
+        row=max(_ROW_PX * rows, 90),
     )
 
 
-def _final(look: Look, each: Standing, condition: str, index: int) -> Trace:
+def _final(look: Placed) -> Trace:
+    score = look.standing.score
     return look.line(
-        x=[marks.number(each.score.mean)],
-        y=[marks.safe(each.choice)],
+        of=look.seeds,
+        x=[marks.number(score.mean)],
+        y=[marks.safe(look.label)],
         mode="markers",
-        marker={"color": look.colour, "symbol": look.symbol, "size": 10},
-        error_x={**marks.bars([each.score]), "thickness": 1.5, "width": 4},
+        marker={"color": look.colour, "symbol": look.symbol, "size": 9},
+        error_x={**marks.bars([score]), "thickness": 1.5, "width": 4},
         showlegend=False,
-        visible=index == 0,
-        meta={**look.meta, "choice": index},
-        hovertemplate=f"{marks.safe(each.choice)}<br>{marks.safe(condition)}<br>{verdict.score(each.score)}<extra></extra>",
+        hovertemplate=f"{look.words}<br>{verdict.score(score)}<extra></extra>",
     )
 
 
-def layers(comparison: Comparison) -> list[Figure]:
+def layers(comparison: Comparison, decided: Decision) -> list[Figure]:
     """ρ by module: in the last round for each setting, and round by round for one setting at a time."""
     modules = comparison.modules
     if modules.empty or "rho" not in modules:
         return []
     names = short(list(dict.fromkeys(modules["module"])))
-    found = frames.settings(comparison.runs)
+    found = marks.looks(decided)
     return [_last_round(modules, names, found), _by_round(modules, names, found)]
 
 
-def _last_round(modules: pd.DataFrame, names: Mapping[str, str], settings: Sequence[Setting]) -> Figure:
+def _last_round(modules: pd.DataFrame, names: Mapping[str, str], looks: Sequence[Placed]) -> Figure:
     last = modules[modules["round"] == modules.groupby("run_id")["round"].transform("max")]
-    found = [
-        (look, last[last["run_id"].isin(list(look.setting.seeds.values()))].groupby("module")["rho"].mean())
-        for look in marks.looks(settings)
-    ]
+    found = [(look, last[last["run_id"].isin(look.runs)].groupby("module")["rho"].mean()) for look in looks]
     columns = [(look, values) for look, values in found if len(values)]
     rows = [[marks.number(values.get(module), 4) for _, values in columns] for module in names]
-    labels = _Labels.of([look.setting.label for look, _ in columns])
+    labels = _Labels.of([look.standing.setting.label for look, _ in columns])
     trace = _heat(labels.texts, list(names.values()), rows)
     trace |= {
         "meta": {"columns": [look.meta for look, _ in columns]},
@@ -118,20 +117,20 @@ class _Labels:
         return cls(texts, wide, turned, _SIGN_PX * longest if turned else 100 if wide else 60)
 
 
-def _by_round(modules: pd.DataFrame, names: Mapping[str, str], settings: Sequence[Setting]) -> Figure:
+def _by_round(modules: pd.DataFrame, names: Mapping[str, str], looks: Sequence[Placed]) -> Figure:
     traces: list[Trace] = []
     choices: list[str] = []
-    for setting in settings:
-        own = modules[modules["run_id"].isin(list(setting.seeds.values()))]
+    for look in looks:
+        own = modules[modules["run_id"].isin(look.runs)]
         if own.empty:
             continue
         table = own.pivot_table(index="module", columns="round", values="rho", aggfunc="mean", sort=False)
         table = table[sorted(table.columns)]
         rows = [marks.numbers(values, 4) for values in table.to_numpy()]
-        words = f"{marks.safe(setting.label)}<br>%{{y}}<br>round %{{x}}: ρ %{{z}}<extra></extra>"
+        words = f"{look.words}<br>%{{y}}<br>round %{{x}}: ρ %{{z}}<extra></extra>"
         trace = _heat([int(column) for column in table.columns], [names[m] for m in table.index], rows)
         traces.append(trace | {"meta": {"choice": len(choices)}, "hovertemplate": words})
-        choices.append(setting.label)
+        choices.append(look.standing.setting.label)
     caption = "ρ of each adapted module, round by round, mean over seeds, for one setting at a time."
     x = marks.axis("round", **({"dtick": 1} if len(traces[0]["x"]) <= 12 else {}), showgrid=False)
     return _heat_figure("layers-rounds", "ρ by layer and round", caption, traces, x, names.values(), choices)
@@ -181,7 +180,7 @@ def short(modules: Sequence[str]) -> dict[str, str]:
     return {name: ".".join(words[common:]) or name for name, words in zip(modules, parts, strict=True)}
 
 
-def rho_accuracy(comparison: Comparison) -> list[Figure]:
+def rho_accuracy(comparison: Comparison, decided: Decision) -> list[Figure]:
     """Final accuracy against ρ, a point per run: ρ of round one, and of the last."""
     values = tables.results(comparison)
     found = []
@@ -189,24 +188,28 @@ def rho_accuracy(comparison: Comparison) -> list[Figure]:
         points = values.dropna(subset=[name, "accuracy"])
         if len(points):
             traces = [
-                look.line(
-                    x=marks.numbers(own[name]),
-                    y=marks.numbers(own["accuracy"]),
-                    mode="markers",
-                    marker={"color": look.colour, "symbol": look.symbol, "size": 9, "opacity": 0.85},
-                    customdata=[frames.plain(seeds[run]) for run in own.index],
-                    hovertemplate=f"{marks.safe(look.setting.label)}, seed %{{customdata}}<br>"
-                    "ρ %{x:.4g}, accuracy %{y:.4g}<extra></extra>",
-                )
-                for look in marks.looks(frames.settings(comparison.runs))
-                for seeds in [{run: marks.safe(seed) for seed, run in look.setting.seeds.items()}]
-                for own in [points[points.index.isin(list(seeds))]]
+                _cloud(look, own, name)
+                for look in marks.looks(decided)
+                for own in [points[points.index.isin(look.runs)]]
                 if len(own)
             ]
             axes = marks.layout(marks.axis(f"ρ in {words} (no unit)"), marks.axis("final test accuracy (share)"))
-            key = name.replace("_", "-")
-            found.append(Figure(key, f"ρ in {words} against accuracy", "A point per run.", traces, axes))
+            key, title = name.replace("_", "-"), f"ρ in {words} against accuracy"
+            found.append(Figure(key, title, "A point per run.", traces, axes, panels=decided.labels))
     return found
+
+
+def _cloud(look: Placed, own: pd.DataFrame, rho: str) -> Trace:
+    seeds = {run: frames.plain(seed) for seed, run in look.standing.setting.seeds.items()}
+    return look.line(
+        each="seed",
+        x=marks.numbers(own[rho]),
+        y=marks.numbers(own["accuracy"]),
+        mode="markers",
+        marker={"color": look.colour, "symbol": look.symbol, "size": 9, "opacity": 0.85},
+        customdata=[marks.safe(seeds[str(run)]) for run in own.index],
+        hovertemplate=f"{look.words}, seed %{{customdata}}<br>ρ %{{x:.4g}}, accuracy %{{y:.4g}}<extra></extra>",
+    )
 
 
 def partitions(comparison: Comparison) -> Figure | None:

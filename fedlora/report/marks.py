@@ -5,11 +5,11 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from fedlora.report import plots
-from fedlora.report.frames import Setting
+from fedlora.report import frames, plots
+from fedlora.report.decision import Decision, Standing
 from fedlora.report.statistics import Interval
 
 Trace = dict[str, Any]
@@ -26,6 +26,8 @@ class Figure:
     """A plot: where it stands, what it is called, how to read it, and its traces and layout in Plotly's words.
 
     `choices` are the words of a list from which the reader picks one trace at a time (traces carry `meta.choice`).
+    `panels` are the conditions that stand side by side, a panel each (traces carry `meta.panel`), or one of them where
+    the reader picks one on top of the page. Where `free`, their x axes are not one, as of costs.
     """
 
     key: str
@@ -36,6 +38,10 @@ class Figure:
     choices: Sequence[str] = ()
     wide: bool = False
     height: int = 400
+    panels: Sequence[str] = ()
+    free: bool = False
+    row: int = 170
+    """Height of a row of panels, px."""
 
 
 def safe(text: object) -> str:
@@ -67,50 +73,87 @@ def bars(found: Sequence[Interval]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Look:
-    """How a setting is drawn: its strategy's colour, and a dash and symbol for what else it is."""
+    """How a choice is drawn: its strategy's colour, and a dash and symbol for what else it is."""
 
-    setting: Setting
-    colour: str
-    dash: str
-    symbol: str
+    label: str
+    strategy: str
+    rest: str
+    """What it is besides its strategy; empty where only strategies are chosen among."""
+    place: int
+    """Of the rest among all rests."""
+    panel: int | None = None
+    """Of its condition."""
 
     @property
-    def meta(self) -> dict[str, str]:
-        """What the page switches traces by."""
-        return {"strategy": self.setting.strategy, "rest": self.setting.rest}
+    def colour(self) -> str:
+        return plots.colour(self.strategy)
 
-    def line(self, **changes: Any) -> Trace:
-        """A line through points, with an entry in the legend."""
+    @property
+    def symbol(self) -> str:
+        return _SYMBOLS[self.place % len(_SYMBOLS)]
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the page switches traces by."""
+        return {"strategy": self.strategy, "rest": self.rest} | ({} if self.panel is None else {"panel": self.panel})
+
+    def line(self, of: str = "", each: str = "", **changes: Any) -> Trace:
+        """A line through points, with an entry in the legend.
+
+        Args:
+            of: what of the choice it is, in the figure's table: a seed, or the mean of some.
+            each: what `customdata` is, in the figure's table.
+            changes: further properties, or others.
+        """
+        meta = self.meta | ({"of": of} if of else {}) | ({"each": each} if each else {})
         return {
             "type": "scatter",
             "mode": "lines+markers",
-            "name": safe(self.setting.label),
-            "legendgroup": safe(self.setting.label),
-            "meta": self.meta,
-            "line": {"color": self.colour, "dash": self.dash, "width": 2},
+            "name": safe(self.label),
+            "legendgroup": safe(self.label),
+            "meta": meta,
+            **({"xaxis": f"x{self.panel + 1}", "yaxis": f"y{self.panel + 1}"} if self.panel else {}),
+            "line": {"color": self.colour, "dash": _DASHES[self.place % len(_DASHES)], "width": 2},
             "marker": {"color": self.colour, "symbol": self.symbol, "size": 6},
             **changes,
         }
 
 
-def looks(settings: Sequence[Setting], among: Sequence[Setting] = ()) -> list[Look]:
-    """The look of every setting, in order.
+@dataclass(frozen=True)
+class Placed(Look):
+    """A choice as it stands in a condition, drawn in the condition's panel."""
 
-    Args:
-        settings: what is drawn.
-        among: the settings of the whole page, where a figure draws them in another order, or not all: the place of a
-            setting among these is what gives it the same look everywhere.
-    """
-    rests = list(dict.fromkeys(setting.rest for setting in (*among, *settings)))
-    places = {rest: place for place, rest in enumerate(rests)}
+    standing: Standing = field(kw_only=True)
+
+    @property
+    def words(self) -> str:
+        """The choice and its condition, for a figure."""
+        return safe(self.standing.setting.label)
+
+    @property
+    def runs(self) -> list[str]:
+        """The ids of its runs, a seed each."""
+        return list(self.standing.setting.seeds.values())
+
+    @property
+    def seeds(self) -> str:
+        """What a mean is over, in words."""
+        seeds = [frames.plain(seed) for seed in self.standing.setting.seeds]
+        return f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+
+
+def looks(decided: Decision) -> list[Placed]:
+    """The look of every choice in every condition: condition by condition, the best first, controls last. A choice
+    looks the same in all of them."""
+    found = [
+        (panel, each, frames.words({key: each.setting.values[key] for key in decided.choices if key != "strategy"}))
+        for panel, condition in enumerate(decided.conditions)
+        for each in (*condition.standings, *condition.controls)
+    ]
+    places = {rest: place for place, rest in enumerate(dict.fromkeys(rest for _, _, rest in found))}
     return [
-        Look(
-            setting,
-            plots.colour(setting.strategy),
-            _DASHES[places[setting.rest] % len(_DASHES)],
-            _SYMBOLS[places[setting.rest] % len(_SYMBOLS)],
-        )
-        for setting in settings
+        Placed(each.choice, each.setting.strategy, rest, places[rest], panel, standing=each)
+        for panel, each, rest in found
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,33 @@ from markupsafe import Markup
 import fedlora
 from fedlora.errors import counted, saving
 from fedlora.files.atomic import write_atomic, write_json
-from fedlora.report import boards, curves, frames, maps, measures, pareto, plots, tables, verdict, views
+from fedlora.report import (
+    boards,
+    changewords,
+    curves,
+    figuredata,
+    maps,
+    marks,
+    measures,
+    pareto,
+    tables,
+    verdict,
+    views,
+)
+from fedlora.report.changes import Changes
 from fedlora.report.decision import Decision, decide
 from fedlora.report.frames import Comparison
-from fedlora.report.marks import Figure
+from fedlora.report.marks import Figure, Look
 
 PAGE = "report.html"
 VERDICT = "verdict.json"
 """What the comparison comes to, for machines."""
+_MOST_PANELS = 24
+"""Of more conditions the page shows one at first."""
 TABLES = ("runs", "rounds", "leaderboard", "paired", "modules")
 """The CSV files beside the page."""
+CHANGES = ("changes.html", "changes.json", "changes.csv")
+"""What is written of two comparisons side by side."""
 
 
 def write(comparison: Comparison, folder: Path, decided: Decision | None = None) -> Path:
@@ -60,8 +78,57 @@ def _csv(table: pd.DataFrame) -> bytes:
     return b"" if table.empty and not len(table.columns) else table.to_csv(index=False).encode()
 
 
+def write_changes(changes: Changes, folder: Path) -> Path:
+    """Write `changes.html`, and the same as `changes.json` and `changes.csv`; returns the page's path.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    page = render_changes(changes)
+    with saving(folder, "another --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "changes.csv", _csv(changewords.frame(changes)))
+        write_json(folder / "changes.json", changewords.to_json(changes))
+        write_atomic(folder / CHANGES[0], page.encode())
+    return folder / CHANGES[0]
+
+
+def render_changes(changes: Changes) -> str:
+    """The page of what changed, as text."""
+    drawn = changewords.figure(changes)
+    found = [drawn] if drawn else []
+    return _render(
+        "changes.html", f"{changes.before} → {changes.after}", found, changewords.looks(changes), changes.conditions,
+        changes=changes, told=changewords, conditions_of=list(dict.fromkeys(cell.condition for cell in changes.cells)),
+        drawn=found,
+    )  # fmt: skip
+
+
 def render(comparison: Comparison, decided: Decision) -> str:
     """The page as text."""
+    sections, known = _figures(comparison, decided), measures.curves(comparison)
+    every = [figure for figures in sections.values() for figure in figures]
+    return _render(
+        "report.html", comparison.title, every, marks.looks(decided), decided.labels,
+        comparison=comparison, figures=sections, views=views, decided=decided, verdict=verdict, boards=boards,
+        measures=[measures.of(condition, known) for condition in decided.conditions],
+        sharing=tables.sharing(comparison),
+    )  # fmt: skip
+
+
+def _render(
+    template: str, title: str, every: Sequence[Figure], looks: Sequence[Look], conditions: Sequence[str], **content: Any
+) -> str:
+    """A page with its figures.
+
+    Args:
+        template: its content.
+        title: its title.
+        every: the figures that the template places.
+        looks: what is switched on and off.
+        conditions: what one is picked of.
+        content: what the template speaks of.
+    """
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
     environment = jinja2.Environment(
@@ -72,31 +139,24 @@ def render(comparison: Comparison, decided: Decision) -> str:
         lstrip_blocks=True,
     )
     environment.filters["counted"] = counted
-    sections, known = _figures(comparison, decided), measures.curves(comparison)
-    every = [figure for figures in sections.values() for figure in figures]
-    found = frames.settings(comparison.runs)
-    return environment.get_template("report.html").render(
-        comparison=comparison,
+    return environment.get_template(template).render(
+        title=title,
         version=fedlora.__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         plotly=Markup(get_plotlyjs()) if every else "",  # noqa: S704 (the library's own script)
-        figures=sections,
         data=_script_json({figure.key: _figure(figure) for figure in every}),
-        strategies={setting.strategy: plots.colour(setting.strategy) for setting in found},
-        rests=list(dict.fromkeys(setting.rest for setting in found)),
-        views=views,
-        decided=decided,
-        verdict=verdict,
-        measures=[measures.of(condition, known) for condition in decided.conditions],
-        boards=boards,
-        sharing=tables.sharing(comparison),
+        strategies={look.strategy: look.colour for look in looks},
+        rests=list(dict.fromkeys(look.rest for look in looks)),
+        conditions=conditions,
+        most_panels=_MOST_PANELS,
+        csv=figuredata.link,
+        **content,
     )
 
 
 def _figures(comparison: Comparison, decided: Decision) -> dict[str, list[Figure]]:
-    by_key = {figure.key: figure for figure in curves.all_curves(comparison)}
-    settings = frames.settings(comparison.runs)
-    final = maps.final_accuracy(decided, settings)
+    by_key = {figure.key: figure for figure in curves.all_curves(comparison, decided)}
+    final = maps.final_accuracy(decided)
     partition = maps.partitions(comparison)
     chosen = {
         "accuracy": ("accuracy-rounds", "accuracy-megabytes"),
@@ -106,10 +166,10 @@ def _figures(comparison: Comparison, decided: Decision) -> dict[str, list[Figure
     sections = {name: [by_key[key] for key in keys if key in by_key] for name, keys in chosen.items()}
     return {
         "final": [final] if final else [],
-        "pareto": pareto.figures(decided, settings),
+        "pareto": pareto.figures(decided),
         **sections,
-        "layers": maps.layers(comparison),
-        "related": maps.rho_accuracy(comparison),
+        "layers": maps.layers(comparison, decided),
+        "related": maps.rho_accuracy(comparison, decided),
         "scaling": curves.scaling(comparison),
         "partition": [partition] if partition else [],
     }
@@ -126,6 +186,9 @@ def _figure(figure: Figure) -> dict[str, Any]:
         "showlegend": any(trace.get("type") == "scatter" and trace.get("showlegend", True) for trace in figure.traces),
         **figure.layout,
     }
+    if figure.panels:
+        panels = [marks.safe(label) for label in figure.panels]
+        layout["meta"] = {"panels": panels, "free": figure.free, "row": figure.row}
     return {"data": list(figure.traces), "layout": layout}
 
 

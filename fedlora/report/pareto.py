@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 
 from fedlora.report import marks, measures, verdict
-from fedlora.report.decision import Condition, Decision, Standing
-from fedlora.report.frames import Setting
-from fedlora.report.marks import Figure, Look, Trace
+from fedlora.report.decision import Decision
+from fedlora.report.marks import Figure, Placed, Trace
 
 COSTS = {
     "megabytes": ("Accuracy against megabytes", "sent both ways in the whole run (MB)"),
@@ -18,21 +17,18 @@ COSTS = {
 """By cost: title and x axis."""
 
 
-def figures(decided: Decision, settings: Sequence[Setting]) -> list[Figure]:
-    """A figure for each cost that was measured; one condition at a time.
-
-    Args:
-        decided: the comparison, condition by condition.
-        settings: in the page's order, for their looks.
-    """
-    found = [_figure(decided, settings, cost) for cost in COSTS]
+def figures(decided: Decision) -> list[Figure]:
+    """A figure for each cost that was measured, a panel per condition; controls are no candidates, and not in it."""
+    found = [_figure(decided, cost) for cost in COSTS]
     return [figure for figure in found if figure]
 
 
-def _figure(decided: Decision, settings: Sequence[Setting], cost: str) -> Figure | None:
+def _figure(decided: Decision, cost: str) -> Figure | None:
+    looks = [look for look in marks.looks(decided) if not math.isnan(look.standing.costs[cost])]
     traces: list[Trace] = []
-    for index, condition in enumerate(decided.conditions):
-        traces += _condition(condition, settings, cost, index)
+    for panel, condition in enumerate(decided.conditions):
+        known = [look for look in looks if look.panel == panel and look.standing in condition.standings]
+        traces += _condition(known, cost) if len(known) > 1 else []
     if not traces:
         return None
     title, words = COSTS[cost]
@@ -40,43 +36,38 @@ def _figure(decided: Decision, settings: Sequence[Setting], cost: str) -> Figure
     axes = marks.layout(
         marks.axis(words, rangemode="tozero"), marks.axis("final test accuracy (share)"), hovermode="closest"
     )
-    return Figure(f"pareto-{cost}", title, caption, traces, axes, decided.labels)
+    return Figure(f"pareto-{cost}", title, caption, traces, axes, panels=decided.labels, free=True)
 
 
-def _condition(condition: Condition, settings: Sequence[Setting], cost: str, index: int) -> list[Trace]:
-    known = [each for each in condition.standings if not math.isnan(each.costs[cost])]
-    if len(known) < 2:
-        return []
-    points = [(each.costs[cost], each.score.mean) for each in known]
-    looks = marks.looks([each.setting for each in known], settings)
+def _condition(known: Sequence[Placed], cost: str) -> list[Trace]:
+    points = [(look.standing.costs[cost], look.standing.score.mean) for look in known]
     front = measures.front(points)
-    line = {
-        "type": "scatter",
-        "mode": "lines",
-        "x": marks.numbers(points[place][0] for place in front),
-        "y": marks.numbers(points[place][1] for place in front),
-        "line": {"color": "#8a94a0", "dash": "dot", "width": 1.5},
-        "hoverinfo": "skip",
-        "showlegend": False,
-        "visible": index == 0,
-        "meta": {"choice": index},
-    }
-    return [line, *(_point(look, each, cost, index) for look, each in zip(looks, known, strict=True))]
+    drawn = known[0].line(
+        mode="lines",
+        name="front",
+        x=marks.numbers(points[place][0] for place in front),
+        y=marks.numbers(points[place][1] for place in front),
+        line={"color": "#8a94a0", "dash": "dot", "width": 1.5},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    del drawn["marker"], drawn["legendgroup"]
+    front_of = {"meta": {"panel": known[0].panel}}  # whatever strategies are switched off
+    return [drawn | front_of, *(_point(look, cost) for look in known)]
 
 
-def _point(look: Look, each: Standing, cost: str, index: int) -> Trace:
-    spent = f"{each.costs[cost]:.4g} {COSTS[cost][1]}"
+def _point(look: Placed, cost: str) -> Trace:
+    spent, score = look.standing.costs[cost], look.standing.score
     return look.line(
-        x=[marks.number(each.costs[cost])],
-        y=[marks.number(each.score.mean)],
+        of=look.seeds,
+        x=[marks.number(spent)],
+        y=[marks.number(score.mean)],
         mode="markers+text",
-        text=[marks.safe(each.choice)],
+        text=[marks.safe(look.label)],
         textposition="top center",
         textfont={"size": 11},
         cliponaxis=False,
         marker={"color": look.colour, "symbol": look.symbol, "size": 10},
         showlegend=False,
-        visible=index == 0,
-        meta={**look.meta, "choice": index},
-        hovertemplate=f"{marks.safe(each.choice)}<br>{verdict.score(each.score)}<br>{spent}<extra></extra>",
+        hovertemplate=f"{look.words}<br>{verdict.score(score)}<br>{spent:.4g} {COSTS[cost][1]}<extra></extra>",
     )

@@ -65,31 +65,46 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval of the mean over clients and seeds: seeds are drawn with replacement, of each its clients.
 
-    The second view beside `interval`: how much the clients that happened to be there add to what seeds do. With few
-    seeds it is too narrow for the seeds' part, so it decides nothing here.
+    The second view beside `interval`: how far the mean moves if these same seeds, and their clients, had been drawn in
+    another mixture. With few seeds it is too narrow for the seeds' part, so it decides nothing here. The hierarchical
+    bootstrap of Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8.
 
     Args:
-        clients: for each seed, the clients' values.
+        clients: for each seed, the clients' values; missing ones (NaN) are left out.
         level: share of the draws inside.
         draws: how many.
         seed: of the draws.
+
+    Returns:
+        Both ends; NaN with fewer than two seeds.
     """
     known = [np.array([v for v in each if not math.isnan(v)], dtype=float) for each in clients]
     known = [each for each in known if len(each)]
     if len(known) < 2:
         return math.nan, math.nan
     random = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for draw in range(draws):
-        seeds = random.integers(len(known), size=len(known))
-        means[draw] = np.mean([random.choice(known[s], len(known[s])).mean() for s in seeds])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    seeds = random.integers(len(known), size=(draws, len(known)))
+    means = np.empty(seeds.shape)
+    for place, values in enumerate(known):
+        drawn = seeds == place
+        means[drawn] = random.choice(values, (int(drawn.sum()), len(values))).mean(axis=1)
+    low, high = np.quantile(means.mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def redrawn(clients: Sequence[Sequence[float]]) -> Interval:
+    """Mean over seeds of the mean over clients, with the interval of `bootstrap`; NaN where nothing is known.
+
+    Args:
+        clients: for each seed, the clients' values.
+    """
+    means = [float(np.mean(known)) for each in clients if (known := [v for v in each if not math.isnan(v)])]
+    return Interval(float(np.mean(means)) if means else math.nan, *bootstrap(clients), tuple(means))
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Mean of the differences (ours minus the other's) seed by seed, its interval, and the p-value of the t-test."""
+    """A difference (ours minus the other's), its interval, and the p-value of the t-test: seed by seed, or of means."""
 
     difference: Interval
     p: float
@@ -110,6 +125,25 @@ def paired(ours: Mapping[Hashable, float], other: Mapping[Hashable, float]) -> P
         why = "equal in every seed" if same else "the same difference in every seed: it has no spread to compare with"
         return Paired(found, math.nan, why)
     return Paired(found, float(stats.ttest_1samp(differences, 0.0).pvalue))
+
+
+def welch(ours: Sequence[float], other: Sequence[float]) -> Paired:
+    """Two-sided t-test of two means of independent values whose spreads may differ (Welch 1947), as scipy has it.
+
+    Missing values (NaN) are left out. The interval is that of the difference of the means (ours minus the other's).
+    """
+    a, b = ([float(value) for value in values if not math.isnan(value)] for values in (ours, other))
+    if not a or not b:
+        return Paired(Interval(math.nan, math.nan, math.nan), math.nan, "nothing was measured")
+    difference = float(np.mean(a) - np.mean(b))
+    if len(a) < 2 or len(b) < 2:
+        return Paired(Interval(difference, math.nan, math.nan), math.nan, "one seed: two of each are needed")
+    scale = max(map(abs, (*a, *b, 1.0)))
+    if max(np.ptp(a), np.ptp(b)) <= _ROUNDING * scale:
+        return Paired(Interval(difference, math.nan, math.nan), math.nan, "neither varies over seeds")
+    found = stats.ttest_ind(a, b, equal_var=False)
+    limits = found.confidence_interval(LEVEL)
+    return Paired(Interval(difference, float(limits.low), float(limits.high)), float(found.pvalue))
 
 
 def more_seeds(found: Paired, tests: int = 1, level: float = LEVEL, power: float = POWER) -> int | None:

@@ -106,6 +106,15 @@ def over_seeds(values: pd.DataFrame, setting: Setting, result: str) -> Interval:
     return statistics.interval(of_runs(values, setting, result), bounds=BOUNDS.get(result, UNBOUNDED))
 
 
+def client_scores(comparison: Comparison) -> dict[str, list[float]]:
+    """By run, the accuracy of each client's own model on its own test examples in the run's last round."""
+    clients = comparison.clients
+    if clients.empty or "accuracy" not in clients:
+        return {}
+    last = clients[clients["round"] == clients.groupby("run_id")["round"].transform("max")]
+    return {str(run): rows.astype(float).dropna().tolist() for run, rows in last.groupby("run_id")["accuracy"]}
+
+
 @dataclass(frozen=True)
 class Related:
     """How ρ goes with accuracy: which ρ, over which points."""

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from fedlora.errors import counted
 from fedlora.report import frames, plots, tables
+from fedlora.report.decision import Decision
 from fedlora.report.frames import Comparison, Setting
 from fedlora.report.statistics import Interval
 
 NONE = "–"
 """What stands where there is no value."""
+_JOINED = "\u00a0"
+"""A space at which no line ends: an interval stays whole."""
+
+
+_FIXED = ("model.name", "data.name", "partition.name", "clients", "rounds", "lora.rank")
+"""Settings that say most of what was compared."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +37,32 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page; the first column names the row."""
+    """A table of the page; the first column names the row, and is always there. Readers hide and show the others."""
 
     titles: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    kind: str = ""
+    """What readers hide and show columns of: tables of a kind do so together. Empty: a table without a choice."""
+    hidden: Collection[str] = ()
+    """Titles of columns that are hidden until asked for."""
+    narrow: Collection[str] = ()
+    """Titles of the columns that a phone shows; the others are hidden there until asked for. Empty: all."""
+
+    conditions: Sequence[int] = ()
+    """Of each row the condition with which it is shown; empty: with all."""
+
+    def look(self, column: int) -> str:
+        """How a column is shown before anybody asks: `off` not at all, `roomy` where there is room for it."""
+        title = self.titles[column]
+        if title in self.hidden:
+            return "off"
+        return "roomy" if self.narrow and column and title not in self.narrow else ""
+
+    @property
+    def shown(self) -> Table:
+        """Without the columns that are hidden until asked for: where nobody can ask."""
+        kept = [column for column, title in enumerate(self.titles) if title not in self.hidden]
+        return Table([self.titles[i] for i in kept], [[row[i] for i in kept] for row in self.rows])
 
 
 def shown(value: float, digits: int = 3, sign: bool = False) -> Cell:
@@ -45,9 +76,9 @@ def spread(found: Interval, digits: int = 3) -> Cell:
     """A mean with its interval; of two values both, for an interval of two says nothing."""
     cell = shown(found.mean, digits)
     if found.known:
-        return Cell(f"{cell.text} ({found.low:.{digits}f} to {found.high:.{digits}f})", cell.order)
+        return Cell(f"{cell.text} ({found.low:.{digits}f}{_JOINED}to{_JOINED}{found.high:.{digits}f})", cell.order)
     if found.n == 2:
-        return Cell(f"{cell.text} ({found.values[0]:.{digits}f}, {found.values[1]:.{digits}f})", cell.order)
+        return Cell(f"{cell.text} ({found.values[0]:.{digits}f},{_JOINED}{found.values[1]:.{digits}f})", cell.order)
     return cell
 
 
@@ -70,7 +101,7 @@ def _listed(labels: Sequence[str], most: int = 12) -> str:
 
 def correlations(comparison: Comparison) -> Table:
     """ρ against accuracy: coefficients, number of points, p-values."""
-    titles = ("ρ", "points", "n", "Pearson r", "p", "Spearman r", "p", "note")
+    titles = ("ρ", "points", "n", "Pearson r", "p (Pearson)", "Spearman r", "p (Spearman)", "note")
     body = []
     for entry in tables.correlations(comparison):
         found = entry.found
@@ -79,11 +110,11 @@ def correlations(comparison: Comparison) -> Table:
         ranked = [shown(found.spearman, 2, sign=True), p_value(found.spearman_p)]
         counted = [Cell(entry.rho), Cell(entry.points), Cell(str(found.n), found.n)]
         body.append([*counted, *linear, *ranked, Cell(found.why or few)])
-    return Table(titles, body)
+    return Table(titles, body, "correlations", narrow=("n", "Pearson r", "Spearman r"))
 
 
-def costs(comparison: Comparison) -> Table:
-    """Megabytes by kind and seconds by phase, sums over a run's rounds, means over seeds."""
+def costs(comparison: Comparison, decided: Decision) -> Table:
+    """Megabytes by kind and seconds by phase, sums over a run's rounds, means over seeds; condition by condition."""
     kinds = [
         "up: adapter (MB)",
         "up: head (MB)",
@@ -94,19 +125,22 @@ def costs(comparison: Comparison) -> Table:
     ]
     phases = ["train", "read", "aggregate", "divergence", "evaluate", "round"]
     titles = ["setting", *kinds, *(f"{phase} (s)" for phase in phases[:-1]), "rounds, all (s)"]
-    body = []
-    for setting, sums in tables.costs(comparison):
+    standings = [(*one.standings, *one.controls) for one in decided.conditions]
+    panels = {each.setting.label: panel for panel, every in enumerate(standings) for each in every}
+    body, conditions = [], []
+    for setting, sums in sorted(tables.costs(comparison), key=lambda entry: panels[entry[0].label]):
         sent = [sums[key] / 1e6 for key in ("up_adapter", "up_head", "down_adapter", "down_head", "down_base")]
         spent = [shown(sums[key], 2 if key in ("read", "aggregate", "divergence") else 1) for key in phases]
         row = [*(shown(value, 2) for value in (*sent, sum(sent))), *spent]
         body.append([name(setting), *row])
-    return Table(titles, body)
+        conditions.append(panels[setting.label])
+    return Table(titles, body, "costs", narrow=("all (MB)", "rounds, all (s)"), conditions=conditions)
 
 
 def excluded(comparison: Comparison) -> Table:
     """Runs and cells that take no part, and why."""
     rows = [[Cell(entry.label), Cell(entry.status), Cell(entry.reason or NONE)] for entry in comparison.excluded]
-    return Table(("run", "status", "reason"), rows)
+    return Table(("run", "status", "reason"), rows, "excluded", narrow=("reason",))
 
 
 def differences(comparison: Comparison) -> Table:
@@ -122,7 +156,8 @@ def differences(comparison: Comparison) -> Table:
         ]
         for row in comparison.runs.to_dict("records")
     ]
-    return Table(("run", *keys, "seed", "partition hash", "MLflow run"), body)
+    titles = ("run", *keys, "seed", "partition hash", "MLflow run")
+    return Table(titles, body, "differences", narrow=("partition hash", "MLflow run"))
 
 
 def _value(value: Any) -> Cell:
@@ -162,16 +197,41 @@ def _text(value: Any) -> str:
     return NONE if value is None or value == {} else str(value)
 
 
+def subtitle(comparison: Comparison, decided: Decision) -> str:
+    """What was compared, in two sentences: which choices under which conditions, and on what."""
+    runs = comparison.runs
+    choices, controls = (
+        list(dict.fromkeys(each.choice for one in decided.conditions for each in getattr(one, group)))
+        for group in ("standings", "controls")
+    )
+    said = f"{counted(len(choices), 'choice')} ({_listed(choices, 6)})"
+    said += f" beside {' and '.join(controls)} as controls" if controls else ""
+    if decided.labels:
+        values = "; ".join(f"{key} {_listed(_texts(runs, key), 6)}" for key in decided.world)
+        said += f", under {counted(len(decided.labels), 'condition')} ({values})"
+    said += f": {counted(len(runs), 'run')}, {counted(runs['seed'].nunique(), 'seed')}."
+    fixed = {key: _texts(runs, key)[0] for key in _FIXED if key in runs and len(_texts(runs, key)) == 1}
+    sized = {"clients": "{} clients", "rounds": "{} rounds", "lora.rank": "rank {}"}
+    what = [" on ".join(fixed[key] for key in ("model.name", "data.name") if key in fixed)]
+    what += [words.format(fixed[key]) for key, words in sized.items() if key in fixed]
+    return " ".join(filter(None, (said, ", ".join(filter(None, what)) + "."))) if any(what) else said
+
+
+def _texts(runs: pd.DataFrame, key: str) -> list[str]:
+    """The values of a setting, in words."""
+    return list(dict.fromkeys(_value(value).text for value in runs[key]))
+
+
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
     """What was compared, at a glance: what varies, and the settings that matter most."""
     runs = comparison.runs
     found = [("runs", f"{len(runs)} finished, {counted(len(frames.settings(runs)), 'setting')}")]
     for key in frames.varied(runs):
-        values = list(dict.fromkeys(_value(value).text for value in runs[key]))
+        values = _texts(runs, key)
         found.append((key, f"{_listed(values, 30)}" + (" (varied)" if len(values) > 1 else "")))
     seeds = sorted(dict.fromkeys(runs["seed"]), key=str)
     found.append(("seed", ", ".join(frames.plain(seed) for seed in seeds)))
-    for key in ("model.name", "data.name", "partition.name", "clients", "rounds", "lora.rank"):
+    for key in _FIXED:
         if key in runs and key not in dict(found):
             found.append((key, _value(runs[key].iloc[0]).text))
     return found

@@ -6,6 +6,7 @@ sweep.json  comparison.csv  comparison.png  conditions.png  report/
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +19,8 @@ from fedlora.sweep.plan import Sweep
 
 Status = Literal["waiting", "finished", "failed", "skipped"]
 STATE = "sweep.json"
+_STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
+"""The end of an execution's name: when it began, UTC."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,15 @@ class SweepFolder:
         """The latest execution of this sweep, if there was one."""
         known = cls._known(root, sweep)
         return known[-1] if known else None
+
+    def before(self) -> SweepFolder | None:
+        """The last execution before this one, of the same name, base and common settings, that came to its end with a
+        finished run; None where there was none."""
+        plan = _STAMP.sub("", self.instance)
+        names = (path.name for path in self.path.parent.glob(f"{plan}-*"))
+        earlier = sorted(name for name in names if _STAMP.sub("", name) == plan and name < self.instance)
+        found = (self.read(self.path.with_name(name)) for name in reversed(earlier))
+        return next((each for each in found if each and each.having("finished") and not each.having("waiting")), None)
 
     @classmethod
     def _known(cls, root: Path, sweep: Sweep) -> list[SweepFolder]:

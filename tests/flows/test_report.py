@@ -81,6 +81,34 @@ def test_without_a_flow_and_to_a_folder_of_one_s_own(parent, store_uri, tmp_path
     assert 'id="plot-partition"' in text
 
 
+def test_two_side_by_side_on_the_command_line(parent, fedlora, tmp_path):
+    """The experiment holds the runs of the sweep, so that both are the same."""
+    code, out, _ = fedlora("report", "experiment:tests", "pair", "--verdict")
+    assert code == 0
+    assert "No score changed beyond noise, of 2; 2 could not be tested (one common seed" in " ".join(out.split())
+    assert not list(tmp_path.iterdir())
+    code, out, _ = fedlora("report", "experiment:tests", "pair", "--out", tmp_path / "new")
+    assert code == 0
+    assert "from tests\nto   pair-1\n" in out
+    assert f"changes           {tmp_path / 'new' / 'changes.html'}" in out
+    assert f"{parent}/artifacts/report/changes.html" in out
+    assert "no pairs" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("pair", "pair-1"), "'pair' and 'pair-1' are both pair-1; name two executions, or `fedlora report previous"),
+        (("previous", "pair"), "pair-1 has no finished execution of the same name and plan before it"),
+        (("pare", "pair"), "no sweep or experiment 'pare'"),
+    ],
+)
+def test_two_that_cannot_be_compared_are_one_line(parent, fedlora, words, said):
+    code, _, err = fedlora("report", *words)
+    assert code != 0
+    assert said in " ".join(err.split())
+
+
 def test_an_experiment_has_a_folder_for_reports_and_no_run_to_log_to(parent, store_uri):
     from flows.report import write_report
 

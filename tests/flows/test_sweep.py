@@ -18,6 +18,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.workers.process import ProcessWorker
 
 from deployments.shipped import PRESETS, SWEEPS
+from fedlora import report
 from fedlora.config import configfile
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.files import home
@@ -158,6 +159,44 @@ def test_fresh_begins_anew_and_so_does_a_sweep_whose_parent_was_deleted(run, wri
     assert len({folder.parent["run"] for folder in (first, second, third)}) == 3
     assert len({folder.cells[0].run for folder in (first, second, third)}) == 3
     assert third.cells[0].status == "finished"
+
+
+def state_of(folder):
+    """The final state of the flow run that made an execution."""
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(folder.flow_runs[-1]).state
+
+
+def test_a_night_on_which_a_score_fell_ends_as_a_regression(run, write, store_uri):
+    """The first night has nothing to compare with. Then its scores are made higher, and a second night runs."""
+    file = write("nights", {"grid": {"strategy": ["fedit"], "seed": [0, 1]}, "champion": False})
+    first = run(file)
+    state = state_of(first)
+    assert (state.type.value, state.name) == ("COMPLETED", "Completed")
+    assert state.message == "the first execution of this name and plan: there is none to compare with"
+    assert not (first.path / "report" / "changes.html").exists()
+    client = MlflowClient(store_uri)
+    for place, cell in enumerate(first.cells):
+        client.log_metric(cell.run, "final/accuracy", 0.9 + place / 1000, step=1000)
+    second = run(file, fresh=True)
+    assert second.before().path == first.path
+    state = state_of(second)
+    assert (state.type.value, state.name) == ("COMPLETED", "Regression")
+    assert state.message == f"fedit fell beyond noise since {first.instance}"
+    assert {path.name for path in (second.path / "report").glob("changes.*")} == set(report.CHANGES)
+    logged = {entry.path for entry in client.list_artifacts(second.parent["run"], "report")}
+    assert "report/changes.html" in logged
+    note = client.get_run(second.parent["run"]).data.tags["mlflow.note.content"]
+    assert f"Since the last: fedit fell beyond noise since {first.instance}." in note
+    assert "report/changes.html" in note
+    told = [each["data"] for each in artifacts("sweep-changes")]
+    assert sum("1 of 1 score fell beyond noise" in each for each in told) == 1
+    assert sum(each.startswith("the first execution") for each in told) >= 1
+
+
+def artifacts(key):
+    with get_client(sync_client=True) as client:
+        return client.request("POST", "/artifacts/filter", json={"artifacts": {"key": {"any_": [key]}}}).json()
 
 
 def test_where_nothing_finishes_the_sweep_fails_and_says_why(run, write, labelled, tmp_path):

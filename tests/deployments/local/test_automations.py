@@ -18,11 +18,13 @@ import psutil
 import pytest
 from prefect import flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed
 from standins import HOOK, Live, eventually
 
 from deployments.local import automations, environment, planning, processes, server_log, standing
 from deployments.local.environment import Services
 from deployments.local.processes import ServiceError
+from deployments.states import REGRESSION
 from fedlora.config import RunConfig
 from fedlora.files import home
 from flows.federated import default_folder
@@ -195,6 +197,10 @@ def test_a_sweep_that_fails_is_told_and_the_address_stays_secret(
     def sweep() -> None:
         raise ValueError("no cell finished")
 
+    @flow(name="sweep", flow_run_name="sweep nightly")
+    def fell() -> Any:
+        return Completed(name=REGRESSION, message='"svd" fell', data="folder")
+
     @flow(name="federated")
     def other() -> None:
         return
@@ -209,7 +215,13 @@ def test_a_sweep_that_fails_is_told_and_the_address_stays_secret(
     assert told["flow_run"] == 'sweep "quoted"'
     assert told["url"].startswith(services.prefect_url.removesuffix("/api"))
     assert told["text"].startswith("sweep 'sweep \"quoted\"' ended: Failed. http")
+    assert told["message"] == ""  # what went wrong is for those who may see the server
     assert len(heard) == 1  # a single run is nobody's business
+    assert fell() == "folder"
+    assert eventually(lambda: len(heard) == 2)
+    told = heard[1][1]
+    assert (told["state"], told["message"]) == ("Regression", '"svd" fell')
+    assert told["text"].startswith("sweep 'sweep nightly' ended: Regression. \"svd\" fell. http")
     assert not any(HOOK in line for line in said)
     files = [path for path in home.home().rglob("*") if path.is_file()]
     assert not [path for path in files if HOOK.encode() in path.read_bytes()]

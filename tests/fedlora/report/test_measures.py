@@ -62,6 +62,6 @@ def test_seconds_after_a_resumed_round_are_not_known(make):
 
 
 def test_pictures_show_the_costs_that_were_measured_and_candidates_only(comparison):
-    found = pareto.figures(decide(comparison), [])
+    found = pareto.figures(decide(comparison))
     assert {figure.key for figure in found} == {"pareto-megabytes", "pareto-seconds"}
     assert [trace["text"] for trace in found[0].traces if "text" in trace] == [["svd"], ["fedit"]]

@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from fedlora.report import statistics
-from fedlora.report.statistics import correlation, holm, interval, paired
+from fedlora.report.statistics import correlation, holm, interval, paired, welch
 
 
 def test_an_interval_is_student_s():
@@ -50,6 +52,31 @@ def test_where_no_test_is_possible_it_says_why(ours, other, words):
     assert found.why.startswith(words)
 
 
+def test_welch_s_test_is_that_of_scipy():
+    ours, other = [0.61, 0.64, 0.60, math.nan], [0.55, 0.70, 0.40, 0.52]
+    found = welch(ours, other)
+    wanted = stats.ttest_ind(ours[:3], other, equal_var=False)
+    assert found.p == pytest.approx(float(wanted.pvalue))
+    assert found.difference.mean == pytest.approx(np.mean(ours[:3]) - np.mean(other))
+    limits = wanted.confidence_interval(0.95)
+    assert (found.difference.low, found.difference.high) == (pytest.approx(limits.low), pytest.approx(limits.high))
+    assert found.p != pytest.approx(float(stats.ttest_ind(ours[:3], other).pvalue))  # nor is it Student's
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "words"),
+    [
+        ([math.nan], [0.5, 0.6], "nothing was measured"),
+        ([0.5], [0.5, 0.6], "one seed: two of each are needed"),
+        ([0.5, 0.5], [0.6, 0.6], "neither varies over seeds"),
+    ],
+)
+def test_where_welch_s_test_is_not_possible_it_says_why(ours, other, words):
+    found = welch(ours, other)
+    assert math.isnan(found.p)
+    assert found.why == words
+
+
 def test_holm_multiplies_the_smallest_by_their_number_and_never_falls():
     assert holm([0.04, 0.01, math.nan, 0.03])[:2] == pytest.approx([0.06, 0.03])
     assert holm([0.04, 0.01, math.nan, 0.03])[3] == pytest.approx(0.06)
@@ -83,3 +110,20 @@ def test_too_few_points_or_no_variation_have_no_correlation():
     flat = correlation([1, 1, 1], [1, 2, 3])
     assert math.isnan(flat.pearson)
     assert "does not vary" in flat.why
+
+
+def test_noise_is_called_a_drop_in_one_night_of_forty_and_a_steady_drop_is_found():
+    """Three choices, three seeds, differences with a spread of .01; and five seeds with a drop of five times that."""
+    random = np.random.default_rng(0)
+
+    def fell(seeds, drop, nights):
+        called = 0
+        for _ in range(nights):
+            differences = random.normal(0, 0.01, (3, seeds)) - np.array([[drop], [0], [0]])
+            tests = [paired(dict(enumerate(each + 0.5)), dict.fromkeys(range(seeds), 0.5)) for each in differences]
+            corrected = holm([each.p for each in tests])
+            called += any(p < 0.05 and each.difference.mean < 0 for p, each in zip(corrected, tests, strict=True))
+        return called / nights
+
+    assert 0.01 < fell(3, 0.0, 800) < 0.045
+    assert fell(5, 0.05, 60) > 0.95

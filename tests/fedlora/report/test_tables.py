@@ -5,19 +5,19 @@ import math
 import pandas as pd
 import pytest
 
-from fedlora.report import boards, frames, tables, views
+from fedlora.report import boards, frames, marks, tables, views
 from fedlora.report.decision import decide
 
 
 def cells(table, title):
-    return [row[list(table.titles).index(title)].text for row in table.rows]
+    return [row[list(table.titles).index(title)].text.replace("\u00a0", " ") for row in table.rows]
 
 
 def test_settings_are_what_varies_but_the_seed(make):
     found = frames.settings(make(ranks=(4, 8)).runs)
     assert [setting.label for setting in found][:2] == ["svd lora.rank=4", "svd lora.rank=8"]
     assert found[0].seeds == {0: "svd-4-0", 1: "svd-4-1", 2: "svd-4-2"}
-    assert found[0].rest == "lora.rank=4"
+    assert {look.rest for look in marks.looks(decide(make(ranks=(4, 8))))} == {"lora.rank=4", "lora.rank=8"}
 
 
 def test_where_and_how_runs_were_made_is_no_setting(comparison):
@@ -86,7 +86,7 @@ def test_rho_against_accuracy_with_and_without_what_sends_nothing(comparison):
 
 
 def test_costs_are_sums_over_rounds(comparison):
-    board = views.costs(comparison)
+    board = views.costs(comparison, decide(comparison))
     assert cells(board, "up: adapter (MB)") == ["2.00"] * 3
     assert cells(board, "rounds, all (s)") == ["5.0"] * 3
     assert cells(board, "down: base (MB)") == ["–"] * 3  # not measured

@@ -91,3 +91,21 @@ def test_a_second_process_is_refused_while_the_first_holds_the_folder(tmp_path):
         pass
     with lock.held(tmp_path / "run", "the run", "wait for it"):
         pass
+
+
+def test_the_one_before_is_the_last_that_came_to_its_end(plan, tmp_path):
+    """Neither one that was interrupted, nor one without a finished run, nor another plan's."""
+    ends = {"20260101-020000": "finished", "20260102-020000": "failed", "20260103-020000": "waiting"}
+    identity = plan([0]).identity
+    for stamp, status in ends.items():
+        folder = SweepFolder(tmp_path / f"mine-{identity}-{stamp}")
+        folder.path.mkdir()
+        folder.begin(plan([0]), "", False)
+        folder.mark(folder.cells[0].digest, status, run="r")
+        folder.save(plan([0]))
+    other = SweepFolder(tmp_path / f"mine-{plan([0], rounds=3).identity}-20260101-020000")
+    other.path.mkdir()
+    tonight = SweepFolder(tmp_path / f"mine-{identity}-20260104-020000")
+    assert tonight.before().instance == f"mine-{identity}-20260101-020000"
+    assert tonight.before().before() is None
+    assert SweepFolder(tmp_path / f"mine-{identity}-20260101-020000-2").before() == tonight.before()

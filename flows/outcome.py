@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 from prefect.artifacts import create_markdown_artifact
 
 from fedlora.errors import FedloraError, counted
+from fedlora.report import frames
 from fedlora.sweep import comparison
 from fedlora.sweep.comparison import Result
 from fedlora.sweep.folder import STATE, SweepFolder
@@ -31,6 +32,10 @@ SHOWN = {
 }
 """What a person looks at in a sweep's folder."""
 FILES = (STATE, "comparison.csv", "comparison.png", "conditions.png")
+_COLUMNS = ("accuracy", "ρ first", "ρ last", "ρ floor", "MB")
+"""As many as fit beside a run's facts in MLflow; the report has the others."""
+_SPACE = "&nbsp;"
+"""Where a cell is not to be broken, and between cells: MLflow sets them without a gap."""
 
 
 def results(folder: SweepFolder, varied: Sequence[str]) -> list[Result]:
@@ -56,28 +61,42 @@ def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> None:
     """Compare the finished runs in files, on the sweep's page in MLflow, and on the flow run's page in Prefect."""
     told = progress.current()
     found = results(folder, plan.varied)
+    chosen: Sequence[champion.Decision] = ()
     if found:
         told.say(f"comparing {counted(len(found), 'run')}")
         comparison.frame(found).to_csv(folder.path / "comparison.csv", index=False)
         comparison.figures(found, folder.path, plan.name)
         if plan.champion:
             settings = {str(state.run): state.settings for state in folder.having("finished")}
-            folder.champion = champion.after_sweep(parent.uri, plan.name, settings).reason
+            chosen = champion.after_sweep(parent.uri, plan.name, settings, plan.world)
+            folder.champion = "\n".join(each.reason for each in chosen)
             folder.save(plan)
     parents.publish(parent, folder.path, FILES, [result.run for result in found])
-    pages = [store.run_page(parent.experiment, result.run) for result in found]
-    links = {"charts": store.sweep_page(parent.experiment, parent.run)}
-    said: Sequence[str] = ()
-    if found and (written := _report(folder, parent, told)):
-        links["report"] = store.artifact_page(parent.experiment, parent.run, SHOWN["report"])
-        said = written.sentences
-    parents.describe(parent, description(plan, folder, found, pages, links, said))
-    # On Prefect's page a link needs the server's name.
-    pages = [where.mlflow_page(parent.uri, page) for page in pages]
-    links = {name: where.mlflow_page(parent.uri, page) for name, page in links.items()}
-    board = description(plan, folder, found, pages, links, said)
-    told.results(links["charts"], folder.path)
-    create_markdown_artifact(board, key="sweep-summary", description=plan.name)
+    written = _report(folder, parent, told) if found else None
+    board = Board(
+        pages=[store.run_page(parent.experiment, result.run) for result in found],
+        ways=_ways(folder, parent, written is not None, [each.page for each in chosen if each.version]),
+        said=written.sentences if written else (),
+    )
+    parents.describe(parent, description(plan, folder, found, board))
+    on_server = board.on(parent.uri)  # on Prefect's page a link needs the server's name
+    told.results(on_server.ways["charts"], folder.path)
+    summary = f"## Sweep {plan.name}\n{description(plan, folder, found, on_server)}"
+    create_markdown_artifact(summary, key="sweep-summary", description=plan.name)
+
+
+def _ways(folder: SweepFolder, parent: Parent, reported: bool, models: Sequence[str]) -> dict[str, str]:
+    """What a sweep's page leads to, by their words: the report first."""
+
+    def file(name: str) -> str:
+        return store.artifact_page(parent.experiment, parent.run, name)
+
+    ways = {"report": file(SHOWN["report"])} if reported else {}
+    ways["charts"] = store.view_page(parent.experiment, parent.run)
+    for words, name in (("accuracy and ρ", SHOWN["picture"]), ("conditions R, P, Q", SHOWN["conditions"])):
+        if (folder.path / name).is_file():
+            ways[words] = file(f"{parents.COMPARISON}/{name}")
+    return ways | {page.rpartition("/")[2]: page for page in models}
 
 
 def _report(folder: SweepFolder, parent: Parent, told: Progress) -> report.Written | None:
@@ -89,35 +108,55 @@ def _report(folder: SweepFolder, parent: Parent, told: Progress) -> report.Writt
         return None
 
 
-def description(
-    plan: Sweep,
-    folder: SweepFolder,
-    found: Sequence[Result] = (),
-    pages: Sequence[str] = (),
-    links: Mapping[str, str] = MappingProxyType({}),
-    said: Sequence[str] = (),
-) -> str:
-    """The sweep in Markdown: its verdict, a leaderboard with a link to each run (its page), what is missing, further
-    links by their words, and what it was."""
-    lines = [f"## Sweep {plan.name}", *(f"\n{report.plain(sentence)}" for sentence in said)]
+@dataclass(frozen=True)
+class Board:
+    """What a sweep's description shows besides the sweep: a page per run, in the order of the results, further ways by
+    their words, the verdict."""
+
+    pages: Sequence[str] = ()
+    ways: Mapping[str, str] = field(default_factory=dict)
+    said: Sequence[str] = ()
+
+    def on(self, uri: str) -> Board:
+        """The same with whole addresses of the server that shows the store."""
+        ways = {words: where.mlflow_page(uri, page) for words, page in self.ways.items()}
+        return replace(self, pages=[where.mlflow_page(uri, page) for page in self.pages], ways=ways)
+
+
+_EMPTY = Board()
+
+
+def description(plan: Sweep, folder: SweepFolder, found: Sequence[Result] = (), board: Board = _EMPTY) -> str:
+    """The sweep in Markdown: ways to what it left (MLflow folds all but the first lines), its verdict, a leaderboard
+    per condition with a link to each run, what is missing, and what it was."""
+    ways = " · ".join(f"[{words}]({page})" for words, page in board.ways.items())
+    lines = [ways, *(f"\n{report.plain(each)}" for each in board.said)]
     what = [
         f"base `{Path(plan.base).name}`, grid `{json.dumps(plan.grid)}`, set `{json.dumps(plan.common, default=str)}`"
     ]
     if found:
-        table = comparison.frame(found)
-        lines += ["", *_leaderboard(plan.varied, table.assign(page=list(pages))), "", comparison.shared(table), ""]
+        table = comparison.frame(found).assign(page=list(board.pages))
+        lines += ["", *_leaderboards(plan, table), comparison.shared(table), ""]
     for status in ("failed", "skipped"):
         lines += [f"* {status}: {state.label}: {state.reason}" for state in folder.having(status)]
-    if folder.champion:
-        lines += ["", folder.champion]
-    ways = " · ".join(f"[{words}]({page})" for words, page in links.items())
-    return "\n".join([*lines, "", ways, "", *what, "", f"Table, pictures and state: `{folder.path}`"])
+    lines += [f"\n{report.plain(reason)}" for reason in (folder.champion or "").splitlines()]
+    return "\n".join([*lines, "", *what, "", f"Table, pictures and state: `{folder.path}`"])
+
+
+def _leaderboards(plan: Sweep, table: pd.DataFrame) -> Iterator[str]:
+    """A leaderboard per condition: places mean something within one only."""
+    varied = [key for key in plan.varied if key not in plan.world]
+    groups = table.groupby(plan.world, sort=False, dropna=False) if plan.world else [((), table)]
+    for values, rows in groups:
+        if plan.world:
+            yield from (f"**{report.plain(frames.words(dict(zip(plan.world, values, strict=True))))}**", "")
+        yield from (*_leaderboard(varied, rows), "")
 
 
 def _leaderboard(varied: Sequence[str], table: pd.DataFrame) -> list[str]:
     means, spreads = comparison.over_seeds(table, varied)
     keys = [str(name) for name in means.index.names]
-    titles = ["", *keys, "runs", *comparison.COLUMNS]
+    titles = ["", *keys, "runs", *_COLUMNS]
     rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     accuracy = means["accuracy"].fillna(-1.0).tolist()
     best_first = sorted(range(len(accuracy)), key=lambda position: -accuracy[position])  # equals stay as they are
@@ -125,12 +164,12 @@ def _leaderboard(varied: Sequence[str], table: pd.DataFrame) -> list[str]:
         index = means.index[position]
         names = index if isinstance(index, tuple) else (index,)
         values = [
-            comparison.cell(name, means[name].iloc[position], spreads[name].iloc[position])
-            for name in comparison.COLUMNS
+            comparison.cell(name, means[name].iloc[position], spreads[name].iloc[position]).replace(" ", _SPACE)
+            for name in _COLUMNS
         ]
         links = _links(table, keys, names)
         words = [str(name).replace("|", "\\|") for name in names]
-        rows.append(f"| {place} | {' | '.join([*words, links, *values])} |")
+        rows.append(f"| {place} | {' | '.join([*words, links, *(_SPACE * 2 + text for text in values)])} |")
     return rows
 
 

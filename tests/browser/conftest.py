@@ -135,7 +135,7 @@ def site(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iter
     try:
         _fedlora(environment, "up", "--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]), "--gpu-runs", "0")
         printed = _fedlora(environment, "sweep", str(file))
-        page = re.search(r"#/experiments/(\d+)/runs\?.*?parentRunId%60%20%3D%20%27(\w+)%27", printed)
+        page = re.search(r"#/experiments/(\d+)/runs\?.*?viewStateShareKey=(\w+)", printed)
         assert page, printed
         answer = httpx.post(f"{prefect}/api/flow_runs/filter", json={}).raise_for_status().json()
         flow_runs = {run["name"]: run["id"] for run in answer}

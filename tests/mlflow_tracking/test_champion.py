@@ -1,6 +1,7 @@
 """Champions in a real SQLite registry, and through a real MLflow server, with real adapters and made-up accuracies."""
 
 import itertools
+import json
 import math
 import os
 import re
@@ -143,6 +144,8 @@ def test_the_first_becomes_champion_and_says_where_it_comes_from(uri, runs, name
     shown |= {"test.examples": "1000", "partition.hash": "p1", "data.digest": "d1"}
     assert shown.items() <= version.tags.items()
     assert f"#/experiments/1/runs/{runs[0]}" in version.description
+    assert version.description.startswith("Accuracy 0.6100 ± 0.0100, 3 seeds: svd, the best of sweep `mine`.")
+    assert not any(value.startswith(("[", "{")) for value in version.tags.values())  # people read them
 
 
 def test_a_better_one_is_promoted_and_the_champion_is_kept_as_challenger(uri, runs, name):
@@ -274,7 +277,7 @@ def test_a_sweep_in_the_store_is_read_and_its_best_adapter_promoted(uri, track, 
         run = track(uri, {"seed": 1} if seed else {}, accuracy)
         MlflowClient(uri).set_tag(run, "strategy", strategy)
         cells[run] = {"strategy": strategy, "seed": seed}
-    found = champion.after_sweep(uri, name.removeprefix("fedlora-"), cells)
+    (found,) = champion.after_sweep(uri, name.removeprefix("fedlora-"), cells)
     assert found.promoted
     assert found.reason == f"svd (0.6050 ± 0.0071, 2 seeds) is the first champion of {name}, version 1."
     version = versions(uri, name)[1]
@@ -282,11 +285,45 @@ def test_a_sweep_in_the_store_is_read_and_its_best_adapter_promoted(uri, track, 
     assert version.tags["test.examples"] == "60"
     assert version.tags["partition.hash"] == MlflowClient(uri).get_run(version.run_id).data.tags["partition.hash"]
     only_controls = {run: cell for run, cell in cells.items() if cell["strategy"] == "oracle"}
-    assert "left no federated adapter" in champion.after_sweep(uri, "mine", only_controls).reason
+    assert "left no federated adapter" in champion.after_sweep(uri, "mine", only_controls)[0].reason
+
+
+def test_each_condition_of_a_sweep_has_a_champion_of_its_own(uri, track, name):
+    """svd is better where labels are skewed, fedit where they are not; neither is judged by the other's task."""
+    accuracies = {("svd", 0.1): 0.60, ("fedit", 0.1): 0.50, ("svd", 100): 0.70, ("fedit", 100): 0.90}
+    cells = {}
+    for (strategy, alpha), accuracy in accuracies.items():
+        run = track(uri, accuracy=accuracy)
+        for tag, value in (("strategy", strategy), ("partition.hash", f"dealt by {alpha}")):
+            MlflowClient(uri).set_tag(run, tag, value)
+        cells[run] = {"strategy": strategy, "partition.alpha": alpha, "seed": 0}
+    sweep = name.removeprefix("fedlora-")
+    found = champion.after_sweep(uri, sweep, cells, ["partition.alpha"])
+    assert [(each.model, each.version, each.promoted) for each in found] == [
+        (f"{name}-alpha-0.1", 1, True),
+        (f"{name}-alpha-100", 1, True),
+    ]
+    for each, strategy, alpha in zip(found, ("svd", "fedit"), (0.1, 100), strict=True):
+        assert aliases(uri, each.model) == {"champion": 1}
+        version = versions(uri, each.model)[1]
+        assert cells[version.run_id] == {"strategy": strategy, "partition.alpha": alpha, "seed": 0}
+        assert version.tags["condition"] == f"alpha={alpha}"
+        assert f"the best of sweep `{sweep}` at alpha={alpha}" in version.description
+    assert "already" in champion.after_sweep(uri, sweep, cells, ["partition.alpha"])[1].reason
+
+
+def test_a_champion_that_was_registered_with_its_scores_as_json_is_compared_by_them(uri, runs, name):
+    """As versions before were; with a digest of data a seed, and other ones than the tags would say."""
+    champion.consider(uri, name, candidate(runs[0], *LOW))
+    client = MlflowClient(uri)
+    old = ["svd", 1000, [[seed, accuracy, f"d{seed}"] for seed, accuracy in enumerate(HIGH)]]
+    client.set_model_version_tag(name, "1", "fedlora.candidate", json.dumps(old))
+    found = champion.consider(uri, name, candidate(runs[1], *HIGH, data=["d0", "d1", "d2"]))
+    assert f"does not replace {name}'s champion svd (0.7100 ± 0.0100, 3 seeds), version 1: +0.0000" in found.reason
 
 
 def test_a_registry_that_fails_does_not_lose_the_sweep(uri):
-    found = champion.after_sweep(uri, "mine", {"0" * 32: {"strategy": "svd", "seed": 0}})
+    (found,) = champion.after_sweep(uri, "mine", {"0" * 32: {"strategy": "svd", "seed": 0}})
     assert not found.promoted
     assert re.match(r"No champion was chosen: the tracking store .* Run .* not found", found.reason)
 

@@ -122,9 +122,8 @@ def by_condition(found: Iterable[Entrant], world: Sequence[str]) -> dict[str, li
     """Entrants by what the world was for them, in words like `alpha=0.1`; all under an empty one where `world` (the
     keys that tell conditions apart) is."""
     groups: dict[str, list[Entrant]] = {}
-    names = roles.last_parts(world)
     for entrant in found:
-        words = " ".join(f"{names[key]}={entrant.settings[key]}" for key in world)
+        words = roles.shortly({key: entrant.settings[key] for key in world})
         groups.setdefault(words, []).append(entrant)
     return groups
 

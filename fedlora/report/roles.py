@@ -24,6 +24,12 @@ def last_parts(keys: Iterable[str]) -> dict[str, str]:
     return {key: end if every.count(end) == 1 else key for key, end in ends.items()}
 
 
+def shortly(values: Mapping[str, object]) -> str:
+    """`rank=4 data=reviews.csv`: settings in few words, keys without their sections and paths without their folders."""
+    names = last_parts(values)
+    return " ".join(f"{names[key]}={str(value).rpartition('/')[2] or value}" for key, value in values.items())
+
+
 @dataclass(frozen=True)
 class Roles:
     """What each key of a comparison is: by default (`CHOSEN`), or as a sweep's `compare` says."""
@@ -46,7 +52,8 @@ class Roles:
     def short(self, values: Mapping[str, object]) -> str:
         """`svd rank=4 alpha=0.1 s1`: the strategy, what else was chosen, the condition, the seed; keys without their
         sections. What tells a run from its neighbours comes last, and all of it fits into a narrow column."""
-        names = last_parts(values)
-        ordered = sorted(values, key=lambda key: (key != "strategy", key == "seed", not self.is_choice(key)))
-        shown = {"strategy": "{}", "seed": "s{}"}
-        return " ".join(shown.get(key, f"{names[key]}={{}}").format(values[key]) for key in ordered)
+        others = [key for key in values if key not in ("strategy", "seed")]
+        others.sort(key=lambda key: not self.is_choice(key))
+        parts = [str(values["strategy"])] if "strategy" in values else []
+        parts += [shortly({key: values[key] for key in others})] if others else []
+        return " ".join([*parts, f"s{values['seed']}"] if "seed" in values else parts)

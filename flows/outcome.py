@@ -75,7 +75,8 @@ def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> None:
     written = _report(folder, parent, told) if found else None
     board = Board(
         pages=[store.run_page(parent.experiment, result.run) for result in found],
-        ways=_ways(folder, parent, written is not None, [each.page for each in chosen if each.version]),
+        ways=_ways(folder, parent, written is not None),
+        models={each.model: each.page for each in chosen if each.version},
         said=written.sentences if written else (),
     )
     parents.describe(parent, description(plan, folder, found, board))
@@ -85,7 +86,7 @@ def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> None:
     create_markdown_artifact(summary, key="sweep-summary", description=plan.name)
 
 
-def _ways(folder: SweepFolder, parent: Parent, reported: bool, models: Sequence[str]) -> dict[str, str]:
+def _ways(folder: SweepFolder, parent: Parent, reported: bool) -> dict[str, str]:
     """What a sweep's page leads to, by their words: the report first."""
 
     def file(name: str) -> str:
@@ -96,7 +97,7 @@ def _ways(folder: SweepFolder, parent: Parent, reported: bool, models: Sequence[
     for words, name in (("accuracy and ρ", SHOWN["picture"]), ("conditions R, P, Q", SHOWN["conditions"])):
         if (folder.path / name).is_file():
             ways[words] = file(f"{parents.COMPARISON}/{name}")
-    return ways | {page.rpartition("/")[2]: page for page in models}
+    return ways
 
 
 def _report(folder: SweepFolder, parent: Parent, told: Progress) -> report.Written | None:
@@ -111,16 +112,19 @@ def _report(folder: SweepFolder, parent: Parent, told: Progress) -> report.Writt
 @dataclass(frozen=True)
 class Board:
     """What a sweep's description shows besides the sweep: a page per run, in the order of the results, further ways by
-    their words, the verdict."""
+    their words, registered models by their names, the verdict."""
 
     pages: Sequence[str] = ()
     ways: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
     said: Sequence[str] = ()
 
     def on(self, uri: str) -> Board:
         """The same with whole addresses of the server that shows the store."""
-        ways = {words: where.mlflow_page(uri, page) for words, page in self.ways.items()}
-        return replace(self, pages=[where.mlflow_page(uri, page) for page in self.pages], ways=ways)
+        ways, models = (
+            {words: where.mlflow_page(uri, page) for words, page in each.items()} for each in (self.ways, self.models)
+        )
+        return replace(self, pages=[where.mlflow_page(uri, page) for page in self.pages], ways=ways, models=models)
 
 
 _EMPTY = Board()
@@ -129,8 +133,9 @@ _EMPTY = Board()
 def description(plan: Sweep, folder: SweepFolder, found: Sequence[Result] = (), board: Board = _EMPTY) -> str:
     """The sweep in Markdown: ways to what it left (MLflow folds all but the first lines), its verdict, a leaderboard
     per condition with a link to each run, what is missing, and what it was."""
-    ways = " · ".join(f"[{words}]({page})" for words, page in board.ways.items())
-    lines = [ways, *(f"\n{report.plain(each)}" for each in board.said)]
+    lines = [_linked(board.ways), *(f"\n{report.plain(each)}" for each in board.said)]
+    if board.models:
+        lines += ["", f"Champions: {_linked(board.models)}"]
     what = [
         f"base `{Path(plan.base).name}`, grid `{json.dumps(plan.grid)}`, set `{json.dumps(plan.common, default=str)}`"
     ]
@@ -141,6 +146,10 @@ def description(plan: Sweep, folder: SweepFolder, found: Sequence[Result] = (), 
         lines += [f"* {status}: {state.label}: {state.reason}" for state in folder.having(status)]
     lines += [f"\n{report.plain(reason)}" for reason in (folder.champion or "").splitlines()]
     return "\n".join([*lines, "", *what, "", f"Table, pictures and state: `{folder.path}`"])
+
+
+def _linked(pages: Mapping[str, str]) -> str:
+    return " · ".join(f"[{words}]({page})" for words, page in pages.items())
 
 
 def _leaderboards(plan: Sweep, table: pd.DataFrame) -> Iterator[str]:

@@ -18,8 +18,9 @@ def within(key: str, names: Iterable[str]) -> bool:
 
 
 def last_parts(keys: Iterable[str]) -> dict[str, str]:
-    """Dotted keys without their sections (`alpha` for `partition.alpha`), where no other of them ends alike."""
-    ends = {key: key.rpartition(".")[2] for key in keys}
+    """Dotted keys without their sections (`alpha` for `partition.alpha`, but `data` for `data.name`), where no other of
+    them would be called alike."""
+    ends = {key: key.removesuffix(".name").rpartition(".")[2] for key in keys}
     every = list(ends.values())
     return {key: end if every.count(end) == 1 else key for key, end in ends.items()}
 
@@ -54,6 +55,5 @@ class Roles:
         sections. What tells a run from its neighbours comes last, and all of it fits into a narrow column."""
         others = [key for key in values if key not in ("strategy", "seed")]
         others.sort(key=lambda key: not self.is_choice(key))
-        parts = [str(values["strategy"])] if "strategy" in values else []
-        parts += [shortly({key: values[key] for key in others})] if others else []
-        return " ".join([*parts, f"s{values['seed']}"] if "seed" in values else parts)
+        seed = f"s{values['seed']}" if "seed" in values else ""
+        return " ".join(filter(None, (str(values["strategy"]), shortly({key: values[key] for key in others}), seed)))

@@ -94,7 +94,7 @@ def _show(plan: Sweep, path: Path, flow_run: str) -> None:
     from fedlora.sweep.folder import SweepFolder
     from fedlora_cli import tables
     from flows import outcome
-    from mlflow_tracking import store
+    from mlflow_tracking import views
     from tasks import where
 
     folder = SweepFolder.read(path)
@@ -112,7 +112,7 @@ def _show(plan: Sweep, path: Path, flow_run: str) -> None:
     for name, file in outcome.SHOWN.items():
         if (path / file).is_file():
             print(f"{name:<17} {path / file}")
-    page = store.sweep_page(folder.parent["experiment"], folder.parent["run"])
+    page = views.page(**folder.parent)
     print("\n".join(where.lines(folder.parent["uri"], page, flow_run)))
     if folder.having("failed"):
         raise typer.Exit(1)

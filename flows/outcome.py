@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 from prefect.artifacts import create_markdown_artifact
 
 from fedlora.errors import FedloraError, counted
+from fedlora.report import frames
 from fedlora.sweep import comparison
 from fedlora.sweep.comparison import Result
 from fedlora.sweep.folder import STATE, SweepFolder
@@ -34,6 +35,10 @@ SHOWN = {
 CHANGES = "report/changes.json"
 """What changed since the last execution, where there was one."""
 FILES = (STATE, "comparison.csv", "comparison.png", "conditions.png")
+_COLUMNS = ("accuracy", "ρ first", "ρ last", "ρ floor", "MB")
+"""As many as fit beside a run's facts in MLflow; the report has the others."""
+_SPACE = "&nbsp;"
+"""Where a cell is not to be broken, and between cells: MLflow sets them without a gap."""
 
 
 def results(folder: SweepFolder, varied: Sequence[str]) -> list[Result]:
@@ -63,35 +68,57 @@ def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> Since | None:
     """
     told = progress.current()
     found = results(folder, plan.varied)
+    chosen: Sequence[champion.Decision] = ()
     if found:
         told.say(f"comparing {counted(len(found), 'run')}")
         comparison.frame(found).to_csv(folder.path / "comparison.csv", index=False)
         comparison.figures(found, folder.path, plan.name)
         if plan.champion:
             settings = {str(state.run): state.settings for state in folder.having("finished")}
-            folder.champion = champion.after_sweep(parent.uri, plan.name, settings).reason
+            chosen = champion.after_sweep(parent.uri, plan.name, settings, plan.world)
+            folder.champion = "\n".join(each.reason for each in chosen)
             folder.save(plan)
     parents.publish(parent, folder.path, FILES, [result.run for result in found])
-    pages = [store.run_page(parent.experiment, result.run) for result in found]
-    links = {"charts": store.sweep_page(parent.experiment, parent.run)}
-    said: Sequence[str] = ()
-    since = None
-    if found and (written := _report(folder, parent, told)):
-        links["report"] = store.artifact_page(parent.experiment, parent.run, SHOWN["report"])
-        since = changes.since_last(folder, parent.uri)
-        said = [*written.sentences, f"Since the last: {since.line}."]
-        changes.publish(since, plan.name)
-    if since and since.written:
-        told.say(since.line)
-        links["what changed"] = store.artifact_page(parent.experiment, parent.run, f"report/{since.written.page.name}")
-    parents.describe(parent, description(plan, folder, found, pages, links, said))
-    # On Prefect's page a link needs the server's name.
-    pages = [where.mlflow_page(parent.uri, page) for page in pages]
-    links = {name: where.mlflow_page(parent.uri, page) for name, page in links.items()}
-    board = description(plan, folder, found, pages, links, said)
-    told.results(links["charts"], folder.path)
-    create_markdown_artifact(board, key="sweep-summary", description=plan.name)
+    written = _report(folder, parent, told) if found else None
+    since = _since(plan, folder, parent, told) if written else None
+    changed = since.written.page.name if since and since.written else None
+    board = Board(
+        pages=[store.run_page(parent.experiment, result.run) for result in found],
+        ways=_ways(folder, parent, written is not None, changed),
+        models={each.model: each.page for each in chosen if each.version},
+        said=[*(written.sentences if written else ()), *([f"Since the last: {since.line}."] if since else ())],
+    )
+    parents.describe(parent, description(plan, folder, found, board))
+    on_server = board.on(parent.uri)  # on Prefect's page a link needs the server's name
+    told.results(on_server.ways["charts"], folder.path)
+    summary = f"## Sweep {plan.name}\n{description(plan, folder, found, on_server)}"
+    create_markdown_artifact(summary, key="sweep-summary", description=plan.name)
     return since
+
+
+def _since(plan: Sweep, folder: SweepFolder, parent: Parent, told: Progress) -> Since:
+    """Compare with the last execution, and say what changed."""
+    since = changes.since_last(folder, parent.uri)
+    changes.publish(since, plan.name)
+    if since.written:
+        told.say(since.line)
+    return since
+
+
+def _ways(folder: SweepFolder, parent: Parent, reported: bool, changed: str | None) -> dict[str, str]:
+    """What a sweep's page leads to, by their words: report, charts, what changed (the name of its page), pictures."""
+
+    def file(name: str) -> str:
+        return store.artifact_page(parent.experiment, parent.run, name)
+
+    ways = {"report": file(SHOWN["report"])} if reported else {}
+    ways["charts"] = store.view_page(parent.experiment, parent.run)
+    if changed:
+        ways["what changed"] = file(f"report/{changed}")
+    for words, name in (("accuracy and ρ", SHOWN["picture"]), ("conditions R, P, Q", SHOWN["conditions"])):
+        if (folder.path / name).is_file():
+            ways[words] = file(f"{parents.COMPARISON}/{name}")
+    return ways
 
 
 def _report(folder: SweepFolder, parent: Parent, told: Progress) -> report.Written | None:
@@ -103,35 +130,63 @@ def _report(folder: SweepFolder, parent: Parent, told: Progress) -> report.Writt
         return None
 
 
-def description(
-    plan: Sweep,
-    folder: SweepFolder,
-    found: Sequence[Result] = (),
-    pages: Sequence[str] = (),
-    links: Mapping[str, str] = MappingProxyType({}),
-    said: Sequence[str] = (),
-) -> str:
-    """The sweep in Markdown: its verdict, a leaderboard with a link to each run (its page), what is missing, further
-    links by their words, and what it was."""
-    lines = [f"## Sweep {plan.name}", *(f"\n{report.plain(sentence)}" for sentence in said)]
+@dataclass(frozen=True)
+class Board:
+    """What a sweep's description shows besides the sweep: a page per run, in the order of the results, further ways by
+    their words, registered models by their names, the verdict."""
+
+    pages: Sequence[str] = ()
+    ways: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+    said: Sequence[str] = ()
+
+    def on(self, uri: str) -> Board:
+        """The same with whole addresses of the server that shows the store."""
+        ways, models = (
+            {words: where.mlflow_page(uri, page) for words, page in each.items()} for each in (self.ways, self.models)
+        )
+        return replace(self, pages=[where.mlflow_page(uri, page) for page in self.pages], ways=ways, models=models)
+
+
+_EMPTY = Board()
+
+
+def description(plan: Sweep, folder: SweepFolder, found: Sequence[Result] = (), board: Board = _EMPTY) -> str:
+    """The sweep in Markdown: ways to what it left (MLflow folds all but the first lines), its verdict, a leaderboard
+    per condition with a link to each run, what is missing, and what it was."""
+    lines = [_linked(board.ways), *(f"\n{report.plain(each)}" for each in board.said)]
+    if board.models:
+        lines += ["", f"Champions: {_linked(board.models)}"]
     what = [
         f"base `{Path(plan.base).name}`, grid `{json.dumps(plan.grid)}`, set `{json.dumps(plan.common, default=str)}`"
     ]
     if found:
-        table = comparison.frame(found)
-        lines += ["", *_leaderboard(plan.varied, table.assign(page=list(pages))), "", comparison.shared(table), ""]
+        table = comparison.frame(found).assign(page=list(board.pages))
+        lines += ["", *_leaderboards(plan, table), comparison.shared(table), ""]
     for status in ("failed", "skipped"):
         lines += [f"* {status}: {state.label}: {state.reason}" for state in folder.having(status)]
-    if folder.champion:
-        lines += ["", folder.champion]
-    ways = " · ".join(f"[{words}]({page})" for words, page in links.items())
-    return "\n".join([*lines, "", ways, "", *what, "", f"Table, pictures and state: `{folder.path}`"])
+    lines += [f"\n{report.plain(reason)}" for reason in (folder.champion or "").splitlines()]
+    return "\n".join([*lines, "", *what, "", f"Table, pictures and state: `{folder.path}`"])
+
+
+def _linked(pages: Mapping[str, str]) -> str:
+    return " · ".join(f"[{words}]({page})" for words, page in pages.items())
+
+
+def _leaderboards(plan: Sweep, table: pd.DataFrame) -> Iterator[str]:
+    """A leaderboard per condition: places mean something within one only."""
+    varied = [key for key in plan.varied if key not in plan.world]
+    groups = table.groupby(plan.world, sort=False, dropna=False) if plan.world else [((), table)]
+    for values, rows in groups:
+        if plan.world:
+            yield from (f"**{report.plain(frames.words(dict(zip(plan.world, values, strict=True))))}**", "")
+        yield from (*_leaderboard(varied, rows), "")
 
 
 def _leaderboard(varied: Sequence[str], table: pd.DataFrame) -> list[str]:
     means, spreads = comparison.over_seeds(table, varied)
     keys = [str(name) for name in means.index.names]
-    titles = ["", *keys, "runs", *comparison.COLUMNS]
+    titles = ["", *keys, "runs", *_COLUMNS]
     rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     accuracy = means["accuracy"].fillna(-1.0).tolist()
     best_first = sorted(range(len(accuracy)), key=lambda position: -accuracy[position])  # equals stay as they are
@@ -139,12 +194,12 @@ def _leaderboard(varied: Sequence[str], table: pd.DataFrame) -> list[str]:
         index = means.index[position]
         names = index if isinstance(index, tuple) else (index,)
         values = [
-            comparison.cell(name, means[name].iloc[position], spreads[name].iloc[position])
-            for name in comparison.COLUMNS
+            comparison.cell(name, means[name].iloc[position], spreads[name].iloc[position]).replace(" ", _SPACE)
+            for name in _COLUMNS
         ]
         links = _links(table, keys, names)
         words = [str(name).replace("|", "\\|") for name in names]
-        rows.append(f"| {place} | {' | '.join([*words, links, *values])} |")
+        rows.append(f"| {place} | {' | '.join([*words, links, *(_SPACE * 2 + text for text in values)])} |")
     return rows
 
 

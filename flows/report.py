@@ -24,8 +24,9 @@ from fedlora.files import home  # noqa: E402
 from fedlora.report import boards, verdict  # noqa: E402
 from fedlora.report.decision import Decision, decide  # noqa: E402
 from flows import progress, refusals  # noqa: E402
-from mlflow_tracking import compare, store  # noqa: E402
+from mlflow_tracking import arrange, compare, store  # noqa: E402
 from mlflow_tracking.compare import LATEST, Source  # noqa: E402
+from mlflow_tracking.parents import Parent  # noqa: E402
 from tasks import names, where  # noqa: E402
 
 _FOLDER = "report"
@@ -55,7 +56,8 @@ class Written:
 
 
 def write_report(source: str = LATEST, out: str | Path | None = None, uri: str | None = None) -> Written:
-    """Write the report of a sweep or experiment, and log it to the sweep's MLflow run. Needs no flow.
+    """Write the report of a sweep or experiment; a sweep's also goes to its MLflow run, with places, means and verdict
+    (`arrange.decided`). Needs no flow.
 
     Args:
         source: a sweep's name or execution, `latest` (the sweep that ended last), or an experiment.
@@ -74,6 +76,9 @@ def write_report(source: str = LATEST, out: str | Path | None = None, uri: str |
     decided = decide(comparison)
     page = report.write(comparison, folder, decided)
     log(found, resolved, [page, folder / report.VERDICT, *(folder / f"{name}.csv" for name in report.TABLES)])
+    if found.parent is not None:
+        parent = Parent(resolved, found.experiment, found.parent.info.run_id)
+        arrange.decided(parent, found.instance, comparison, decided)
     return Written(page, comparison, decided, resolved, found)
 
 

@@ -6,6 +6,7 @@ prefect deployment run 'sweep/on-demand' -p sweep=demo -p 'overrides={"rounds": 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 from deployments.local import environment
@@ -28,7 +29,7 @@ from fedlora.sweep.plan import Cell, Sweep  # noqa: E402
 from flows import cells, checks, outcome, progress, refusals  # noqa: E402
 from flows.changes import Since  # noqa: E402
 from flows.progress import Progress  # noqa: E402
-from mlflow_tracking import parents  # noqa: E402
+from mlflow_tracking import arrange, parents  # noqa: E402
 from mlflow_tracking.parents import Parent  # noqa: E402
 from tasks import interruption, names  # noqa: E402
 
@@ -126,9 +127,15 @@ def open_parent(plan: Sweep, folder: SweepFolder) -> Parent:
         tracking = plan.cells[0].config.tracking
         parent = parents.start(tracking, plan.name, folder.instance, outcome.description(plan, folder))
         folder.parent = vars(parent)
+    arrange.begun(parent, folder.instance, {"base": Path(plan.base).name, **plan.common}, swept(plan))
     take_over(folder, parents.finished(parent))
     folder.save(plan)
     return parent
+
+
+def swept(plan: Sweep) -> dict[str, list[Any]]:
+    """The values of each setting that varies."""
+    return {key: [cell.settings[key] for cell in plan.cells] for key in plan.varied}
 
 
 def execute(plan: Sweep, folder: SweepFolder, parent: Parent, parallel: int | None, pool: str | None) -> None:

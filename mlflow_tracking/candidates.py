@@ -11,6 +11,7 @@ from typing import Any
 
 from fedlora.errors import FedloraError, counted
 from fedlora.metrics import FINAL_ACCURACY
+from fedlora.report import roles
 from fedlora.strategies import registry
 from mlflow_tracking import store
 
@@ -60,6 +61,8 @@ class Candidate:
     scores: tuple[Score, ...]
     examples: int
     partition: str = ""
+    condition: str = ""
+    """Under which it was compared, like `alpha=0.1`; empty where the sweep has only one."""
 
     def on(self, data: Set[str]) -> list[float]:
         """The accuracies that were measured on some of these data."""
@@ -80,10 +83,15 @@ class Candidate:
         """The standard deviation over seeds, where there are several."""
         return statistics.stdev(self.on(self.data)) if len(self.scores) > 1 else None
 
-    def __str__(self) -> str:
+    @property
+    def reached(self) -> str:
+        """Its accuracy in words."""
         if self.spread is None:
-            return f"{self.label} ({self.accuracy:.4f}, one seed)" if self.scores else f"{self.label} (no accuracy)"
-        return f"{self.label} ({self.accuracy:.4f} ± {self.spread:.4f}, {len(self.scores)} seeds)"
+            return f"{self.accuracy:.4f}, one seed" if self.scores else "no accuracy"
+        return f"{self.accuracy:.4f} ± {self.spread:.4f}, {len(self.scores)} seeds"
+
+    def __str__(self) -> str:
+        return f"{self.label} ({self.reached})"
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,16 @@ def entrants(uri: str, cells: Mapping[str, Mapping[str, Any]]) -> list[Entrant]:
         client = store.client(uri)
         found = [entrant_of(client.get_run(run), settings) for run, settings in cells.items()]
     return [entrant for entrant in found if entrant and may_compete(entrant.strategy)]
+
+
+def by_condition(found: Iterable[Entrant], world: Sequence[str]) -> dict[str, list[Entrant]]:
+    """Entrants by what the world was for them, in words like `alpha=0.1`; all under an empty one where `world` (the
+    keys that tell conditions apart) is."""
+    groups: dict[str, list[Entrant]] = {}
+    for entrant in found:
+        words = roles.shortly({key: entrant.settings[key] for key in world})
+        groups.setdefault(words, []).append(entrant)
+    return groups
 
 
 def best(found: Iterable[Entrant], sweep: str) -> Candidate:

@@ -1,18 +1,20 @@
 """The best adapter of a sweep as a version of a registered model; the alias `champion` moves only beyond noise.
 
-    decision = champion.after_sweep(parent.uri, sweep.name, {run_id: cell.settings, ...})
-    print(decision.reason)
+    for decision in champion.after_sweep(parent.uri, sweep.name, {run_id: cell.settings, ...}, sweep.world):
+        print(decision.reason)
 
-The champion before becomes `challenger`. An adapter that is not better leaves nothing in the registry, and whatever is
-decided again for the same runs changes nothing.
+A sweep over several conditions (ways of dealing, data) has a registered model for each: adapters for different
+tasks are no versions of one another. The champion before becomes `challenger`. An adapter that is not better leaves
+nothing in the registry, and whatever is decided again for the same runs changes nothing.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +28,12 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+_SETTING, _EXAMPLES, _SEEDS, _ACCURACIES, _DATA = "setting", "test.examples", "seeds", "accuracies", "data.digest"
+"""Tags of a version that people read and the next comparison, too: what holds of every seed stands once, else one
+after the other."""
 _CANDIDATE = "fedlora.candidate"
-"""Tag of a version that the next comparison reads: its settings, test examples, and scores (seed, accuracy, data)."""
+"""The same in one tag, as JSON: on versions that were registered before."""
+_BETWEEN = ", "
 
 
 @dataclass(frozen=True)
@@ -48,22 +54,40 @@ class Decision:
         return f"#/models/{self.model}"
 
 
-def after_sweep(uri: str, sweep: str, cells: Mapping[str, Mapping[str, Any]], model: str | None = None) -> Decision:
-    """Choose the best adapter of a sweep and make it champion if it beats the one that is; raises nothing, for a
-    registry that fails must not lose the sweep.
+def after_sweep(
+    uri: str, sweep: str, cells: Mapping[str, Mapping[str, Any]], world: Sequence[str] = ()
+) -> list[Decision]:
+    """Choose the best adapter of each condition of a sweep and make it champion if it beats the one that is; raises
+    nothing, for a registry that fails must not lose the sweep.
 
     Args:
         uri: the tracking store.
         sweep: the sweep's name.
         cells: the settings (dotted keys, the seed among them) by MLflow run id, of the runs that finished.
-        model: name of the registered model; `fedlora-<sweep>` if not given.
+        world: the keys that tell its conditions apart.
     """
-    name = model or f"fedlora-{sweep}"
     try:
-        candidate = candidates.best(candidates.entrants(uri, cells), sweep)
-        return consider(uri, name, candidate)
+        found = candidates.by_condition(candidates.entrants(uri, cells), world)
     except FedloraError as error:
-        return Decision(name, None, False, f"No champion was chosen: {error}")
+        return [_none(model_name(sweep), error)]
+    return [_of_condition(uri, sweep, condition, entrants) for condition, entrants in (found or {"": []}).items()]
+
+
+def model_name(sweep: str, condition: str = "") -> str:
+    """What the registered model of a sweep is called, or that of one of its conditions: `fedlora-demo-alpha-0.1`."""
+    return "-".join(["fedlora", sweep, *re.findall(r"[\w.]+", condition)])
+
+
+def _of_condition(uri: str, sweep: str, condition: str, found: Sequence[Entrant]) -> Decision:
+    model = model_name(sweep, condition)
+    try:
+        return consider(uri, model, replace(candidates.best(found, sweep), condition=condition))
+    except FedloraError as error:
+        return _none(model, error)
+
+
+def _none(model: str, error: FedloraError) -> Decision:
+    return Decision(model, None, False, f"No champion was chosen: {error}")
 
 
 def consider(uri: str, model: str, candidate: Candidate) -> Decision:
@@ -192,7 +216,7 @@ class _Registry:
             raise TrackingError(
                 f"MLflow run {candidate.run} has no adapter among the artifacts that are reached from here"
             )
-        self._create_model(candidate.sweep)
+        self._create_model(candidate)
         source = f"{self.client.get_run(candidate.run).info.artifact_uri}/adapter"
         made = self.client.create_model_version(
             self.model,
@@ -204,15 +228,17 @@ class _Registry:
         )
         return int(made.version)
 
-    def _create_model(self, sweep: str) -> None:
+    def _create_model(self, candidate: Candidate) -> None:
         from mlflow.exceptions import MlflowException
 
+        where = f" at {candidate.condition}" if candidate.condition else ""
         note = (
-            f"The best federated adapters of sweep `{sweep}`: `models:/{self.model}@{CHAMPION}` is the best so far, "
-            f"`{CHALLENGER}` the one before it. The aliases move when another is better beyond noise."
+            f"The best federated adapters of sweep `{candidate.sweep}`{where}: `models:/{self.model}@{CHAMPION}` is "
+            f"the best so far, `{CHALLENGER}` the one before it. The aliases move when another is better beyond noise."
         )
+        tags = {"sweep": candidate.sweep} | ({"condition": candidate.condition} if where else {})
         try:
-            self.client.create_registered_model(self.model, tags={"sweep": sweep}, description=note)
+            self.client.create_registered_model(self.model, tags=tags, description=note)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -223,6 +249,8 @@ class _Registry:
         if _CANDIDATE in tags:
             label, examples, scores = json.loads(tags[_CANDIDATE])
             return Candidate(run, "", "", "", label, tuple(Score(*score) for score in scores), examples)
+        if _ACCURACIES in tags:
+            return Candidate(run, "", "", "", tags[_SETTING], _scores(tags), int(tags[_EXAMPLES]))
         found = self._registered_by_hand(run)
         return candidates.as_candidate([found], "") if found else Candidate(run, "", "", "", "of unknown origin", (), 0)
 
@@ -243,25 +271,39 @@ class _Registry:
 
 
 def _tags(candidate: Candidate) -> dict[str, str]:
-    """What a version says of itself: for people, and under one key for the next comparison."""
+    """What a version says of itself, to people and to the next comparison."""
+    scores = candidate.scores
+    data = [score.data for score in scores]
     tags = {
         "sweep": candidate.sweep,
         "strategy": candidate.strategy,
+        _SETTING: candidate.label,
         "accuracy": f"{candidate.accuracy:.4f}",
-        "seeds": ", ".join(str(score.seed) for score in candidate.scores),
-        "test.examples": str(candidate.examples),
+        _SEEDS: _BETWEEN.join(str(score.seed) for score in scores),
+        _ACCURACIES: _BETWEEN.join(str(score.accuracy) for score in scores),
+        _EXAMPLES: str(candidate.examples),
         "partition.hash": candidate.partition,
-        "data.digest": ", ".join(sorted(candidate.data)),
-        _CANDIDATE: json.dumps([candidate.label, candidate.examples, [astuple(score) for score in candidate.scores]]),
+        _DATA: _BETWEEN.join(data if len(set(data)) > 1 else data[:1]),
     }
-    return tags | ({} if candidate.spread is None else {"accuracy.sd": f"{candidate.spread:.4f}"})
+    optional = {"condition": candidate.condition, "accuracy.sd": candidate.spread and f"{candidate.spread:.4f}"}
+    return tags | {name: text for name, text in optional.items() if text}
+
+
+def _scores(tags: Mapping[str, str]) -> tuple[Score, ...]:
+    """What `_tags` wrote of the seeds."""
+    seeds, accuracies, data = (tags[name].split(_BETWEEN) for name in (_SEEDS, _ACCURACIES, _DATA))
+    data = data * len(seeds) if len(data) == 1 else data
+    every = zip(map(int, seeds), map(float, accuracies), data, strict=True)
+    return tuple(Score(*each) for each in every)
 
 
 def _description(candidate: Candidate) -> str:
-    """The version in Markdown, with a link to the page of its run."""
+    """The version in Markdown, its accuracy first (a list shows a few words), with a link to the page of its run."""
     page = store.run_page(candidate.experiment, candidate.run)
+    where = f" at {candidate.condition}" if candidate.condition else ""
     lines = [
-        f"{candidate.label}: the best of sweep `{candidate.sweep}`. The adapter is that of [this run]({page}).",
+        f"Accuracy {candidate.reached}: {candidate.label}, the best of sweep `{candidate.sweep}`{where}. The adapter "
+        f"is that of [this run]({page}).",
         "",
         f"| seed | accuracy on {counted(candidate.examples, 'test example')} |",
         "|---|---|",

@@ -274,7 +274,7 @@ def _members(client: MlflowClient, parent: Any, cells: Sequence[_Cell]) -> list[
     if cells:
         named = (store.find_run(client, cell.run) for cell in cells if cell.finished)
         return [run for run in named if run is not None]
-    return store.search_runs(client, [parent.info.experiment_id], f"tags.`{_PARENT}` = '{parent.info.run_id}'")
+    return store.search_runs(client, [parent.info.experiment_id], store.children_of(parent.info.run_id))
 
 
 def _finished(runs: Sequence[Any]) -> tuple[list[Any], list[Excluded]]:

@@ -19,6 +19,10 @@ INSTANCE = "fedlora.sweep"
 """Tag of a parent: the execution of the sweep that it belongs to."""
 
 
+COMPARISON = "comparison"
+"""Folder of a parent's artifacts for tables and pictures."""
+
+
 @dataclass(frozen=True)
 class Parent:
     """A sweep's run in MLflow."""
@@ -39,7 +43,7 @@ def start(tracking: TrackingConfig, name: str, instance: str, note: str) -> Pare
     with store.errors(uri):
         client = store.client(uri)
         experiment = store.experiment_id(client, uri, tracking.experiment)
-        tags = {"sweep": name, INSTANCE: instance, "mlflow.note.content": note}
+        tags = {"sweep": name, INSTANCE: instance, "mlflow.note.content": note, **store.source(f"fedlora sweep {name}")}
         run = client.create_run(experiment, tags=tags, run_name=f"sweep {name}")
     return Parent(uri, experiment, run.info.run_id)
 
@@ -82,7 +86,7 @@ def finished(parent: Parent, digest: str = "") -> dict[str, str]:
     Raises:
         TrackingError: the store does not answer.
     """
-    query = f"tags.`mlflow.parentRunId` = '{parent.run}' and attributes.status = 'FINISHED'"
+    query = f"{store.children_of(parent.run)} and attributes.status = 'FINISHED'"
     if digest:
         query += f" and tags.`fedlora.config` = '{digest}'"
     with store.errors(parent.uri):
@@ -120,7 +124,7 @@ def publish(parent: Parent, folder: Path, names: Sequence[str], children: Sequen
         client = store.client(parent.uri)
         for name in names:
             if (folder / name).is_file():
-                client.log_artifact(parent.run, str(folder / name), "" if name.endswith(".json") else "comparison")
+                client.log_artifact(parent.run, str(folder / name), "" if name.endswith(".json") else COMPARISON)
         _show_data(client, parent, children)
 
 

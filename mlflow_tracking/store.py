@@ -260,18 +260,33 @@ def artifact_page(experiment: str, run: str, path: str) -> str:
     return f"{_run(experiment, run)}/artifacts/{path}?{_query({})}"
 
 
+def children_of(parent: str) -> str:
+    """The filter that finds the runs under a sweep's run."""
+    return f"tags.`mlflow.parentRunId` = '{parent}'"
+
+
+def view_page(experiment: str, parent: str) -> str:
+    """The chart page of a sweep's runs as its saved view (`views.save`) shows it, below a server's address."""
+    return f"#/experiments/{experiment}/runs?{_query({'viewStateShareKey': parent, 'compareRunsMode': 'CHART'})}"
+
+
 def sweep_page(experiment: str, parent: str) -> str:
-    """The chart page of a sweep's runs, best first, below a server's address.
+    """The same for a sweep without a view: ten of its runs, best first.
 
     Sorted by a metric, because MLflow folds children under their parent (and shows no chart) while it sorts by date.
     """
     query = {
-        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent}'",
+        "searchFilter": children_of(parent),
         "orderByKey": f"metrics.`{FINAL_ACCURACY}`",
         "orderByAsc": "false",
         "compareRunsMode": "CHART",
     }
     return f"#/experiments/{experiment}/runs?{_query(query)}"
+
+
+def source(command: str) -> dict[str, str]:
+    """The tags that a run's page shows as its source."""
+    return {"mlflow.source.name": command, "mlflow.source.type": "LOCAL"}
 
 
 def _run(experiment: str, run: str) -> str:

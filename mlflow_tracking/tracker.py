@@ -32,6 +32,8 @@ PATIENCE_S = 120.0
 _ASK_AGAIN_S = 2.0
 _FILE = "tracking.json"
 _FINISHED = "FINISHED"
+_ADAPTER = "adapter"
+"""Folder of the final adapter, in the run folder and among the artifacts."""
 _RUN_ID = "fedlora.run"
 """Tag: the id of the run folder."""
 
@@ -201,8 +203,8 @@ def _close(run: RunFolder, tracked: Tracked, note: str) -> None:
         finals = {name: last.metrics[source] for source, name in metrics.FINALS.items() if source in last.metrics}
         seconds = metrics.seconds(records)
         finals |= {} if seconds is None else {metrics.FINAL_SECONDS: seconds}
-        _log_metrics(client, tracked, last, finals)
-        for folder in ("adapter", "tables", "figures"):
+        _log_metrics(client, tracked, last, finals, _log_model(client, tracked, run))
+        for folder in (_ADAPTER, "tables", "figures"):
             client.log_artifacts(tracked.run, str(run.path / folder), folder)
         client.set_tag(tracked.run, "mlflow.note.content", note)
         client.set_terminated(tracked.run, _FINISHED)
@@ -217,6 +219,7 @@ def _tags(run: RunFolder, parent: str | None) -> dict[str, str]:
         "fedlora.config": config.digest(),
         "fedlora.run_folder": str(run.path),
         _RUN_ID: run.id,
+        **store.source("fedlora sweep" if parent else "fedlora run"),
     }
     if config.model.trust_remote_code:
         tags["fedlora.trust_remote_code"] = "true"
@@ -235,10 +238,37 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _log_metrics(client: Any, tracked: Tracked, record: RoundRecord, values: Mapping[str, float]) -> None:
+def _log_model(client: Any, tracked: Tracked, run: RunFolder) -> str:
+    """The final adapter as a model of the run, to which its page and the table of runs lead; the id of the model.
+
+    What an earlier try has left is gone on with.
+    """
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+    config = run.config
+    made = client.search_logged_models([tracked.experiment], f"source_run_id = '{tracked.run}'")
+    about = {"strategy": config.strategy, "model.name": config.model.name, "data.name": config.data.name}
+    named = f"{config.strategy} adapter"
+    model = (
+        made[0]
+        if made
+        else client.create_logged_model(tracked.experiment, named, tracked.run, params=about, model_type="PEFT adapter")
+    )
+    if model.status != LoggedModelStatus.READY:
+        client.log_model_artifacts(model.model_id, str(run.path / _ADAPTER))
+        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    if not client.get_run(tracked.run).outputs.model_outputs:
+        client.log_outputs(tracked.run, [LoggedModelOutput(model.model_id, config.rounds)])
+    return str(model.model_id)
+
+
+def _log_metrics(
+    client: Any, tracked: Tracked, record: RoundRecord, values: Mapping[str, float], model: str | None = None
+) -> None:
+    """A record's values in one batch; those of a model are on its page, too."""
     from mlflow.entities import Metric
 
-    batch = [Metric(name, float(value), record.timestamp_ms, record.round) for name, value in values.items()]
+    batch = [Metric(name, float(value), record.timestamp_ms, record.round, model) for name, value in values.items()]
     client.log_batch(tracked.run, metrics=batch)
 
 

@@ -69,6 +69,8 @@ class Cell:
     changes: Settings
     """Everything on top of the base, by dotted key."""
     config: RunConfig
+    short: str = ""
+    """The run in few words, like `svd alpha=0.1 s1` (`Roles.short`)."""
 
     @property
     def label(self) -> str:
@@ -77,8 +79,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What the run is called: as configured, otherwise what tells it from the others."""
-        return self.config.name or self.label
+        """What the run is called: as configured, otherwise what tells it from the others, in few words."""
+        return self.config.name or self.short or self.label
 
     @property
     def digest(self) -> str:
@@ -116,6 +118,11 @@ class Sweep:
     champion: bool = True
     roles: Roles = field(default_factory=Roles)
     """Which of the varied keys are choices; the others are conditions."""
+
+    @property
+    def world(self) -> list[str]:
+        """The keys that tell conditions apart."""
+        return [key for key in self.varied if self.roles.is_condition(key) and len(_values(key, self.cells)) > 1]
 
 
 def label(settings: Mapping[str, Any]) -> str:
@@ -237,7 +244,8 @@ def _resolve(source: str, file: SweepFile, folder: Path, overrides: Settings, pr
         raise ConfigError(f"{source}: {every} left out; the first, because: {skipped[0].reason}")
     _check_twice(source, cells)
     varied = _telling(keys, cells)
-    cells = [replace(cell, settings={key: cell.settings[key] for key in varied}) for cell in cells]
+    roles = Roles(tuple(file.compare.choices), tuple(file.compare.conditions))
+    cells = [_told_apart(cell, varied, roles) for cell in cells]
     fixed = {key: value for key, value in {**start, **common}.items() if key not in (*keys, *NEUTRAL)}
     return Sweep(
         name=file.name,
@@ -249,7 +257,7 @@ def _resolve(source: str, file: SweepFile, folder: Path, overrides: Settings, pr
         skipped=skipped,
         identity=_hash([file.name, fixed]),
         champion=file.champion,
-        roles=Roles(tuple(file.compare.choices), tuple(file.compare.conditions)),
+        roles=roles,
     )
 
 
@@ -276,8 +284,18 @@ def _telling(keys: Sequence[str], cells: Sequence[Cell]) -> list[str]:
     """The keys that tell runs apart, and the strategy; all of them where there is one run only."""
     if len(cells) == 1:
         return list(keys)
-    values = {key: {json.dumps(cell.settings[key]) for cell in cells} for key in keys}
-    return [key for key in keys if key == "strategy" or len(values[key]) > 1]
+    return [key for key in keys if key == "strategy" or len(_values(key, cells)) > 1]
+
+
+def _values(key: str, cells: Sequence[Cell]) -> set[str]:
+    return {json.dumps(cell.settings[key]) for cell in cells}
+
+
+def _told_apart(cell: Cell, varied: Sequence[str], roles: Roles) -> Cell:
+    """The same with no settings but those that vary, and its name from them."""
+    settings = {key: cell.settings[key] for key in varied}
+    named = settings if "strategy" in settings else {"strategy": cell.config.strategy, **settings}
+    return replace(cell, settings=settings, short=roles.short(named) if settings else "")
 
 
 def _value(values: Settings, key: str) -> Any:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ import httpx
 import pytest
 import yaml
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
+
+from mlflow_tracking import store
 
 STRATEGIES = ("fedit", "flora-na", "svd")
 VIEW = {"width": 1280, "height": 1000}
@@ -77,10 +80,24 @@ class Site:
     folder: Path
     printed: str
     """What `fedlora sweep` printed."""
+    environment: dict[str, str]
+    """In which another command finds the same servers."""
 
     def deployment(self, name: str) -> str:
         """The id of a deployment."""
         return str(httpx.get(f"{self.prefect}/api/deployments/name/{name}").raise_for_status().json()["id"])
+
+
+@dataclass(frozen=True)
+class Wide:
+    """A sweep of more runs than MLflow shows by itself, under two conditions."""
+
+    page: str
+    """The address that it printed."""
+    parent: str
+    """Its page, below the server's address."""
+    names: list[str]
+    """Of its runs."""
 
 
 @dataclass
@@ -135,7 +152,7 @@ def site(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iter
     try:
         _fedlora(environment, "up", "--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]), "--gpu-runs", "0")
         printed = _fedlora(environment, "sweep", str(file))
-        page = re.search(r"#/experiments/(\d+)/runs\?.*?parentRunId%60%20%3D%20%27(\w+)%27", printed)
+        page = re.search(r"#/experiments/(\d+)/runs\?.*?viewStateShareKey=(\w+)", printed)
         assert page, printed
         answer = httpx.post(f"{prefect}/api/flow_runs/filter", json={}).raise_for_status().json()
         flow_runs = {run["name"]: run["id"] for run in answer}
@@ -152,9 +169,22 @@ def site(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iter
             federated_runs=flow_runs,
             folder=next((folder / "home" / "sweeps").iterdir()),
             printed=printed,
+            environment=environment,
         )
     finally:
         _fedlora(environment, "down")
+
+
+@pytest.fixture(scope="session")
+def wide(site: Site, tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Wide:
+    file = tmp_path_factory.mktemp("wide") / "wide.yaml"
+    grid: dict[str, list[Any]] = {"strategy": ["fedit", "svd"], "partition.alpha": [0.1, 100], "seed": [0, 1, 2]}
+    file.write_text(yaml.safe_dump({"name": "wide", "base": "demo", "set": {**tiny, "rounds": 1}, "grid": grid}))
+    printed = _fedlora(site.environment, "sweep", str(file))
+    page = re.search(rf"{re.escape(site.mlflow)}/#/experiments/(\d+)/runs\?.*?viewStateShareKey=(\w+)\S*", printed)
+    assert page, printed
+    names = [f"{strategy} alpha={alpha} s{seed}" for strategy, alpha, seed in itertools.product(*grid.values())]
+    return Wide(page[0], store.run_page(page[1], page[2]), names)
 
 
 @pytest.fixture(scope="session")

@@ -307,4 +307,20 @@ def test_of_equals_on_the_leaderboard_the_first_stays_first_and_each_links_to_it
     assert [line.split(" | ")[:3] for line in lines] == [
         ["| 1", "a\\|b", "[0](#d)"], ["| 2", "fedit", "[0](#a)"], ["| 3", "svd", "[0](#b) [1](#c)"]
     ]  # fmt: skip
-    assert [line.split(" | ")[3] for line in lines] == ["0.900", "0.500", "0.500 ± 0.283"]
+    shown = [line.split(" | ")[3].replace("&nbsp;", " ").strip() for line in lines]
+    assert shown == ["0.900", "0.500", "0.500 ± 0.283"]
+
+
+def test_places_are_those_within_a_condition(tmp_path):
+    from flows import outcome
+
+    file = tmp_path / "x.yaml"
+    file.write_text("name: x\ngrid: {partition.alpha: [0.1, 100], strategy: [fedit, svd]}\n")
+    plan = sweeps.load(str(file), None, PRESETS, SWEEPS)
+    rows = {name: [0.1, 0.2, 0.9, 0.8] for name in comparison.COLUMNS}
+    table = pd.DataFrame([cell.settings for cell in plan.cells]).assign(**rows, page="#")
+    lines = list(outcome._leaderboards(plan, table))
+    assert [line for line in lines if line.startswith("**")] == ["**partition.alpha=0.1**", "**partition.alpha=100**"]
+    assert [line[:9] for line in lines if line.startswith(("| 1", "| 2"))] == [
+        "| 1 | svd", "| 2 | fed", "| 1 | fed", "| 2 | svd"
+    ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Champions in a real SQLite registry, and through a real MLflow server, with real adapters and made-up accuracies."""
 
 import itertools
-import math
+import json
 import os
 import re
 import socket
@@ -15,10 +15,9 @@ import torch
 from mlflow import MlflowClient, artifacts
 
 import fedlora
-from fedlora.errors import FedloraError, TrackingError
-from fedlora.strategies import registry
-from mlflow_tracking import candidates, champion, store, tracker
-from mlflow_tracking.candidates import Candidate, Entrant, Score
+from fedlora.errors import TrackingError
+from mlflow_tracking import champion, store, tracker
+from mlflow_tracking.candidates import Candidate, Score
 
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "promote-an-adapter.md"
 NAMES = map("fedlora-{}".format, itertools.count())
@@ -77,62 +76,6 @@ def aliases(uri, name):
 LOW, HIGH = (0.60, 0.62, 0.61), (0.70, 0.72, 0.71)
 
 
-def test_welch_by_hand():
-    """Standard deviations .01, three seeds: standard error √(2·.0001/3) = .0081650, four degrees of freedom, where t of
-    2.1318 is at 5 %."""
-    for difference, better in ((0.0174, False), (0.0175, True)):
-        found = candidates.compare([mean + difference for mean in LOW], LOW, (10, 10))
-        assert found.difference == pytest.approx(difference)
-        assert found.better is better, "2.1318 × .0081650 = .017406"
-    unequal = candidates.compare([0.8, 0.6], [0.5, 0.5, 0.5], (10, 10))  # t = .2 / .1 = 2 at one degree: 1/4 − atan(2)…
-    assert f"p = {0.5 - math.atan(2) / math.pi:.2g}," in unequal.how
-    assert not unequal.better
-
-
-@pytest.mark.parametrize("ours", [[0.8], [0.8, 0.8]], ids=["one seed", "seeds that make no difference"])
-def test_binomial_by_hand(ours):
-    """1.64485 · √(.8·.2/400 + .75·.25/400) = .04848."""
-    theirs = [0.75] * len(ours)
-    found = candidates.compare(ours, theirs, (400, 400))
-    assert (found.difference, found.better) == (pytest.approx(0.05), True)
-    assert found.how == "up to 0.0485 may be chance on 400 test examples"
-    assert not candidates.compare(ours, theirs, (300, 300)).better, "1.64485 · √(.3475/300) = .05598"
-    assert not candidates.compare(theirs, ours, (400, 400)).better
-
-
-def entrant(run, settings, accuracy, data="d1"):
-    return Entrant(run, "1", settings["strategy"], settings, Score(settings["seed"], accuracy, data), 100)
-
-
-def grid(accuracies, **more):
-    """Entrants by strategy: seeds 0, 1, …"""
-    return [
-        entrant(f"{strategy}{seed}", {"strategy": strategy, "seed": seed, **more}, accuracy)
-        for strategy, values in accuracies.items()
-        for seed, accuracy in enumerate(values)
-    ]
-
-
-def test_the_best_setting_has_the_highest_mean_and_is_represented_by_its_best_run():
-    found = candidates.best(grid({"svd": (0.5, 0.7, 0.6), "fedit": (0.9, 0.2, 0.3)}, **{"lora.rank": 4}), "mine")
-    assert (found.run, found.label, found.sweep) == ("svd1", "svd lora.rank=4", "mine")
-    assert [(score.seed, score.accuracy) for score in found.scores] == [(0, 0.5), (1, 0.7), (2, 0.6)]
-    assert str(found) == "svd lora.rank=4 (0.6000 ± 0.1000, 3 seeds)"
-
-
-def test_a_setting_that_lacks_a_seed_does_not_compete():
-    assert candidates.best(grid({"svd": (0.5, 0.7), "fedit": (0.9,)}), "mine").strategy == "svd"
-
-
-def test_runs_of_different_test_sets_have_no_best_but_those_of_seeds_that_draw_the_same_ones_have():
-    cells = [({"strategy": s, "seed": n}, a) for n in (0, 1) for s, a in (("svd", 0.6), ("fedit", 0.5))]
-    drawn = [entrant(f"{c['strategy']}{c['seed']}", c, a, data=f"drawn by seed {c['seed']}") for c, a in cells]
-    assert candidates.best(drawn, "mine").strategy == "svd"
-    others = [entrant(f"{c['strategy']}{c['seed']}", c, a, data=f"of {c['strategy']}") for c, a in cells]
-    with pytest.raises(FedloraError, match="sweep mine had different data or partitions"):
-        candidates.best(others, "mine")
-
-
 def test_the_first_becomes_champion_and_says_where_it_comes_from(uri, runs, name):
     found = champion.consider(uri, name, candidate(runs[0], *LOW))
     assert (found.model, found.version, found.promoted) == (name, 1, True)
@@ -143,6 +86,8 @@ def test_the_first_becomes_champion_and_says_where_it_comes_from(uri, runs, name
     shown |= {"test.examples": "1000", "partition.hash": "p1", "data.digest": "d1"}
     assert shown.items() <= version.tags.items()
     assert f"#/experiments/1/runs/{runs[0]}" in version.description
+    assert version.description.startswith("Accuracy 0.6100 ± 0.0100, 3 seeds: svd, the best of sweep `mine`.")
+    assert not any(value.startswith(("[", "{")) for value in version.tags.values())  # people read them
 
 
 def test_a_better_one_is_promoted_and_the_champion_is_kept_as_challenger(uri, runs, name):
@@ -261,11 +206,6 @@ def test_a_champion_of_unknown_origin_is_left_to_a_person(uri, runs, name, tmp_p
     assert "champion of unknown origin (no accuracy), version 1" in found.reason
 
 
-def test_controls_and_personal_strategies_leave_no_federated_adapter():
-    left_out = {"oracle", "centralised", "local", "fedsa-lora"}
-    assert {name for name in registry.names() if not candidates.may_compete(name)} == left_out
-
-
 def test_a_sweep_in_the_store_is_read_and_its_best_adapter_promoted(uri, track, name):
     """A control is ahead, and does not count."""
     accuracies = {("fedit", 0): 0.50, ("fedit", 1): 0.52, ("svd", 0): 0.60, ("svd", 1): 0.61, ("oracle", 0): 0.9}
@@ -274,7 +214,7 @@ def test_a_sweep_in_the_store_is_read_and_its_best_adapter_promoted(uri, track, 
         run = track(uri, {"seed": 1} if seed else {}, accuracy)
         MlflowClient(uri).set_tag(run, "strategy", strategy)
         cells[run] = {"strategy": strategy, "seed": seed}
-    found = champion.after_sweep(uri, name.removeprefix("fedlora-"), cells)
+    (found,) = champion.after_sweep(uri, name.removeprefix("fedlora-"), cells)
     assert found.promoted
     assert found.reason == f"svd (0.6050 ± 0.0071, 2 seeds) is the first champion of {name}, version 1."
     version = versions(uri, name)[1]
@@ -282,11 +222,45 @@ def test_a_sweep_in_the_store_is_read_and_its_best_adapter_promoted(uri, track, 
     assert version.tags["test.examples"] == "60"
     assert version.tags["partition.hash"] == MlflowClient(uri).get_run(version.run_id).data.tags["partition.hash"]
     only_controls = {run: cell for run, cell in cells.items() if cell["strategy"] == "oracle"}
-    assert "left no federated adapter" in champion.after_sweep(uri, "mine", only_controls).reason
+    assert "left no federated adapter" in champion.after_sweep(uri, "mine", only_controls)[0].reason
+
+
+def test_each_condition_of_a_sweep_has_a_champion_of_its_own(uri, track, name):
+    """svd is better where labels are skewed, fedit where they are not; neither is judged by the other's task."""
+    accuracies = {("svd", 0.1): 0.60, ("fedit", 0.1): 0.50, ("svd", 100): 0.70, ("fedit", 100): 0.90}
+    cells = {}
+    for (strategy, alpha), accuracy in accuracies.items():
+        run = track(uri, accuracy=accuracy)
+        for tag, value in (("strategy", strategy), ("partition.hash", f"dealt by {alpha}")):
+            MlflowClient(uri).set_tag(run, tag, value)
+        cells[run] = {"strategy": strategy, "partition.alpha": alpha, "seed": 0}
+    sweep = name.removeprefix("fedlora-")
+    found = champion.after_sweep(uri, sweep, cells, ["partition.alpha"])
+    assert [(each.model, each.version, each.promoted) for each in found] == [
+        (f"{name}-alpha-0.1", 1, True),
+        (f"{name}-alpha-100", 1, True),
+    ]
+    for each, strategy, alpha in zip(found, ("svd", "fedit"), (0.1, 100), strict=True):
+        assert aliases(uri, each.model) == {"champion": 1}
+        version = versions(uri, each.model)[1]
+        assert cells[version.run_id] == {"strategy": strategy, "partition.alpha": alpha, "seed": 0}
+        assert version.tags["condition"] == f"alpha={alpha}"
+        assert f"the best of sweep `{sweep}` at alpha={alpha}" in version.description
+    assert "already" in champion.after_sweep(uri, sweep, cells, ["partition.alpha"])[1].reason
+
+
+def test_a_champion_that_was_registered_with_its_scores_as_json_is_compared_by_them(uri, runs, name):
+    """As versions before were; with a digest of data a seed, and other ones than the tags would say."""
+    champion.consider(uri, name, candidate(runs[0], *LOW))
+    client = MlflowClient(uri)
+    old = ["svd", 1000, [[seed, accuracy, f"d{seed}"] for seed, accuracy in enumerate(HIGH)]]
+    client.set_model_version_tag(name, "1", "fedlora.candidate", json.dumps(old))
+    found = champion.consider(uri, name, candidate(runs[1], *HIGH, data=["d0", "d1", "d2"]))
+    assert f"does not replace {name}'s champion svd (0.7100 ± 0.0100, 3 seeds), version 1: +0.0000" in found.reason
 
 
 def test_a_registry_that_fails_does_not_lose_the_sweep(uri):
-    found = champion.after_sweep(uri, "mine", {"0" * 32: {"strategy": "svd", "seed": 0}})
+    (found,) = champion.after_sweep(uri, "mine", {"0" * 32: {"strategy": "svd", "seed": 0}})
     assert not found.promoted
     assert re.match(r"No champion was chosen: the tracking store .* Run .* not found", found.reason)
 

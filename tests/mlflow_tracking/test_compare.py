@@ -1,72 +1,11 @@
 """Runs read back from a real SQLite store: as a table, and as what a report holds."""
 
-import json
-
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
 from fedlora.errors import TrackingError
-from mlflow_tracking import compare, store
-
-COUNTS = {"labels": ["a", "b"], "label_counts": [[1, 2], [3, 4]], "partitioner": "iid"}
-
-
-@pytest.fixture(scope="module")
-def uri(with_databases, tmp_path_factory):
-    return f"sqlite:///{with_databases(tmp_path_factory.mktemp('store'), 'mlflow.db') / 'mlflow.db'}"
-
-
-class Shelf:
-    """Writes runs as the tracker does, with made-up numbers."""
-
-    def __init__(self, uri, tmp_path, monkeypatch):
-        monkeypatch.setenv("FEDLORA_HOME", str(tmp_path / "home"))
-        self.uri, self.client, self.folder = uri, store.client(uri), tmp_path
-
-    def experiment(self, name):
-        return store.experiment_id(self.client, self.uri, name)
-
-    def run(self, experiment, strategy, seed, accuracy=0.5, status="FINISHED", parent=None, files=True, **params):
-        tags = {"strategy": strategy, "fedlora.config": f"{strategy}-{seed}-{params}", "partition.hash": f"hash{seed}"}
-        tags |= {"mlflow.parentRunId": parent} if parent else {}
-        run = self.client.create_run(
-            self.experiment(experiment), tags=tags, run_name=f"{strategy} seed {seed}"
-        ).info.run_id
-        for key, value in {"strategy": strategy, "seed": seed, **params}.items():
-            self.client.log_param(run, key, value)
-        for number in range(2):
-            self.client.log_metric(run, "global/accuracy", accuracy * number, timestamp=number, step=number)
-        if status == "FINISHED":
-            self.client.log_metric(run, "final/accuracy", accuracy)
-            if files:
-                self.file(run, "partition.json", COUNTS)
-                self.file(run, "config.yaml", {"strategy": strategy, "lora": {"rank": 4}})
-                self.file(run, "tables/divergence.json", [{"round": 1, "module": "m", "rho": 0.25}])
-                self.file(run, "tables/clients.json", [{"round": 1, "client": 0, "examples": 7}])
-        if status != "RUNNING":
-            self.client.set_terminated(run, status)
-        return run
-
-    def file(self, run, name, content):
-        path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content))
-        self.client.log_artifact(run, str(path), "tables" if "/" in name else None)
-
-    def sweep(self, experiment, name, instance=None, end=True, start=None):
-        tags = {"sweep": name} | ({"fedlora.sweep": instance} if instance else {})
-        run = self.client.create_run(
-            self.experiment(experiment), start, tags=tags, run_name=f"sweep {name}"
-        ).info.run_id
-        if end:
-            self.client.set_terminated(run)
-        return run
-
-
-@pytest.fixture
-def shelf(uri, tmp_path, monkeypatch):
-    return Shelf(uri, tmp_path, monkeypatch)
+from mlflow_tracking import compare
 
 
 def test_a_row_per_run_with_settings_and_results(shelf, uri):
@@ -143,7 +82,7 @@ def test_a_sweep_s_partition_is_read_once(shelf, uri):
     for strategy in ("svd", "fedit"):
         shelf.run("once", strategy, 0, parent=parent)
     found = compare.gather("shared-partition", uri)
-    assert found.partitions == {"hash0": COUNTS}
+    assert found.partitions == {"hash0": shelf.counts}
     assert list(found.runs["strategy"]) == ["svd", "fedit"]  # in the order in which they were made
 
 
@@ -186,9 +125,9 @@ def test_only_runs_that_the_cells_name_belong_to_a_sweep(shelf, uri):
     assert "{" not in found.note  # words, not JSON
 
 
-def test_latest_is_the_sweep_that_ended_last(with_databases, tmp_path, monkeypatch):
+def test_latest_is_the_sweep_that_ended_last(new_shelf, with_databases, tmp_path):
     uri = f"sqlite:///{with_databases(tmp_path, 'mlflow.db') / 'mlflow.db'}"
-    shelf = Shelf(uri, tmp_path, monkeypatch)
+    shelf = new_shelf(uri)
     with pytest.raises(TrackingError, match="no sweep has ended"):
         compare.find("latest", uri)
     late = shelf.sweep("x", "began-first", end=False)

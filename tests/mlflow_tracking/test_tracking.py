@@ -68,6 +68,26 @@ def test_the_results_of_a_finished_run(run, uri):
         assert found.data.metrics[name] == last[source]
     assert found.info.status == "FINISHED"
     assert found.data.tags["mlflow.note.content"] == "## note"
+    assert found.data.tags["mlflow.source.name"] == "fedlora run"
+
+
+def test_the_adapter_of_a_finished_run_is_its_model_once_however_often_it_is_logged(run, uri, monkeypatch):
+    tracked = tracker.deliver(run, tracker.start(run, "a run"))
+    client = MlflowClient(uri)
+    with monkeypatch.context() as broken:
+        broken.setattr(MlflowClient, "finalize_logged_model", lambda *_: (_ for _ in ()).throw(ConnectionError("gone")))
+        with pytest.raises(TrackingError, match="gone"):
+            tracker.finish(run, tracked, "## note", patience_s=0)
+    tracker.finish(run, tracked, "## note")
+    (output,) = client.get_run(tracked.run).outputs.model_outputs
+    (model,) = client.search_logged_models([tracked.experiment], f"source_run_id = '{tracked.run}'")
+    assert output.model_id == model.model_id
+    assert (model.name, model.status.value) == (f"{run.config.strategy} adapter", "READY")
+    kept = Path(model.artifact_location.removeprefix("file://"))
+    assert sorted(path.name for path in kept.iterdir()) == sorted(
+        path.name for path in (run.path / "adapter").iterdir()
+    )
+    assert {metric.key for metric in model.metrics} >= {"final/accuracy", "final/rho"}
 
 
 def test_a_sweep_holds_its_runs_and_is_closed_as_it_ended(run, uri):
@@ -193,10 +213,12 @@ def test_the_page_of_a_sweep_is_not_sorted_by_date():
 
 def test_every_page_opens_in_model_training():
     """On a first visit MLflow's side bar is that of traces and prompts, and an experiment looks empty."""
-    pages = [store.run_page("1", "abc"), store.artifact_page("1", "abc", "report/a.html"), store.sweep_page("1", "abc")]
+    pages = [store.run_page("1", "abc"), store.artifact_page("1", "abc", "report/a.html")]
+    pages += [store.sweep_page("1", "abc"), store.view_page("1", "abc")]
     assert [page.partition("?")[0] for page in pages] == [
         "#/experiments/1/runs/abc",
         "#/experiments/1/runs/abc/artifacts/report/a.html",
+        "#/experiments/1/runs",
         "#/experiments/1/runs",
     ]
     for page in pages:

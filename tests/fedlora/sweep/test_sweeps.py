@@ -50,6 +50,17 @@ def test_cells_are_further_runs_shown_with_the_same_settings(load):
     assert one_left.cells[0].label == "fedit seed=0"  # the rank tells nothing any more
 
 
+def test_a_name_is_short_and_ends_in_what_tells_a_run_from_its_neighbours(load):
+    grid = "name: x\ngrid: {seed: [0, 1], partition.alpha: [0.1, 100], lora.rank: [4, 8], strategy: [svd, fedit]}\n"
+    found = load(grid)
+    assert [cell.name for cell in found.cells][:2] == ["svd rank=4 alpha=0.1 s0", "fedit rank=4 alpha=0.1 s0"]
+    assert found.cells[0].label == "seed=0 partition.alpha=0.1 lora.rank=4 svd"
+    assert found.world == ["partition.alpha"]
+    alike = load("name: x\ngrid: {lora.alpha: [8, 16], partition.alpha: [0.1, 1]}\n").cells[0]
+    assert alike.name == "fedit lora.alpha=8 partition.alpha=0.1"
+    assert load("name: x\nset: {name: mine}\ngrid: {rounds: [1, 2]}\n").cells[0].name == "mine"
+
+
 def test_what_a_setting_is_may_be_said(load):
     assert load(GRID).roles == Roles()
     found = load(GRID + "compare: {choices: [model], conditions: [lora.rank]}\n")

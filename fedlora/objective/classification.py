@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from fedlora.config import ModelConfig
+from fedlora.config import DataConfig, ModelConfig
+from fedlora.data import sources, tokens
 from fedlora.data.batches import Batch, evaluation_batches
+from fedlora.data.sources import Draft, LabelledText
 from fedlora.data.tokens import Examples, Padding
-from fedlora.model.base import load_base
+from fedlora.model.base import load_base, pooling_of
 from fedlora.model.heads import PooledClassifier
 from fedlora.objective.base import Loss, Objective, Resident, Score, Scores
 
@@ -73,6 +76,21 @@ class Classification(Objective):
     name: ClassVar[str] = "classification"
     score: ClassVar[Score] = Score("accuracy", higher_is_better=True, low=0.0, high=1.0)
     scores: ClassVar[type[Scores]] = Confusion
+
+    def draft(self, data: DataConfig, by: str | None, seed: int, light: bool = False) -> Draft:
+        return sources.read(data, seed, light)
+
+    def tokenise(self, text: LabelledText, tokenizer: Any, data: DataConfig, cache: Path) -> Path:
+        return tokens.tokenise(text, tokenizer, data.max_length, cache)
+
+    def bare(self, config: ModelConfig, declared: Any) -> nn.Module:
+        from transformers import AutoModel, AutoModelForSequenceClassification
+
+        pooling = pooling_of(config)
+        if pooling == "head":
+            network: nn.Module = AutoModelForSequenceClassification.from_config(declared)
+            return network
+        return PooledClassifier(AutoModel.from_config(declared), 2, pooling)
 
     def load(self, config: ModelConfig, labels: Sequence[str], pad_token_id: int | None, seed: int) -> nn.Module:
         return load_base(config, labels, pad_token_id, seed)

@@ -204,7 +204,7 @@ def test_a_check_and_the_run_say_the_same_of_a_model(good, save, words, tmp_path
         folder = words(save(name, tmp_path / name, pad_token_id=1), pad="<eos>")
         for pooling in ("head", "mean"):
             config = configfile.build({**good, "model.name": str(folder), "model.pooling": pooling, "lora.rank": 2})
-            found = outline.of(config.model)
+            found = outline.of(config.model, OBJECTIVE)
             resident = ResidentModel.build(OBJECTIVE, config.model, config.lora, ["a", "b"], 1, 0, torch.device("cpu"))
             shapes = {module: pair.shape for module, pair in resident.factors().items()}
             assert {layer.name: (layer.d_out, layer.d_in) for layer in found.targets(config.lora)} == shapes
@@ -215,7 +215,7 @@ def test_a_check_and_the_run_say_the_same_of_a_model(good, save, words, tmp_path
 def test_the_outline_is_kept_until_a_file_changes(good, bert, home, monkeypatch):
     folder = bert()
     config = ModelConfig(name=str(folder))
-    first = outline.of(config)
+    first = outline.of(config, OBJECTIVE)
     made = []
     monkeypatch.setattr(outline, "_make", lambda *args: made.append(args))
     again = outline._kept.__wrapped__(config, outline._files(folder))
@@ -224,13 +224,13 @@ def test_the_outline_is_kept_until_a_file_changes(good, bert, home, monkeypatch)
     BertConfig.from_pretrained(folder).save_pretrained(folder)
     content = (folder / "config.json").read_text()
     (folder / "config.json").write_text(content + " ")
-    outline.of(config)
+    outline.of(config, OBJECTIVE)
     assert len(made) == 1
 
 
 def test_what_takes_a_network_or_the_models_own_code_is_left_to_the_run(good, tmp_path):
-    assert outline.of(ModelConfig(name="nobody/nothing")) is None
-    assert outline.of(ModelConfig(name=good["model.name"], trust_remote_code=True)) is None
+    assert outline.of(ModelConfig(name="nobody/nothing"), OBJECTIVE) is None
+    assert outline.of(ModelConfig(name=good["model.name"], trust_remote_code=True), OBJECTIVE) is None
     assert preflight._surveyed(configfile.build({"data.name": "nobody/nothing"}).data, 0, ()) is None
     found = preflight.check(configfile.build({**good, "data.name": "nobody/nothing", "model.name": "nobody/nothing"}))
     assert (found.dealt, found.layers) == (None, None)

@@ -77,8 +77,9 @@ class Examples:
 def tokenise(text: LabelledText, tokenizer: Any, max_length: int, cache: Path, turns: Turns | None = None) -> Path:
     """The folder `cache/tokens-<digest>` with the tokens of both splits, made now unless it is there already.
 
-    Texts (pairs of texts) are cut to `max_length` tokens; dialogues become tokens by `turns`, which may leave some out. The folder appears complete or not at all, so several
-    processes may ask for it at the same time; a damaged one is made again.
+    Texts (pairs of texts) are cut to `max_length` tokens; dialogues become tokens by `turns`, which may leave some out.
+    The folder appears complete or not at all, so several processes may ask for it at the same time; a damaged one is
+    made again.
 
     Raises:
         DataError: the cache cannot be written, or nothing is left of a split.

@@ -40,9 +40,7 @@ class Turns:
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
-            raise ModelError(
-                "the model's tokenizer has no end token, so no answer would end; choose another"
-            )
+            raise ModelError("the model's tokenizer has no end token, so no answer would end; choose another")
         if not self.tokenizer.is_fast:
             raise ModelError(
                 "the model's tokenizer does not tell where a token stands in the text (it has no tokenizer.json), so "

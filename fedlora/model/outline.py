@@ -112,8 +112,8 @@ class Outline:
 
 
 def of(config: ModelConfig, objective: Objective) -> Outline | None:
-    """The outline of a model for an objective; None where only loading it, or the network, would tell: a hub id that is not in the
-    local cache, a model that runs Python files of its own, or one that cannot be built without weights.
+    """The outline of a model for an objective; None where only loading it, or the network, would tell: a hub id that is
+    not in the local cache, a model that runs Python files of its own, or one that cannot be built without weights.
 
     Raises:
         ModelError: its configuration or tokenizer cannot be loaded, its folder has no safetensors weights, or its

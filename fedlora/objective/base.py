@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from fedlora.config import DataConfig, ModelConfig
+from fedlora.config import DataConfig, ModelConfig, RunConfig
 from fedlora.data.batches import Batch
 from fedlora.data.sources import Draft, LabelledText
 from fedlora.data.tokens import Examples, Padding
@@ -91,6 +91,16 @@ class Objective(ABC):
     """The `task` of a configuration."""
     score: ClassVar[Score]
     scores: ClassVar[type[Scores]]
+    labelled: ClassVar[bool]
+    """Whether the labels are what is learned; otherwise they are groups that a partition may go by."""
+
+    @abstractmethod
+    def check(self, config: RunConfig) -> None:
+        """Refuse settings that are none of this objective's, or that it lacks.
+
+        Raises:
+            ConfigError: names the key, the value and what to do.
+        """
 
     @abstractmethod
     def draft(self, data: DataConfig, by: str | None, seed: int, light: bool = False) -> Draft:
@@ -129,6 +139,16 @@ class Objective(ABC):
 
         Raises:
             ModelError: it cannot be loaded, or learns no such thing.
+        """
+
+    @abstractmethod
+    def with_peft_alone(self, config: ModelConfig, labels: int, changed: bool) -> tuple[str, str]:
+        """How the base is made for `PeftModel.from_pretrained`, and another way where there is one, in Markdown.
+
+        Args:
+            config: of the base.
+            labels: how many there are.
+            changed: whether the strategy changed the base.
         """
 
     @abstractmethod

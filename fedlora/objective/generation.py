@@ -11,14 +11,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedlora.config import DataConfig, ModelConfig
+from fedlora.config import DataConfig, ModelConfig, RunConfig
 from fedlora.data import dialogues, tokens
 from fedlora.data.batches import Batch, evaluation_batches
 from fedlora.data.sources import Draft, LabelledText
 from fedlora.data.tokens import Examples, Padding
 from fedlora.data.turns import IGNORED, Turns
+from fedlora.errors import ConfigError
 from fedlora.model.base import check_writer, load_writer
 from fedlora.objective.base import Loss, Objective, Resident, Score, Scores
+
+_WITHOUT_LABELS = ("iid", "quantity", "natural-id")
+"""Partitioners that look at no label."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,17 @@ class Generation(Objective):
     name: ClassVar[str] = "generation"
     score: ClassVar[Score] = Score("loss", higher_is_better=False, low=0.0, high=math.inf)
     scores: ClassVar[type[Scores]] = TokenScores
+    labelled: ClassVar[bool] = False
+
+    def check(self, config: RunConfig) -> None:
+        if config.partition.name not in _WITHOUT_LABELS and config.partition.by is None:
+            raise ConfigError(
+                f"partition.name={config.partition.name} deals examples by label, and task=generation has none; set "
+                f"partition.by to a column whose values may stand for it, or partition.name to one of "
+                f"{', '.join(_WITHOUT_LABELS)}"
+            )
+        if config.model.pooling != "auto":
+            raise ConfigError(f"model.pooling={config.model.pooling} is for task=classification; leave it out")
 
     def draft(self, data: DataConfig, by: str | None, seed: int, light: bool = False) -> Draft:
         return dialogues.read(data, by, seed)
@@ -90,6 +105,9 @@ class Generation(Objective):
         if pad_token_id is not None:
             network.config.pad_token_id = pad_token_id
         return network  # type: ignore[no-any-return]
+
+    def with_peft_alone(self, config: ModelConfig, labels: int, changed: bool) -> tuple[str, str]:
+        return f'`transformers.AutoModelForCausalLM.from_pretrained("{config.name}")`.', ""
 
     def task_type(self, network: nn.Module) -> str | None:
         return "CAUSAL_LM"

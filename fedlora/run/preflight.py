@@ -89,7 +89,7 @@ def names(config: RunConfig) -> None:
     from fedlora.model import base as model
     from fedlora.training import workers
 
-    objective.find(config.task)
+    objective.find(config.task).check(config)
     model.resolve(config.model.name)
     workers.slot_devices(config.runner)
 

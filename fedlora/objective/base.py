@@ -94,6 +94,9 @@ class Objective(ABC):
     labelled: ClassVar[bool]
     """Whether the labels are what is learned; otherwise they are groups that a partition may go by."""
 
+    titles: ClassVar[Mapping[str, str]]
+    """What tables call those scores that they show, the deciding one first."""
+
     @abstractmethod
     def check(self, config: RunConfig) -> None:
         """Refuse settings that are none of this objective's, or that it lacks.

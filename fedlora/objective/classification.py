@@ -78,6 +78,7 @@ class Classification(Objective):
     score: ClassVar[Score] = Score("accuracy", higher_is_better=True, low=0.0, high=1.0)
     scores: ClassVar[type[Scores]] = Confusion
     labelled: ClassVar[bool] = True
+    titles: ClassVar[Mapping[str, str]] = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 
     def check(self, config: RunConfig) -> None:
         for key, value in (("data.prompt", config.data.prompt), ("partition.by", config.partition.by)):
@@ -107,10 +108,11 @@ class Classification(Objective):
         if not changed and config.name not in KNOWN and pooling_of(config) == "head":
             auto = (
                 '\n\nOr `peft.AutoPeftModelForSequenceClassification.from_pretrained("this folder", '
-                f"num_labels={labels}, dtype='float32')`, which finds\nthe base by its name and must be told the number "
-                "of classes."
+                f"num_labels={labels}, dtype='float32')`, which finds\nthe base by its name and must be told the "
+                "number of classes."
             )
-        return f'`fedlora.load_base("{config.name}", labels={labels})`\n(pooling and classifier as in training).', auto
+        made = f'`fedlora.load_base("{config.name}", labels={labels})`\n(pooling and classifier as in training).'
+        return made, auto
 
     def task_type(self, network: nn.Module) -> str | None:
         return None if isinstance(network, PooledClassifier) else "SEQ_CLS"

@@ -74,6 +74,7 @@ class Generation(Objective):
     score: ClassVar[Score] = Score("loss", higher_is_better=False, low=0.0, high=math.inf)
     scores: ClassVar[type[Scores]] = TokenScores
     labelled: ClassVar[bool] = False
+    titles: ClassVar[Mapping[str, str]] = {"loss": "loss", "token_accuracy": "token accuracy"}
 
     def check(self, config: RunConfig) -> None:
         if config.partition.name not in _WITHOUT_LABELS and config.partition.by is None:

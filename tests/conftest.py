@@ -117,7 +117,7 @@ def drawn():
     put(real)
 
 
-def _one_pixel(what, path, *how):
+def _one_pixel(what, path, *how, **more):
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (1, 1)).save(path, format="png")

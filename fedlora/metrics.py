@@ -51,17 +51,7 @@ FINAL_ACCURACY = f"{FINAL}accuracy"
 FINAL_MACRO_F1 = f"{FINAL}macro_f1"
 FINAL_GAP = f"{FINAL}gap"
 FINAL_SECONDS = f"{FINAL}seconds"
-FINALS = {
-    GLOBAL_ACCURACY: FINAL_ACCURACY,
-    GLOBAL_MACRO_F1: FINAL_MACRO_F1,
-    GLOBAL_LOSS: f"{FINAL}loss",
-    LOCAL_ACCURACY: f"{FINAL}local_accuracy",
-    GAP_ACCURACY: FINAL_GAP,
-    RHO_MODEL: f"{FINAL}rho",
-    RHO_FLOOR: f"{FINAL}rho_floor",
-    BYTES_TOTAL: f"{FINAL}bytes",
-}
-"""The last round's metrics that are repeated as a run's results, and their names there."""
+_FINALS = {RHO_MODEL: f"{FINAL}rho", RHO_FLOOR: f"{FINAL}rho_floor", BYTES_TOTAL: f"{FINAL}bytes"}
 
 PARTIAL = (TIME_TRAIN, TIME_ROUND)
 """What in a resumed round covers only what was done again; the server's seconds are kept with what they were spent on,
@@ -155,6 +145,14 @@ def of_participation(counts: Mapping[str, int]) -> dict[str, float]:
     """
     others = {f"clients/{status}": float(count) for status, count in counts.items() if status != "completed"}
     return {CLIENTS_SELECTED: sum(counts.values()), CLIENTS_COMPLETED: counts.get("completed", 0), **others}
+
+
+def finals(last: Metrics, score: Score) -> dict[str, float]:
+    """The last round's metrics that are repeated as a run's results, by their names there: every global score, the mean
+    local one that decides and its gap, ρ, its floor, and the bytes."""
+    names = {name: name.replace("global/", FINAL) for name in last if name.startswith("global/")}
+    names |= {f"local/{score.name}": f"{FINAL}local_{score.name}", f"gap/{score.name}": FINAL_GAP, **_FINALS}
+    return {final: last[name] for name, final in names.items() if name in last}
 
 
 @dataclass(frozen=True)

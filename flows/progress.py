@@ -19,24 +19,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Column
 
-from fedlora import metrics
+from fedlora import metrics, objective
 from fedlora.config import RunConfig
 from fedlora.errors import counted
 from fedlora.metrics import RoundRecord
 from fedlora.run.play import Observer
 
 
-def round_line(record: RoundRecord, of: int) -> str:
-    """A round's scores as one line."""
+def round_line(record: RoundRecord, of: int, score: str) -> str:
+    """A round's scores as one line; `score` is the one that decides."""
     what = "before training" if record.round == 0 else f"round {record.round}/{of}"
-    local = {"local": metrics.LOCAL_ACCURACY}
-    return f"{what:<16} {scores(record, local)}  ({record.metrics[metrics.TIME_ROUND]:.1f} s)"
+    local = {"local": f"local/{score}"}
+    return f"{what:<16} {scores(record, score, local)}  ({record.metrics[metrics.TIME_ROUND]:.1f} s)"
 
 
-def scores(record: RoundRecord, more: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Global accuracy and ρ of a round, and `more` metrics by the word they are shown as."""
-    shown = {"accuracy": metrics.GLOBAL_ACCURACY, **more, "ρ": metrics.RHO_MODEL}
+def scores(record: RoundRecord, score: str, more: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Global score and ρ of a round, and `more` metrics by the word they are shown as."""
+    shown = {score: f"global/{score}", **more, "ρ": metrics.RHO_MODEL}
     return "  ".join(f"{word} {record.metrics[name]:.3f}" for word, name in shown.items() if name in record.metrics)
+
+
+def _score(config: RunConfig) -> str:
+    return objective.find(config.task).score.name
 
 
 def _size(config: RunConfig) -> str:
@@ -80,12 +84,13 @@ class LogProgress(Progress):
 
     def __init__(self, stream: TextIO = sys.stdout) -> None:
         self._stream, self._begun, self._label, self._rounds = stream, time.monotonic(), "", 0
+        self._score = ""
 
     def for_run(self) -> Progress:
         return copy(self)
 
     def begin(self, config: RunConfig, label: str) -> None:
-        self._label, self._rounds = label, config.rounds
+        self._label, self._rounds, self._score = label, config.rounds, _score(config)
         self.say(f"{_size(config)}, {config.model.name} on {config.data.name}")
 
     def say(self, line: str) -> None:
@@ -93,7 +98,7 @@ class LogProgress(Progress):
         print(f"[{time.monotonic() - self._begun:6.1f} s] {prefix}{line}", file=self._stream, flush=True)
 
     def round(self, record: RoundRecord) -> None:
-        self.say(round_line(record, self._rounds))
+        self.say(round_line(record, self._rounds, self._score))
 
 
 class BarProgress(Progress):
@@ -109,7 +114,7 @@ class BarProgress(Progress):
             console=console,
         )
         self._task = self._bars.add_task("", visible=False, label="")
-        self._per_round, self._rounds = 1, 0
+        self._per_round, self._rounds, self._score = 1, 0, ""
         self._last = ""
         self._bars.start()
 
@@ -117,7 +122,7 @@ class BarProgress(Progress):
         return copy(self)
 
     def begin(self, config: RunConfig, label: str) -> None:
-        self._per_round, self._rounds = config.clients_per_round, config.rounds
+        self._per_round, self._rounds, self._score = config.clients_per_round, config.rounds, _score(config)
         self._task = self._bars.add_task("preparing data and model", total=config.rounds * self._per_round, label=label)
 
     def say(self, line: str) -> None:
@@ -127,7 +132,7 @@ class BarProgress(Progress):
         self._bars.update(self._task, completed=(number - 1) * self._per_round + done)
 
     def round(self, record: RoundRecord) -> None:
-        self._bars.update(self._task, description=f"round {record.round}/{self._rounds}  {scores(record)}")
+        self._bars.update(self._task, description=f"round {record.round}/{self._rounds}  {scores(record, self._score)}")
 
     def end(self) -> None:
         self._bars.stop_task(self._task)
@@ -144,10 +149,10 @@ class Tee(Progress):
     """To the terminal's progress, and to the log of the Prefect flow run."""
 
     def __init__(self, shown: Progress) -> None:
-        self._shown, self._log, self._rounds = shown.for_run(), get_run_logger(), 0
+        self._shown, self._log, self._rounds, self._score = shown.for_run(), get_run_logger(), 0, ""
 
     def begin(self, config: RunConfig, label: str) -> None:
-        self._rounds = config.rounds
+        self._rounds, self._score = config.rounds, _score(config)
         self._log.info("%s: %s", label, _size(config))
         self._shown.begin(config, label)
 
@@ -159,7 +164,7 @@ class Tee(Progress):
         self._shown.clients(number, done, of)
 
     def round(self, record: RoundRecord) -> None:
-        self._log.info("%s", round_line(record, self._rounds))
+        self._log.info("%s", round_line(record, self._rounds, self._score))
         self._shown.round(record)
 
     def results(self, page: str, folder: Path) -> None:

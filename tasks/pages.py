@@ -20,9 +20,6 @@ _PATIENCE_S = 300.0
 """How long the summary waits for a server that is away."""
 
 _TABLE = (
-    ("accuracy", metrics.GLOBAL_ACCURACY),
-    ("macro-F1", metrics.GLOBAL_MACRO_F1),
-    ("local accuracy", metrics.LOCAL_ACCURACY),
     ("ρ", metrics.RHO_MODEL),
     ("ρ floor", metrics.RHO_FLOOR),
     ("effective clients", metrics.RHO_EFFECTIVE_CLIENTS),
@@ -76,8 +73,11 @@ class RunPage:
 
 def rounds_table(folder: RunFolder) -> list[str]:
     """A Markdown table with a row per finished round."""
-    lines = [f"| round | {' | '.join(title for title, _ in _TABLE)} | MB sent |", "|---" * (len(_TABLE) + 2) + "|"]
+    titles, score = folder.objective.titles, folder.objective.score.name
+    table = [*((title, f"global/{name}") for name, title in titles.items())]
+    table += [(f"local {titles[score]}", f"local/{score}"), *_TABLE]
+    lines = [f"| round | {' | '.join(title for title, _ in table)} | MB sent |", "|---" * (len(table) + 2) + "|"]
     for record in rounds.records(folder):
-        cells = (f"{record.metrics[name]:.4f}" if name in record.metrics else "–" for _, name in _TABLE)
+        cells = (f"{record.metrics[name]:.4f}" if name in record.metrics else "–" for _, name in table)
         lines.append(f"| {record.round} | {' | '.join(cells)} | {record.metrics[metrics.BYTES_TOTAL] / 1e6:.2f} |")
     return lines

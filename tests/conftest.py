@@ -22,8 +22,8 @@ from filelock import FileLock
 from PIL import Image
 from xdist.scheduler import LoadFileScheduling
 
-from fedlora.config import configfile
-from fedlora.data import picture
+from fedlora.config import DataConfig, configfile
+from fedlora.data import picture, sources
 from fedlora.errors import saving
 from fedlora.report import plots
 
@@ -117,7 +117,7 @@ def drawn():
     put(real)
 
 
-def _one_pixel(what, path, *how):
+def _one_pixel(what, path, *how, **more):
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (1, 1)).save(path, format="png")
@@ -206,6 +206,71 @@ def small_bert(tmp_path_factory):
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_llama(shared):
+    """The folder of a Llama of 0.1 M parameters with a tokenizer of its own, made from the packaged texts; untrained.
+
+    It has no chat template.
+    """
+
+    def make(path):
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        words = Tokenizer(models.BPE())
+        words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        special, letters = ["<pad>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
+        made = trainers.BpeTrainer(
+            vocab_size=600, special_tokens=special, initial_alphabet=letters, show_progress=False
+        )
+        words.train_from_iterator(
+            sources.load(DataConfig(train_size=2000), 0).tables["train"]["text"].to_pylist(), made
+        )
+        names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+        PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(path)
+        torch.manual_seed(0)
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        shape |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "vocab_size": 600}
+        shape |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(path)
+
+    return lambda: shared("small-llama", make)
+
+
+@pytest.fixture(scope="session")
+def kinds(shared):
+    """A jsonl file of 120 tasks in Alpaca's columns, with a column `kind` of three values: what is it that is told?"""
+
+    def make(path):
+        table = sources.load(DataConfig(train_size=2000), 0)
+        names, rows = table.labels, table.tables["train"].to_pylist()
+        chosen = [row for row in rows if names[row["label"]] in ("animal", "plant", "person")][:120]
+        tasks = [
+            {"instruction": "What is it?", "input": row["text"], "output": f"a kind of {names[row['label']]}",
+             "kind": names[row["label"]]} for row in chosen
+        ]  # fmt: skip
+        path.write_text("".join(f"{json.dumps(task)}\n" for task in tasks))
+
+    return lambda: shared("kinds.jsonl", make)
+
+
+@pytest.fixture(scope="session")
+def writing(tiny, small_llama, kinds):
+    """Dotted overrides for the tiny run as one of a decoder that is tuned on instructions."""
+    return {
+        **tiny,
+        "task": "generation",
+        "model.name": str(small_llama()),
+        "data.name": str(kinds()),
+        "data.max_length": 96,
+        "data.train_size": None,
+        "data.test_size": None,
+        "partition.by": "kind",
+        "training.learning_rate": 0.02,
+        "training.local_steps": 4,
+    }
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """The labelled text."""
+    """The examples: labelled texts, or for `task=generation` prompts with their responses."""
 
     name: str = "wordnet-nouns"
     """A packaged set (`fedlora datasets`), a folder in $FEDLORA_DATA_DIR, a csv, jsonl or parquet file, a folder with
@@ -85,6 +85,16 @@ class DataConfig(Section):
     """Column that holds a second text, for tasks on pairs. Empty: one text per example."""
     label: str = "label"
     """Column that holds the label (text or whole numbers)."""
+    prompt: str | None = None
+    """Column that holds what is asked, for `task=generation`. Empty: as the set has it (`messages`, or the columns
+    `instruction`, `input` and `output`, or `prompt` and `response`)."""
+    response: str | None = None
+    """Column that holds what is answered, beside `prompt`."""
+    loss_on: Literal["response", "all"] = "response"
+    """What is trained of a dialogue: what the assistant says in every turn, or all of it."""
+    too_long: Literal["drop", "cut"] = "drop"
+    """What becomes of an example whose response is longer than `max_length`: left out, or cut with its end mark kept.
+    A long prompt is cut at its beginning."""
     client: str | None = None
     """Column that names the natural owner of an example; needed by `partition.name=natural-id`."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -95,6 +105,13 @@ class DataConfig(Section):
     """Use at most this many test examples, drawn by seed. Empty: all."""
     max_length: int = Field(64, ge=4)
     """Longest sequence in tokens; longer texts are cut."""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> DataConfig:
+        if (self.prompt is None) != (self.response is None):
+            given, other = ("response", "prompt") if self.prompt is None else ("prompt", "response")
+            raise ValueError(f"data.{given} is given without data.{other}; expected both, or none")
+        return self
 
 
 class PartitionConfig(Section):
@@ -111,6 +128,8 @@ class PartitionConfig(Section):
     """How many labels each client holds under `pathological`, how many shards under `shard`."""
     balanced_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the clients with balanced data under `mixed-quality`; the others are skewed by `alpha`."""
+    by: str | None = None
+    """Column whose values stand for labels where examples have none (`task=generation`)."""
 
     @field_validator("name", mode="before")
     @classmethod
@@ -321,12 +340,20 @@ class RunConfig(Section):
         # So that runs made before there were these keys are found again.
         if self.channel == ChannelConfig():
             del content["channel"]
-        if self.task == "classification":
-            del content["task"]
         if not self.model.trust_remote_code:
             del content["model"]["trust_remote_code"]
+        usual = RunConfig().model_dump(mode="json")
+        for *sections, last in _LATER:
+            place, same = (reduce(getitem, sections, each) for each in (content, usual))
+            if place[last] == same[last]:
+                del place[last]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+
+_LATER = [
+    key.split(".") for key in ("task", "data.prompt", "data.response", "data.loss_on", "data.too_long", "partition.by")
+]
+"""Keys that came later, and are no part of the digest while they have their defaults."""
 
 NEUTRAL = (
     "name",

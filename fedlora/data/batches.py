@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from fedlora.data.tokens import Examples, Padding
+from fedlora.data.turns import IGNORED
 from fedlora.errors import DataError
 
 _WINDOW = 8
@@ -19,7 +20,7 @@ _WINDOW = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of shape batch × tokens (`labels`: batch), all int64."""
+    """Tensors of shape batch × tokens (`labels`: batch, or of dialogues batch × tokens), all int64."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -90,12 +91,12 @@ def pad(examples: Examples, rows: npt.NDArray[np.int64], padding: Padding) -> Ba
     positions = np.arange(lengths.max())
     edge = lengths[:, None]
     filled = positions < edge if padding.side == "right" else positions >= len(positions) - edge
-    types = examples.token_type_ids
+    types, targets = examples.token_type_ids, examples.targets
     return Batch(
         _fill(examples.input_ids, rows, filled, padding.token),
         torch.from_numpy(filled.astype(np.int64)),
         None if types is None else _fill(types, rows, filled, 0),
-        torch.from_numpy(examples.labels[rows]),
+        torch.from_numpy(examples.labels[rows]) if targets is None else _fill(targets, rows, filled, IGNORED),
     )
 
 

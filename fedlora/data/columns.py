@@ -41,7 +41,7 @@ def column_names(config: DataConfig, mapped: dict[str, str]) -> dict[str, str]:
     """Our column → the column to read: what the user set, and the set's own mapping where the user left the default."""
     wanted = {"text": config.text, "text_pair": config.text_pair, "label": config.label, "client": config.client}
     for ours, theirs in mapped.items():
-        if wanted[ours] == DataConfig.model_fields[ours].default:
+        if ours in wanted and wanted[ours] == DataConfig.model_fields[ours].default:
             wanted[ours] = theirs
     return {ours: theirs for ours, theirs in wanted.items() if theirs is not None}
 

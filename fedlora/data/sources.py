@@ -6,33 +6,30 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from fedlora.config import DataConfig
+from fedlora.data import splits
 from fedlora.data.apportion import largest_remainder
-from fedlora.data.catalogue import VALIDATION, KnownSet, Source, check, known, resolve, saved_by_datasets, split_files
+from fedlora.data.catalogue import KnownSet, Source, check, known, resolve
 from fedlora.errors import DataError, counted
-from fedlora.files.limits import is_pointer
 
 if TYPE_CHECKING:  # `fedlora datasets` imports this module and needs none of these
-    from pathlib import Path
-
     import datasets
     import pyarrow as pa
-
-    from fedlora.data.columns import RawSplit
 
 __all__ = ["KnownSet", "LabelledText", "check", "known", "load"]
 
 
 @dataclass(frozen=True)
 class LabelledText:
-    """Text for classification, in memory, with a training and a test split.
+    """Text in memory, with a training and a test split.
 
-    Both splits have the columns `text` (string), `label` (int64, an index into `labels`) and, as configured,
-    `text_pair` and `client` (strings).
+    For classification both splits have the columns `text` (string), `label` (int64, an index into `labels`) and, as
+    configured, `text_pair` and `client` (strings). Of dialogues (`fedlora.data.dialogues`) `messages` are the text,
+    and the label is the group that a partition goes by.
     """
 
     name: str
@@ -70,7 +67,11 @@ def load(config: DataConfig, seed: int) -> LabelledText:
         DataError: nothing of that name; a column, label or text is missing; fewer than two classes; a test label that
             training has not; an unreadable file. Always one line that names what to change.
     """
-    draft = read(config, seed)
+    return finish(read(config, seed))
+
+
+def finish(draft: Draft) -> LabelledText:
+    """A draft with the digest of its content."""
     return LabelledText(
         draft.source.name,
         draft.source.origin,
@@ -108,7 +109,7 @@ def read(config: DataConfig, seed: int, light: bool = False) -> Draft:
     source = resolve(config)
     wanted = columns.column_names(config, source.columns)
     names = {ours: theirs for ours, theirs in wanted.items() if not light or ours in ("label", "client")}
-    raw_train, raw_test = _read(source, config, set(names.values()) if light else None, names)
+    raw_train, raw_test = splits.read(source, set(names.values()) if light else None, names["label"])
     if light and any(raw_train.columns.count(theirs) != 1 for theirs in wanted.values()):
         return read(config, seed)  # which says what is wrong
     notes = [*raw_train.told(), *(raw_test.told() if raw_test else [])]
@@ -116,133 +117,22 @@ def read(config: DataConfig, seed: int, light: bool = False) -> Draft:
     labels = columns.class_names(raw_train)
     train = columns.encode(raw_train, labels)
     if raw_test is None:
-        train, test = _split(train, len(labels), config.test_fraction, seed, raw_train.where)
+        train, test = split_off(train, len(labels), config.test_fraction, seed, raw_train.where)
         notes.append(f"{len(test)} of {len(train) + len(test)} rows are kept for testing (data.test_fraction)")
     else:
         test = columns.encode(columns.choose(raw_test, names), labels)
-    train = _subsample(train, config.train_size, seed, "data/train")
-    test = _subsample(test, config.test_size, seed, "data/test")
+    train = subsample(train, config.train_size, seed, "data/train")
+    test = subsample(test, config.test_size, seed, "data/test")
     _require_two_classes(train, config)
     return Draft(source, train, test, labels, tuple(notes))
 
 
-def _read(
-    source: Source, config: DataConfig, only: set[str] | None, names: dict[str, str]
-) -> tuple[RawSplit, RawSplit | None]:
-    """The splits as they are; no test split for a single file and for sets without a labelled one."""
-    if source.path is None:
-        return _of_splits(_download(source), source, config)
-    if source.origin == "file":
-        return _of_files((source.path,), only), None
-    if saved_by_datasets(source.path):
-        return _of_splits(_saved(source.path), source, config)
-    return _of_folder(source.path, only, names["label"])
+def split_off(data: pa.Table, classes: int, fraction: float, seed: int, where: str) -> tuple[pa.Table, pa.Table]:
+    """A training and a test split, stratified; a class keeps at least one training example.
 
-
-def _of_folder(folder: Path, only: set[str] | None, label: str) -> tuple[RawSplit, RawSplit | None]:
-    from fedlora.data.columns import is_unlabelled
-
-    files = split_files(folder)
-    train = _of_files(files.train, only, files.notes)
-    if not files.test:
-        return train, None
-    test = _of_files(files.test, only)
-    if files.validation and is_unlabelled(test, label):
-        note = f"{files.test[0].name} has no labels: {files.validation[0].name} is used for testing"
-        test = _of_files(files.validation, only, (note,))
-    return train, test
-
-
-def _of_files(paths: tuple[Path, ...], only: set[str] | None, notes: tuple[str, ...] = ()) -> RawSplit:
-    """One split from its file, or from its numbered parts."""
-    import pyarrow as pa
-
-    from fedlora.data.columns import RawSplit
-    from fedlora.data.files import read_table
-
-    parts = [read_table(path, only) for path in paths]
-    where = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} parts of {paths[0].name[:5]})"
-    try:
-        table = pa.concat_tables([part.table for part in parts], promote_options="permissive") if parts[1:] else None
-    except pa.ArrowException as error:
-        raise DataError(f"{where}: the parts do not have the same columns ({' '.join(str(error).split())})") from error
-    told = [f"{path.name}: {note}" for path, part in zip(paths, parts, strict=True) for note in part.notes]
-    return RawSplit(table or parts[0].table, where, notes=(*told, *notes), columns=parts[0].columns)
-
-
-def _saved(folder: Path) -> Any:
-    """What `save_to_disk` has written, by split."""
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(str(folder))
-    except Exception as error:  # damaged in any way
-        reason = " ".join(str(error).split())[:200]
-        if pointer := next(filter(is_pointer, folder.rglob("*.arrow")), None):
-            reason = f"{pointer.name} is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`"
-        raise DataError(f"cannot read {folder} as a folder of save_to_disk: {reason}. Write it again") from error
-    return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-
-
-def _of_splits(splits: Any, source: Source, config: DataConfig) -> tuple[RawSplit, RawSplit | None]:
-    """The training and the test split of a set that the `datasets` library has read."""
-    train = "train" if "train" in splits else next(iter(splits))
-    label = source.columns.get("label", "label") if config.label == "label" else config.label
-    for name in ("test", *VALIDATION):
-        if name in splits and name != train and _is_labelled(splits[name], label):
-            notes = () if name == "test" else (f"there is no labelled test split: {name} is used for testing",)
-            return _raw(splits[train], source, train, label), _raw(splits[name], source, name, label, notes)
-    return _raw(splits[train], source, train, label), None
-
-
-def _download(source: Source) -> Any:
-    import datasets
-
-    try:
-        try:
-            return datasets.load_dataset(source.hub, source.subset)
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error):
-                raise
-            # Sets that were published as a program have a copy as plain files, made by the hub.
-            return datasets.load_dataset(source.hub, source.subset, revision="refs/convert/parquet")
-    except Exception as error:  # whatever the hub, the network or a broken set throws is the user's to mend
-        raise DataError(_hub_failure(source, error)) from error
-
-
-def _hub_failure(source: Source, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-    if isinstance(error, ConnectionError):
-        cure = "Connect to the network, or put train.parquet and test.parquet into a folder and set data.name to it"
-    elif "onfig name is missing" in reason:
-        cure = "Set data.subset to one of them"
-    else:
-        cure = "Check data.name and data.subset, or choose a set of `fedlora datasets`"
-    what = f"{source.hub} ({source.subset})" if source.subset else source.hub
-    return f"data.name={source.name!r}: cannot load {what} from the Hugging Face hub ({reason}). {cure}"
-
-
-def _is_labelled(split: datasets.Dataset, label: str) -> bool:
-    """Whether a split has labels: benchmarks publish theirs as -1."""
-    return label not in split.column_names or (len(split) > 0 and split[0][label] not in (-1, None))
-
-
-def _raw(split: datasets.Dataset, source: Source, name: str, label: str, notes: tuple[str, ...] = ()) -> RawSplit:
-    from fedlora.data.columns import RawSplit
-
-    feature = split.features.get(label)
-    names = getattr(feature, "names", None)
-    where = f"{source.hub or source.path} {name}"
-    table = split.with_format("arrow")[:]
-    if names and label in table.column_names:
-        unlabelled = int(np.sum(np.asarray(table[label].fill_null(-1)) < 0))
-        if unlabelled:
-            raise DataError(f"{where}: {unlabelled} of {counted(len(split), 'example')} have no label")
-    return RawSplit(table, where, tuple(names) if names else None, notes)
-
-
-def _split(data: pa.Table, classes: int, fraction: float, seed: int, where: str) -> tuple[pa.Table, pa.Table]:
-    """A training and a test split, stratified; a class keeps at least one training example."""
+    Raises:
+        DataError: there are too few rows.
+    """
     from fedlora.seeds import numpy_generator
 
     generator = numpy_generator(seed, "data/split")
@@ -262,7 +152,8 @@ def _split(data: pa.Table, classes: int, fraction: float, seed: int, where: str)
     return data.take(train), data.take(test)
 
 
-def _subsample(data: pa.Table, size: int | None, seed: int, purpose: str) -> pa.Table:
+def subsample(data: pa.Table, size: int | None, seed: int, purpose: str) -> pa.Table:
+    """At most `size` rows, drawn by seed and purpose, in their order."""
     from fedlora.seeds import numpy_generator
 
     if size is None or size >= len(data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.config import DataConfig
-from fedlora.data import sources
 from fedlora.data.catalogue import Source, resolve, saved_by_datasets, split_files
+from fedlora.data.sources import Draft
 
 _SMALL = 32 * 2**20
 """Bytes of files that are read whole, texts too: some tenths of a second."""
@@ -35,8 +36,12 @@ class Survey:
     """What was read, a line each."""
 
 
-def survey(config: DataConfig, seed: int) -> Survey | None:
+def survey(config: DataConfig, draft_of: Callable[[bool], Draft]) -> Survey | None:
     """Read labels and owners; None where that takes a network or long (large JSON), so that the run itself will tell.
+
+    Args:
+        config: names the data.
+        draft_of: reads them; whether labels and owners alone will do.
 
     Raises:
         DataError: what `sources.load` would raise; for large files without a look at the texts.
@@ -46,7 +51,7 @@ def survey(config: DataConfig, seed: int) -> Survey | None:
     size = sum(file.stat().st_size for file in files)
     if source.path is None or (size > _JSON and any(file.suffix.lower().startswith(".json") for file in files)):
         return None
-    draft = sources.read(config, seed, light=size > _SMALL)
+    draft = draft_of(size > _SMALL)
     splits = (draft.train, draft.test)
     owners = [split["client"].to_pylist() if "client" in split.column_names else None for split in splits]
     classes = [split["label"].to_numpy() for split in splits]

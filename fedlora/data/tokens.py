@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.data.sources import LabelledText
+from fedlora.data.turns import Turns
 from fedlora.errors import DataError
 
 if TYPE_CHECKING:  # a light caller may only want the names here
@@ -37,7 +38,7 @@ class Padding(NamedTuple):
 @dataclass(frozen=True)
 class TokenisedData:
     """A tokenised set on disk. The splits have the columns `input_ids`, `length`, `label` and, where there is such a
-    thing, `token_type_ids` and `client`; nothing is padded."""
+    thing, `token_type_ids`, `targets` and `client`; nothing is padded."""
 
     path: Path
     labels: tuple[str, ...]
@@ -49,6 +50,8 @@ class TokenisedData:
     padding_side: str
     train: pa.Table
     test: pa.Table
+    notes: tuple[str, ...] = ()
+    """What did not fit into so many tokens, a line each."""
 
     @property
     def padding(self) -> Padding:
@@ -58,35 +61,46 @@ class TokenisedData:
 
 @dataclass(frozen=True)
 class Examples:
-    """Some rows of a split in memory: ragged token ids (int32), labels and lengths (int64)."""
+    """Some rows of a split in memory: ragged token ids and targets (int32), labels and lengths (int64)."""
 
     input_ids: list[npt.NDArray[np.int32]]
     token_type_ids: list[npt.NDArray[np.int32]] | None
     labels: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
+    targets: list[npt.NDArray[np.int32]] | None = None
+    """Of dialogues: the token ids that are to be predicted, `turns.IGNORED` elsewhere."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
 
-def tokenise(text: LabelledText, tokenizer: Any, max_length: int, cache: Path) -> Path:
+def tokenise(text: LabelledText, tokenizer: Any, max_length: int, cache: Path, turns: Turns | None = None) -> Path:
     """The folder `cache/tokens-<digest>` with the tokens of both splits, made now unless it is there already.
 
-    Texts (pairs of texts) are cut to `max_length` tokens. The folder appears complete or not at all, so several
-    processes may ask for it at the same time; a damaged one is made again.
+    Texts (pairs of texts) are cut to `max_length` tokens; dialogues become tokens by `turns`, which may leave some out.
+    The folder appears complete or not at all, so several processes may ask for it at the same time; a damaged one is
+    made again.
 
     Raises:
-        DataError: the cache cannot be written.
+        DataError: the cache cannot be written, or nothing is left of a split.
     """
     meta = _describe(text, tokenizer)
-    path = cache / f"tokens-{_digest(meta, tokenizer, max_length)}"
+    path = cache / f"tokens-{_digest(meta, tokenizer, max_length, turns)}"
     if _is_complete(path):
         return path
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _temporary_folder(cache) as folder:
+            sizes = {}
             for split in ("train", "test"):
-                _write(folder / f"{split}.arrow", _encoded(text.tables[split], tokenizer, max_length, meta))
+                table = text.tables[split]
+                found = _turned(table, turns) if turns else _encoded(table, tokenizer, max_length, meta)
+                sizes[split] = _write(folder / f"{split}.arrow", found)
+                if not sizes[split]:
+                    raise DataError(
+                        f"{text.name}: {split} has no example left. {'; '.join(turns.notes() if turns else ())}"
+                    )
+            meta = replace(meta, sizes=sizes, notes=turns.notes() if turns else [])
             (folder / "meta.json").write_text(json.dumps(asdict(meta), indent=1), encoding="utf-8")
             _publish(folder, path)
     except OSError as error:
@@ -112,7 +126,7 @@ def open_tokens(path: Path) -> TokenisedData:
         if meta.format != _FORMAT or meta.sizes != sizes:
             raise ValueError(f"it holds {sizes}, expected {meta.sizes}")
         about = (meta.name, meta.origin, meta.digest, meta.pad_token_id, meta.padding_side)
-        return TokenisedData(path, tuple(meta.labels), *about, **splits)
+        return TokenisedData(path, tuple(meta.labels), *about, **splits, notes=tuple(meta.notes))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         state = "is damaged" if path.is_dir() else "does not exist"
         reason = " ".join(str(error).split())[:160]
@@ -153,12 +167,15 @@ def examples(split: pa.Table, indices: npt.ArrayLike) -> Examples:
     if not len(rows):
         return Examples([], None, np.zeros(0, np.int64), np.zeros(0, np.int64))
     table = _taken(split, rows)
-    types = _ragged(table["token_type_ids"]) if "token_type_ids" in table.column_names else None
+    types, targets = (
+        _ragged(table[name]) if name in table.column_names else None for name in ("token_type_ids", "targets")
+    )
     return Examples(
         _ragged(table["input_ids"]),
         types,
         table["label"].to_numpy().astype(np.int64),
         table["length"].to_numpy().astype(np.int64),
+        targets,
     )
 
 
@@ -197,22 +214,27 @@ class _Meta:
     columns: list[str]
     pad_token_id: int
     padding_side: str
+    notes: list[str] = field(default_factory=list)
 
 
 def _describe(text: LabelledText, tokenizer: Any) -> _Meta:
-    paired = "text_pair" in text.tables["train"].column_names
+    have = text.tables["train"].column_names
+    paired = "text_pair" in have
     types = paired and "token_type_ids" in tokenizer.model_input_names
     columns = ["input_ids", *(["token_type_ids"] if types else []), "label", "length"]
+    columns += ["targets"] if "messages" in have else []
     # Models without a padding token never look at the positions that it fills: any id will do.
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    columns += ["client"] if "client" in text.tables["train"].column_names else []
+    columns += ["client"] if "client" in have else []
     sizes: dict[str, int] = {split: len(table) for split, table in text.tables.items()}
     about = (text.name, text.origin, text.digest, list(text.labels))
     return _Meta(_FORMAT, *about, sizes, columns, pad, tokenizer.padding_side)
 
 
-def _digest(meta: _Meta, tokenizer: Any, max_length: int) -> str:
-    content = json.dumps([asdict(meta), max_length, _tokenizer_content(tokenizer)], sort_keys=True)
+def _digest(meta: _Meta, tokenizer: Any, max_length: int, turns: Turns | None) -> str:
+    described = {name: value for name, value in asdict(meta).items() if name != "notes"}
+    how = [[turns.loss_on, turns.too_long, tokenizer.chat_template]] if turns else []
+    content = json.dumps([described, max_length, _tokenizer_content(tokenizer), *how], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -250,14 +272,32 @@ def _encoded(split: pa.Table, tokenizer: Any, max_length: int, meta: _Meta) -> I
         yield pa.table(columns)
 
 
-def _write(file: Path, tables: Iterator[pa.Table]) -> None:
-    """At least one table, piece by piece, as an Arrow stream, which `datasets.Dataset.from_file` reads too."""
+def _turned(split: pa.Table, turns: Turns) -> Iterator[pa.Table]:
     import pyarrow as pa
 
-    first = next(tables)
+    for start in range(0, len(split), _ROWS_AT_A_TIME):
+        rows = split.slice(start, _ROWS_AT_A_TIME)
+        found = turns.encode(rows["messages"].to_pylist())
+        rows = rows.filter(pa.array([each is not None for each in found]))
+        ids, targets = ([each[part] for each in found if each is not None] for part in (0, 1))
+        columns = {"input_ids": pa.array(ids, pa.list_(pa.int32())), "targets": pa.array(targets, pa.list_(pa.int32()))}
+        columns |= {"label": rows["label"], "length": pa.array([len(row) for row in ids], pa.int32())}
+        if "client" in rows.column_names:
+            columns["client"] = rows["client"].cast(pa.string())
+        yield pa.table(columns)
+
+
+def _write(file: Path, tables: Iterator[pa.Table]) -> int:
+    """At least one table, piece by piece, as an Arrow stream, which `datasets.Dataset.from_file` reads too; how many
+    rows these are."""
+    import pyarrow as pa
+
+    first, written = next(tables), 0
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, first.schema) as stream:
         for table in itertools.chain([first], tables):
             stream.write_table(table)
+            written += len(table)
+    return written
 
 
 def _mapped(file: Path) -> pa.Table:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedlora import objective
 from fedlora.config import ModelConfig
-from fedlora.errors import AdapterError, ModelError, first_line
+from fedlora.errors import AdapterError, ConfigError, ModelError, first_line
 from fedlora.exchange.peftfolder import DESCRIPTION
 from fedlora.files.limits import clean, file_within, read_json
 from fedlora.model import base as models
+from fedlora.objective import Objective
 
 
 class Description(NamedTuple):
@@ -24,6 +26,14 @@ class Description(NamedTuple):
     def labels(self) -> list[str]:
         """Names of the classes."""
         return list(self.content["labels"])
+
+    def network(self, config: ModelConfig, tokenizer: Any) -> Any:
+        """The base as it was in training.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        return _objective(self.content).load(config, self.labels, tokenizer.pad_token_id, 0)
 
 
 def description(path: Path) -> Description:
@@ -47,12 +57,21 @@ def description(path: Path) -> Description:
         ) from None
 
 
+def _objective(content: dict[str, Any]) -> Objective:
+    """What the adapter was trained for; earlier versions did not say, and knew one thing."""
+    try:
+        return objective.find(str(content.get("task", "classification")))
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
 def _described(content: Any) -> ModelConfig:
     """The base model of a description whose other values are what they should be, too."""
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError("it does not say which model the adapter is for")
     labels = content.get("labels")
-    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+    lacking = _objective(content).labelled and not labels
+    if not isinstance(labels, list) or lacking or not all(isinstance(label, str) for label in labels):
         raise ValueError("its labels are not a list of names")
     # Whoever wrote the folder is not who may allow a model's code to run.
     return ModelConfig.model_validate({**content["model"], "trust_remote_code": False})

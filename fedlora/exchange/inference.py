@@ -28,7 +28,8 @@ def load_base(name: str, labels: int | list[str], **options: Any) -> Any:
 
 
 def load_adapter(folder: str | Path, trust_remote_code: bool = False) -> tuple[Any, Any, list[str]]:
-    """The model with the adapter in `folder` on it, its tokenizer and the names of its labels, ready for inference.
+    """The model with the adapter in `folder` on it, its tokenizer and the names of its labels (none where it writes),
+    ready for inference.
 
     Where the base model needs Python files of its own, `trust_remote_code` allows them to run: what the folder says
     about it does not count.
@@ -41,5 +42,5 @@ def load_adapter(folder: str | Path, trust_remote_code: bool = False) -> tuple[A
     described = description(path)
     config = described.model.model_copy(update={"trust_remote_code": trust_remote_code})
     tokenizer = models.load_tokenizer(config)
-    base: Any = models.load_base(config, described.labels, tokenizer.pad_token_id)
+    base = described.network(config, tokenizer)
     return apply_base_update(attach(base, path), path).eval(), tokenizer, described.labels

@@ -292,7 +292,7 @@ def load_merged(folder: str | Path) -> tuple[Any, Any, list[str]]:
     described = description(path)
     here = ModelConfig(name=str(path.absolute()), pooling=described.model.pooling, dtype=described.model.dtype)
     tokenizer = models.load_tokenizer(here)
-    model = models.load_base(here, described.labels, tokenizer.pad_token_id)
+    model = described.network(here, tokenizer)
     if isinstance(model, PooledClassifier):
         _read_classifier(model.classifier, path / _CLASSIFIER)
     return model.eval(), tokenizer, described.labels
@@ -305,7 +305,7 @@ def _base_of(folder: Path, base: Any) -> tuple[Any, Any, Description | None]:
         if base is None or isinstance(base, str | Path):
             config = described.model.model_copy(update={} if base is None else {"name": str(base)})
             tokenizer = models.load_tokenizer(config)
-            return models.load_base(config, described.labels, tokenizer.pad_token_id), tokenizer, described
+            return described.network(config, tokenizer), tokenizer, described
         return base, None, described
     if base is not None and not isinstance(base, str | Path):
         return base, None, None

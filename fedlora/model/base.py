@@ -234,6 +234,41 @@ def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | No
     return classifier
 
 
+def load_writer(config: ModelConfig) -> nn.Module:
+    """A network that predicts the next token, on the pre-trained weights, in the configured precision.
+
+    Weights are read from safetensors only.
+
+    Raises:
+        ModelError: it cannot be loaded, or is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_writer(config, load_declared(config))
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    try:
+        network: nn.Module = AutoModelForCausalLM.from_pretrained(
+            resolve(config.name), **_source(config), dtype=dtype, use_safetensors=True
+        )
+    except Exception as error:
+        raise cannot_load(config, "weights", error) from error
+    return network
+
+
+def check_writer(config: ModelConfig, declared: Any) -> None:
+    """Refuse a model that was not trained to predict the next token.
+
+    Raises:
+        ModelError: its configuration says so.
+    """
+    classes = [str(name) for name in declared.architectures or ()]
+    if classes and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes):
+        raise ModelError(
+            f"model.name={config.name} is a {classes[0]}, which does not write; task=generation needs a causal "
+            "language model (…ForCausalLM), like HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+
+
 def _to_its_precision(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     dtype = next(module.parameters()).dtype
     return tuple(value.to(dtype) if torch.is_tensor(value) else value for value in inputs)

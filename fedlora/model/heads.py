@@ -41,9 +41,19 @@ class PooledClassifier(nn.Module):
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """Names of the modules that make up the head: all children with parameters outside the pre-trained body."""
+    """Names of the modules that make up the head: all children with parameters outside the pre-trained body; none of a
+    network that writes, whose output layer is pre-trained too."""
+    if writes(model):
+        return []
     body = "encoder" if isinstance(model, PooledClassifier) else getattr(model, "base_model_prefix", "")
     return [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
+
+
+def writes(model: nn.Module) -> bool:
+    """Whether a network predicts the next token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    return type(model).__name__ in CAUSAL.values()
 
 
 def rows_by_name(declared: Mapping[int, str], labels: Sequence[str]) -> list[int] | None:

@@ -31,7 +31,6 @@ from fedlora.model.base import (
     default_targets,
     load_declared,
     load_tokenizer,
-    pooling_of,
     positions_of,
     resolve,
     stores_transposed,
@@ -39,6 +38,7 @@ from fedlora.model.base import (
     tied_to,
 )
 from fedlora.model.heads import PooledClassifier
+from fedlora.objective.base import Objective
 
 _FORMAT = 2
 _DECIDING = ("transformers", "peft", "tokenizers", "torch")
@@ -111,9 +111,9 @@ class Outline:
             )
 
 
-def of(config: ModelConfig) -> Outline | None:
-    """The outline of a model; None where only loading it, or the network, would tell: a hub id that is not in the
-    local cache, a model that runs Python files of its own, or one that cannot be built without weights.
+def of(config: ModelConfig, objective: Objective) -> Outline | None:
+    """The outline of a model for an objective; None where only loading it, or the network, would tell: a hub id that is
+    not in the local cache, a model that runs Python files of its own, or one that cannot be built without weights.
 
     Raises:
         ModelError: its configuration or tokenizer cannot be loaded, its folder has no safetensors weights, or its
@@ -124,14 +124,14 @@ def of(config: ModelConfig) -> Outline | None:
         return None
     if Path(location).is_dir():
         _require_weights(config, Path(location))
-        return _kept(config, _files(Path(location)))
+        return _kept(config, objective, _files(Path(location)))
     snapshot = _snapshot(location, config.revision)
     if snapshot is None:
         return None
     pooling = KNOWN[config.name].pooling if config.pooling == "auto" and config.name in KNOWN else config.pooling
     local = config.model_copy(update={"name": str(snapshot), "revision": None, "pooling": pooling})
     try:
-        return _kept(local, _files(snapshot))
+        return _kept(local, objective, _files(snapshot))
     except FedloraError:  # the snapshot may be incomplete; the run downloads what it lacks
         return None
 
@@ -157,14 +157,14 @@ def _files(folder: Path) -> FileStates:
 
 
 @remembered(16)
-def _kept(config: ModelConfig, files: FileStates) -> Outline | None:
+def _kept(config: ModelConfig, objective: Objective, files: FileStates) -> Outline | None:
     """The outline from the cache, or made and kept."""
-    content = [_FORMAT, config.pooling, files, [version(name) for name in _DECIDING]]
+    content = [_FORMAT, objective.name, config.pooling, files, [version(name) for name in _DECIDING]]
     file = home.cache() / "outlines" / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]}.json"
     try:
         return _from_json(limits.read_json(file))
     except (OSError, ValueError, TypeError, KeyError):
-        made = _make(config)
+        made = _make(config, objective)
     if made is not None:
         with suppress(RunFolderError):  # a home that cannot be written is told of where something must be
             write_json(file, asdict(made))
@@ -177,11 +177,11 @@ def _from_json(content: dict[str, Any]) -> Outline:
     return Outline(**content)
 
 
-def _make(config: ModelConfig) -> Outline | None:
+def _make(config: ModelConfig, objective: Objective) -> Outline | None:
     """Build the model without memory, and load its tokenizer."""
     declared = load_declared(config)
     tokenizer = load_tokenizer(config)
-    bare = _bare(config, declared)
+    bare = _bare(config, objective, declared)
     if bare is None:
         return None
     highest = _highest_token(tokenizer)
@@ -196,17 +196,15 @@ def _make(config: ModelConfig) -> Outline | None:
     )
 
 
-def _bare(config: ModelConfig, declared: Any) -> Any | None:
-    """The classifier without its weights, or None for a class that needs them to be built."""
+def _bare(config: ModelConfig, objective: Objective, declared: Any) -> Any | None:
+    """The network without its weights, or None for a class that needs them to be built."""
     import torch
-    from transformers import AutoModel, AutoModelForSequenceClassification
 
-    pooling = pooling_of(config)
     try:
         with torch.device("meta"):
-            if pooling == "head":
-                return AutoModelForSequenceClassification.from_config(declared)
-            return PooledClassifier(AutoModel.from_config(declared), 2, pooling)
+            return objective.bare(config, declared)
+    except ModelError:
+        raise
     except Exception as error:
         if "Unrecognized configuration class" in str(error):
             raise cannot_load(config, "weights", error) from error

@@ -236,7 +236,7 @@ def _peft_config(base: Any, lora: LoraConfig, task_type: str | None) -> Any:
         "r": lora.highest_rank,
         "target_modules": targets,
         "fan_in_fan_out": only_conv1d(base, targets),  # PEFT would find out, with a warning for every layer
-        "modules_to_save": head_modules(base),
+        "modules_to_save": head_modules(base) or None,
         "task_type": task_type,
     }
     if lora.variant == "hira":

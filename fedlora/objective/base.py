@@ -10,13 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from fedlora.config import ModelConfig
+from fedlora.config import DataConfig, ModelConfig, RunConfig
 from fedlora.data.batches import Batch
+from fedlora.data.sources import Draft, LabelledText
 from fedlora.data.tokens import Examples, Padding
 
 
@@ -89,6 +91,50 @@ class Objective(ABC):
     """The `task` of a configuration."""
     score: ClassVar[Score]
     scores: ClassVar[type[Scores]]
+    labelled: ClassVar[bool]
+    """Whether the labels are what is learned; otherwise they are groups that a partition may go by."""
+
+    titles: ClassVar[Mapping[str, str]]
+    """What tables call those scores that they show, the deciding one first."""
+
+    @abstractmethod
+    def check(self, config: RunConfig) -> None:
+        """Refuse settings that are none of this objective's, or that it lacks.
+
+        Raises:
+            ConfigError: names the key, the value and what to do.
+        """
+
+    @abstractmethod
+    def draft(self, data: DataConfig, by: str | None, seed: int, light: bool = False) -> Draft:
+        """Read and check the examples.
+
+        Args:
+            data: where they are.
+            by: column that a partition goes by where examples have no labels.
+            seed: of the run.
+            light: labels and owners alone will do.
+
+        Raises:
+            DataError: they cannot be read, or are no examples of this.
+        """
+
+    @abstractmethod
+    def tokenise(self, text: LabelledText, tokenizer: Any, data: DataConfig, cache: Path) -> Path:
+        """The folder with the examples as tokens (`fedlora.data.tokens.tokenise`).
+
+        Raises:
+            DataError: they do not become tokens, or the cache cannot be written.
+            ModelError: the tokenizer is none for this.
+        """
+
+    @abstractmethod
+    def bare(self, config: ModelConfig, declared: Any) -> nn.Module:
+        """The network as its configuration declares it, for torch's `meta` device.
+
+        Raises:
+            ValueError: Transformers has no such class for the architecture.
+        """
 
     @abstractmethod
     def load(self, config: ModelConfig, labels: Sequence[str], pad_token_id: int | None, seed: int) -> nn.Module:
@@ -96,6 +142,16 @@ class Objective(ABC):
 
         Raises:
             ModelError: it cannot be loaded, or learns no such thing.
+        """
+
+    @abstractmethod
+    def with_peft_alone(self, config: ModelConfig, labels: int, changed: bool) -> tuple[str, str]:
+        """How the base is made for `PeftModel.from_pretrained`, and another way where there is one, in Markdown.
+
+        Args:
+            config: of the base.
+            labels: how many there are.
+            changed: whether the strategy changed the base.
         """
 
     @abstractmethod

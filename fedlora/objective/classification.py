@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from fedlora.config import ModelConfig
+from fedlora.config import DataConfig, ModelConfig, RunConfig
+from fedlora.data import sources, tokens
 from fedlora.data.batches import Batch, evaluation_batches
+from fedlora.data.sources import Draft, LabelledText
 from fedlora.data.tokens import Examples, Padding
-from fedlora.model.base import load_base
+from fedlora.errors import ConfigError
+from fedlora.model.base import KNOWN, load_base, pooling_of
 from fedlora.model.heads import PooledClassifier
 from fedlora.objective.base import Loss, Objective, Resident, Score, Scores
 
@@ -73,9 +77,42 @@ class Classification(Objective):
     name: ClassVar[str] = "classification"
     score: ClassVar[Score] = Score("accuracy", higher_is_better=True, low=0.0, high=1.0)
     scores: ClassVar[type[Scores]] = Confusion
+    labelled: ClassVar[bool] = True
+    titles: ClassVar[Mapping[str, str]] = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+
+    def check(self, config: RunConfig) -> None:
+        for key, value in (("data.prompt", config.data.prompt), ("partition.by", config.partition.by)):
+            if value is not None:
+                raise ConfigError(f"{key}={value} is for tasks without labels; leave it out, or set task=generation")
+
+    def draft(self, data: DataConfig, by: str | None, seed: int, light: bool = False) -> Draft:
+        return sources.read(data, seed, light)
+
+    def tokenise(self, text: LabelledText, tokenizer: Any, data: DataConfig, cache: Path) -> Path:
+        return tokens.tokenise(text, tokenizer, data.max_length, cache)
+
+    def bare(self, config: ModelConfig, declared: Any) -> nn.Module:
+        from transformers import AutoModel, AutoModelForSequenceClassification
+
+        pooling = pooling_of(config)
+        if pooling == "head":
+            network: nn.Module = AutoModelForSequenceClassification.from_config(declared)
+            return network
+        return PooledClassifier(AutoModel.from_config(declared), 2, pooling)
 
     def load(self, config: ModelConfig, labels: Sequence[str], pad_token_id: int | None, seed: int) -> nn.Module:
         return load_base(config, labels, pad_token_id, seed)
+
+    def with_peft_alone(self, config: ModelConfig, labels: int, changed: bool) -> tuple[str, str]:
+        auto = ""
+        if not changed and config.name not in KNOWN and pooling_of(config) == "head":
+            auto = (
+                '\n\nOr `peft.AutoPeftModelForSequenceClassification.from_pretrained("this folder", '
+                f"num_labels={labels}, dtype='float32')`, which finds\nthe base by its name and must be told the "
+                "number of classes."
+            )
+        made = f'`fedlora.load_base("{config.name}", labels={labels})`\n(pooling and classifier as in training).'
+        return made, auto
 
     def task_type(self, network: nn.Module) -> str | None:
         return None if isinstance(network, PooledClassifier) else "SEQ_CLS"

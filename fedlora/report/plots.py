@@ -56,8 +56,9 @@ def rounds_figure(
     colours: Mapping[str, str] | None = None,
     title: str = "",
     legend: Mapping[str, str] | None = None,
+    score: str = "accuracy",
 ) -> None:
-    """Global accuracy and divergence against rounds, one line per run (key: its label).
+    """Global score and divergence against rounds, one line per run (key: its label).
 
     Args:
         runs: the rounds' records of each run.
@@ -65,6 +66,7 @@ def rounds_figure(
         colours: by label; the strategy's colour where the label is a strategy.
         title: above both panels.
         legend: by label, the words shown for it; runs with the same words (seeds of one setting) share an entry.
+        score: the name of the one that decides.
     """
     from matplotlib.figure import Figure
 
@@ -72,10 +74,12 @@ def rounds_figure(
     left, right = figure.subplots(1, 2)
     for label, records in runs.items():
         shade = (colours or {}).get(label) or colour(label)
-        _line(left, records, metrics.GLOBAL_ACCURACY, (legend or {}).get(label, label), shade)
+        _line(left, records, f"global/{score}", (legend or {}).get(label, label), shade)
         _line(right, records, metrics.RHO_MODEL, label, shade)
         _line(right, records, metrics.RHO_FLOOR, None, shade, ":")
-    left.set(xlabel="round", ylabel="global test accuracy", title="Accuracy", ylim=(0, 1))
+    left.set(xlabel="round", ylabel=f"global test {score}", title=score.capitalize())
+    if score == "accuracy":
+        left.set_ylim(0, 1)
     right.set(
         xlabel="round", ylabel="ρ  (relative error of the aggregate)", title="Divergence; dotted: floor of rank r"
     )

@@ -13,7 +13,6 @@ from fedlora.errors import counted, saving
 from fedlora.exchange.peftfolder import DESCRIPTION, config_at_ranks, write_peft_folder
 from fedlora.files.atomic import write_json
 from fedlora.metrics import RoundRecord
-from fedlora.model import base as model
 from fedlora.report import plots
 from fedlora.run import rounds
 from fedlora.run.records import Setup
@@ -32,7 +31,7 @@ def final(run: RunFolder) -> None:
         for name in ("divergence", "clients"):  # rows of `fedlora.run.rows`, of the rounds after training began
             run.write_json(f"tables/{name}.json", [row for record in closed[1:] for row in record["rows"][name]])
         records = {run.config.strategy: [RoundRecord.from_json(record) for record in closed]}
-        plots.rounds_figure(records, run.path / "figures" / "rounds.png")
+        plots.rounds_figure(records, run.path / "figures" / "rounds.png", score=run.objective.score.name)
         plots.conditions_figure(records, run.path / "figures" / "conditions.png")
 
 
@@ -57,7 +56,9 @@ def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path,
     ranks = {module: weights.factors[module].rank for module in weights.modules}
     peft_config = config_at_ranks(run.need_json("adapter_config.json"), ranks, scaling)
     write_peft_folder(weights, folder, peft_config, _card(run, number, peft_config))
-    content = {"model": run.config.model.model_dump(mode="json"), "labels": list(setup.labels), "round": number}
+    labels = list(setup.labels) if run.objective.labelled else []
+    content = {"model": run.config.model.model_dump(mode="json"), "labels": labels, "round": number}
+    content |= {} if run.config.task == "classification" else {"task": run.config.task}
     content |= {"max_length": run.config.data.max_length, "strategy": run.config.strategy}
     content["provenance"] = {"model": setup.model, "data": asdict(setup.data)}
     write_json(folder / DESCRIPTION, content)
@@ -79,6 +80,7 @@ def _card(run: RunFolder, number: int, peft_config: Mapping[str, Any]) -> str:
             "\nplain model with `fedlora merge`. `fedlora.load_adapter` does it for you."
         )
     labels = len(Setup.read(run).labels)
+    made, otherwise = run.objective.with_peft_alone(config.model, labels, bool(base))
     return f"""---
 library_name: peft
 base_model: {config.model.name}
@@ -95,24 +97,12 @@ model, tokenizer, labels = fedlora.load_adapter("this folder")
 ```
 
 With PEFT alone: `PeftModel.from_pretrained(base, "this folder")`, where `base` is
-`fedlora.load_base("{config.model.name}", labels={labels})`
-(pooling and classifier as in training).{base}{_auto(config, bool(base), labels)}
+{made}{base}{otherwise}
 
 | metric | value |
 |---|---|
 {scores}
 """
-
-
-def _auto(config: RunConfig, changed: bool, labels: int) -> str:
-    """How PEFT's automatic class loads it, where it can: a head of the architecture's own, on a base it can find."""
-    if changed or model.pooling_of(config.model) != "head" or config.model.name in model.KNOWN:
-        return ""
-    return (
-        '\n\nOr `peft.AutoPeftModelForSequenceClassification.from_pretrained("this folder", '
-        f"num_labels={labels}, dtype='float32')`, which finds\nthe base by its name and must be told the number of "
-        "classes."
-    )
 
 
 def _kind(config: RunConfig, peft_config: Mapping[str, Any]) -> str:

@@ -60,13 +60,13 @@ def prepare_data(bench: Workbench, folder: Path) -> None:
         provenance.check(config.model, known.model)
         return
     check_length(config.model, config.data.max_length)
-    text = sources.load(config.data, config.seed)
+    text = sources.finish(run.objective.draft(config.data, config.partition.by, config.seed))
     origin = provenance.of_model(config.model)
     base = provenance.pinned(config.model, origin)
     tokenizer = load_tokenizer(base)
-    path = tokens.tokenise(text, tokenizer, config.data.max_length, home.cache())
+    path = run.objective.tokenise(text, tokenizer, config.data, home.cache())
     data = bench.keep("data", path, lambda: tokens.open_tokens(path))
-    if made_of := outline.of(base):
+    if made_of := outline.of(base, run.objective):
         made_of.check_vocabulary(config.model.name, tokens.highest(data))
     train, test = (Split(tokens.label_array(split), tokens.client_array(split)) for split in (data.train, data.test))
     parts = partition(config.partition, config.clients, config.seed, train, test, data.labels, data.digest)
@@ -76,7 +76,7 @@ def prepare_data(bench: Workbench, folder: Path) -> None:
         labels=tuple(data.labels),
         pad_token_id=data.pad_token_id,
         padding_side=tokenizer.padding_side,
-        data=DataRead(data.name, data.origin, data.digest, tuple(text.notes)),
+        data=DataRead(data.name, data.origin, data.digest, (*text.notes, *data.notes)),
         examples={"train": len(data.train), "test": len(data.test)},
         model=origin,
         notes=tuple(parts.notes()),

@@ -74,7 +74,7 @@ def check(config: RunConfig) -> Found:
     names(config)
     layers = _layers(config)
     data = config.data.model_copy(update={"max_length": DataConfig().max_length})  # which is no matter of the rows
-    return Found(config, _dealt(data, config.partition, config.clients, config.seed, _files(data)), layers)
+    return Found(config, _dealt(config.task, data, config.partition, config.clients, config.seed, _files(data)), layers)
 
 
 def names(config: RunConfig) -> None:
@@ -89,7 +89,7 @@ def names(config: RunConfig) -> None:
     from fedlora.model import base as model
     from fedlora.training import workers
 
-    objective.find(config.task)
+    objective.find(config.task).check(config)
     model.resolve(config.model.name)
     workers.slot_devices(config.runner)
 
@@ -127,12 +127,14 @@ def _files(data: DataConfig) -> FileStates:
 
 
 @remembered(4096)
-def _dealt(data: DataConfig, partition: PartitionConfig, clients: int, seed: int, files: FileStates) -> Dealt | None:
+def _dealt(
+    task: str, data: DataConfig, partition: PartitionConfig, clients: int, seed: int, files: FileStates
+) -> Dealt | None:
     """The data, dealt as the run will deal it; None where it cannot be looked at."""
     from fedlora.data.partition import Split
     from fedlora.data.partition import partition as deal
 
-    seen = _surveyed(data, seed, files)
+    seen = _surveyed(task, data, partition.by, seed, files)
     if seen is None:
         return None
     train, test = Split(seen.train, seen.train_clients), Split(seen.test, seen.test_clients)
@@ -141,18 +143,21 @@ def _dealt(data: DataConfig, partition: PartitionConfig, clients: int, seed: int
 
 
 @remembered(4)
-def _surveyed(data: DataConfig, seed: int, files: FileStates) -> Survey | None:
+def _surveyed(task: str, data: DataConfig, by: str | None, seed: int, files: FileStates) -> Survey | None:
+    from fedlora import objective
     from fedlora.data.survey import survey
 
-    return survey(data, seed)
+    found = objective.find(task)
+    return survey(data, lambda light: found.draft(data, by, seed, light))
 
 
 def _layers(config: RunConfig) -> tuple[Layer, ...] | None:
     """What the adapter is put on, after a look at whether it, the texts and the tokenizer fit the model."""
+    from fedlora import objective
     from fedlora.model import base as model
     from fedlora.model import outline
 
-    found = outline.of(config.model)
+    found = outline.of(config.model, objective.find(config.task))
     if found is None:
         return None
     model.check_positions(config.model, found.positions, config.data.max_length)

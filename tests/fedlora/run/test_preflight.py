@@ -204,7 +204,7 @@ def test_a_check_and_the_run_say_the_same_of_a_model(good, save, words, tmp_path
         folder = words(save(name, tmp_path / name, pad_token_id=1), pad="<eos>")
         for pooling in ("head", "mean"):
             config = configfile.build({**good, "model.name": str(folder), "model.pooling": pooling, "lora.rank": 2})
-            found = outline.of(config.model)
+            found = outline.of(config.model, OBJECTIVE)
             resident = ResidentModel.build(OBJECTIVE, config.model, config.lora, ["a", "b"], 1, 0, torch.device("cpu"))
             shapes = {module: pair.shape for module, pair in resident.factors().items()}
             assert {layer.name: (layer.d_out, layer.d_in) for layer in found.targets(config.lora)} == shapes
@@ -215,23 +215,26 @@ def test_a_check_and_the_run_say_the_same_of_a_model(good, save, words, tmp_path
 def test_the_outline_is_kept_until_a_file_changes(good, bert, home, monkeypatch):
     folder = bert()
     config = ModelConfig(name=str(folder))
-    first = outline.of(config)
+    first = outline.of(config, OBJECTIVE)
     made = []
     monkeypatch.setattr(outline, "_make", lambda *args: made.append(args))
-    again = outline._kept.__wrapped__(config, outline._files(folder))
+    again = outline._kept.__wrapped__(config, OBJECTIVE, outline._files(folder))
     assert again == first
     assert not made
     BertConfig.from_pretrained(folder).save_pretrained(folder)
     content = (folder / "config.json").read_text()
     (folder / "config.json").write_text(content + " ")
-    outline.of(config)
+    outline.of(config, OBJECTIVE)
     assert len(made) == 1
 
 
 def test_what_takes_a_network_or_the_models_own_code_is_left_to_the_run(good, tmp_path):
-    assert outline.of(ModelConfig(name="nobody/nothing")) is None
-    assert outline.of(ModelConfig(name=good["model.name"], trust_remote_code=True)) is None
-    assert preflight._surveyed(configfile.build({"data.name": "nobody/nothing"}).data, 0, ()) is None
+    assert outline.of(ModelConfig(name="nobody/nothing"), OBJECTIVE) is None
+    assert outline.of(ModelConfig(name=good["model.name"], trust_remote_code=True), OBJECTIVE) is None
+    assert (
+        preflight._surveyed("classification", configfile.build({"data.name": "nobody/nothing"}).data, None, 0, ())
+        is None
+    )
     found = preflight.check(configfile.build({**good, "data.name": "nobody/nothing", "model.name": "nobody/nothing"}))
     assert (found.dealt, found.layers) == (None, None)
     assert "the data was not looked at" in found.line()
@@ -302,10 +305,10 @@ def test_a_run_that_can_begin_in_one_line(good):
 
 
 def test_what_was_looked_at_is_looked_at_again_only_where_it_changed(good, table, monkeypatch):
-    from fedlora.data import survey as module
+    from fedlora.data import sources
 
-    read, real = [], module.survey
-    monkeypatch.setattr(module, "survey", lambda config, seed: (read.append(seed), real(config, seed))[1])
+    read, real = [], sources.read
+    monkeypatch.setattr(sources, "read", lambda config, seed, light: (read.append(seed), real(config, seed, light))[1])
     file = table()
     for changes in ({}, {"strategy": "svd"}, {"lora.rank": 4}, {"clients": 3}, {"data.max_length": 9}, {"seed": 1}):
         preflight.check(configfile.build({**good, "data.name": str(file), **changes}))

@@ -21,7 +21,7 @@ from fedlora.sweep.plan import Sweep
 from fedlora_cli import output
 
 _WIDTH_OF_A_FILE = 140
-_LEGEND = """gap: local minus global accuracy. ρ: relative error of the aggregate, in the
+_LEGEND = """gap: local minus global score. ρ: relative error of the aggregate, in the
 first and the last round (blank where one client took part); its floor: the least
 that the rank allows in the last. Clients used: whose updates entered, mean of
 rounds. MB: adapters, heads and base updates, up and down."""
@@ -36,7 +36,8 @@ def console(stream: TextIO) -> Console:
 def compared(results: Sequence[comparison.Result], settings: Sequence[str], stream: TextIO) -> None:
     """Print the comparison of runs: a row per setting, mean ± standard deviation where several seeds were run."""
     runs = comparison.frame(results)
-    means, spreads = comparison.over_seeds(runs, settings)
+    columns = comparison.columns(results)
+    means, spreads = comparison.over_seeds(runs, settings, columns)
     counts = comparison.runs_of_each(runs, settings)
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     title = f"mean ± standard deviation over {seeds} seeds" if counts[-1] > 1 else None
@@ -46,11 +47,11 @@ def compared(results: Sequence[comparison.Result], settings: Sequence[str], stre
     )
     for name in means.index.names:
         table.add_column(said(str(name)), no_wrap=True)
-    for name in comparison.COLUMNS:
+    for name in columns:
         table.add_column(said(name).replace(" ", "\n"), justify="right")
     for (index, row), (_, spread) in zip(means.iterrows(), spreads.iterrows(), strict=True):
         names = index if isinstance(index, tuple) else (index,)
-        cells = (comparison.cell(name, row[name], spread[name]) for name in comparison.COLUMNS)
+        cells = (comparison.cell(name, row[name], spread[name]) for name in columns)
         table.add_row(*map(said, map(str, names)), *map(said, cells))
     console(stream).print(table)
     print(_LEGEND, file=stream)

@@ -288,6 +288,8 @@ def _finished(runs: Sequence[Any]) -> tuple[list[Any], list[Excluded]]:
             excluded.append(Excluded(name, run.info.status.lower(), _UNFINISHED.get(run.info.status, "")))
         elif "strategy" not in tags:
             excluded.append(Excluded(name, "foreign", "it is no federated run: it has no tag 'strategy'"))
+        elif f"{metrics.FINAL}loss" in run.data.metrics and metrics.FINAL_ACCURACY not in run.data.metrics:
+            excluded.append(Excluded(name, "no accuracy", "another score decides; reports compare accuracies so far"))
         elif digest in kept:
             excluded.append(Excluded(name, "repeated", f"the same configuration ran again later ({digest})"))
         else:

@@ -10,14 +10,15 @@ from typing import Any
 
 import pandas as pd
 
-from fedlora import metrics
+from fedlora import metrics, objective
 from fedlora.metrics import RoundRecord
 from fedlora.report import plots
 from fedlora.run import rounds
 from fedlora.run.runfolder import RunFolder
 from fedlora.sweep.plan import label
 
-COLUMNS = ("accuracy", "macro-F1", "gap", "ρ first", "ρ last", "ρ floor", "clients used", "MB", "seconds")
+_BESIDE = ("gap", "ρ first", "ρ last", "ρ floor", "clients used", "MB", "seconds")
+COLUMNS = ("accuracy", "macro-F1", *_BESIDE)
 _DIGITS = {"clients used": 1, "MB": 1, "seconds": 0}
 """Decimals of a column; of the others three."""
 
@@ -39,6 +40,7 @@ class Result:
     records: list[RoundRecord]
     partition: str
     run: str
+    task: str = "classification"
 
     @classmethod
     def of_folder(cls, settings: dict[str, Any], folder: Path) -> Result:
@@ -48,25 +50,32 @@ class Result:
             RunFolderError: the folder is not whole.
         """
         found = RunFolder(folder)
-        return cls(settings, rounds.records(found), found.need_json("partition.json")["hash"], str(folder))
+        return cls(
+            settings, rounds.records(found), found.need_json("partition.json")["hash"], str(folder), found.config.task
+        )
 
     @property
     def label(self) -> str:
         return label(self.settings)
 
 
-def row(found: Sequence[RoundRecord]) -> dict[str, float | None]:
-    """A run's results: final scores, ρ in the first and last round and its last floor, mean number of clients whose
-    updates a round used, megabytes (10⁶ bytes) sent both ways, seconds of wall time in rounds; and the means over
-    rounds of R, P, Q and the dispersion, the observable sides of the conditions of arXiv 2508.01348. What was not
-    measured is None, as ρ is where a round used one client's update."""
+def columns(results: Sequence[Result]) -> tuple[str, ...]:
+    """What a table of these runs shows: the scores of their task, and what every run has."""
+    return (*objective.find(results[0].task).titles.values(), *_BESIDE) if results else COLUMNS
+
+
+def row(found: Sequence[RoundRecord], task: str = "classification") -> dict[str, float | None]:
+    """A run's results: final scores of its task, ρ in the first and last round and its last floor, mean number of
+    clients whose updates a round used, megabytes (10⁶ bytes) sent both ways, seconds of wall time in rounds; and the
+    means over rounds of R, P, Q and the dispersion, the observable sides of the conditions of arXiv 2508.01348. What
+    was not measured is None, as ρ is where a round used one client's update."""
     trained = [record.metrics for record in found[1:]]
     used = [values[metrics.CLIENTS_COMPLETED] for values in trained if metrics.CLIENTS_COMPLETED in values]
     first, last = trained[0], trained[-1]
+    learned = objective.find(task)
     return {
-        "accuracy": last.get(metrics.GLOBAL_ACCURACY),
-        "macro-F1": last.get(metrics.GLOBAL_MACRO_F1),
-        "gap": last.get(metrics.GAP_ACCURACY),
+        **{title: last.get(f"global/{name}") for name, title in learned.titles.items()},
+        "gap": last.get(f"gap/{learned.score.name}"),
         "ρ first": first.get(metrics.RHO_MODEL),
         "ρ last": last.get(metrics.RHO_MODEL),
         "ρ floor": last.get(metrics.RHO_FLOOR),
@@ -81,16 +90,18 @@ def frame(results: Iterable[Result]) -> pd.DataFrame:
     """A row per run: its settings, its results, its partition's hash, its run in MLflow or its folder."""
     return pd.DataFrame(
         [
-            {**result.settings, **row(result.records), "partition": result.partition, "run": result.run}
+            {**result.settings, **row(result.records, result.task), "partition": result.partition, "run": result.run}
             for result in results
         ]
     )
 
 
-def over_seeds(table: pd.DataFrame, settings: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def over_seeds(
+    table: pd.DataFrame, settings: Sequence[str], shown: Sequence[str] = COLUMNS
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Mean and standard deviation of the results over seeds, for each combination of the other settings, in the
-    order in which they first appear; settings become the index."""
-    grouped = _by_setting(table, settings)[list(COLUMNS)]
+    order in which they first appear; settings become the index, and `shown` are the columns."""
+    grouped = _by_setting(table, settings)[list(shown)]
     return grouped.mean(), grouped.std()
 
 

@@ -212,6 +212,19 @@ def _check_roles(source: str, compare: Compare) -> None:
             raise ConfigError(f"{source}: compare: '{key}' is among the choices and the conditions; remove one")
 
 
+def _check_scores(source: str, cells: Sequence[Cell]) -> None:
+    """Comparisons go by accuracy; of a task that is judged by something else they would be empty."""
+    usual = RunConfig.model_fields["task"].default  # of which this is known, without importing torch
+    for task in {cell.config.task for cell in cells} - {usual}:
+        from fedlora import objective
+
+        if (score := objective.find(task).score.name) != "accuracy":
+            raise ConfigError(
+                f"{source}: task={task} is judged by its {score}, and sweeps compare accuracies so far; run it by "
+                "itself (`fedlora run`) and look at the runs in MLflow"
+            )
+
+
 def _resolve(source: str, file: SweepFile, folder: Path, overrides: Settings, presets: Path) -> Sweep:
     settled = {*overrides, *configfile.unset_by(overrides)}
     grid = {key: values for key, values in file.grid.items() if key not in settled}
@@ -243,6 +256,7 @@ def _resolve(source: str, file: SweepFile, folder: Path, overrides: Settings, pr
         every = "its only run is" if len(skipped) == 1 else f"all {len(skipped)} runs are"
         raise ConfigError(f"{source}: {every} left out; the first, because: {skipped[0].reason}")
     _check_twice(source, cells)
+    _check_scores(source, cells)
     varied = _telling(keys, cells)
     roles = Roles(tuple(file.compare.choices), tuple(file.compare.conditions))
     cells = [_told_apart(cell, varied, roles) for cell in cells]

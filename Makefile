@@ -88,8 +88,10 @@ chaos: setup-dev
 test-browser: setup-dev
 	$(BIN)/pytest tests/browser
 
-# The README's pictures of those pages, from the sweep of `make demo`; `make down` afterwards.
+# The pictures of those pages in README and docs, from the sweep of `make demo` and one of two conditions; `make down`
+# afterwards.
 screenshots: setup-dev demo
+	$(BIN)/fedlora sweep two-worlds
 	$(BIN)/fedlora up
 	$(BIN)/python docs/screenshots.py
 

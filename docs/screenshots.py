@@ -1,4 +1,5 @@
-"""Takes the README's pictures of MLflow, Prefect and the report from a finished `demo` sweep: `make screenshots`.
+"""Takes the pictures of MLflow, Prefect and the report, for the README from a finished sweep `demo` and for MLflow's
+how-to from `two-worlds`: `make screenshots`.
 
 Needs `fedlora up` in the same FEDLORA_HOME, and Chromium. The pages that are shown name no machine and no folder.
 """
@@ -21,46 +22,85 @@ from fedlora.sweep.folder import SweepFolder
 from mlflow_tracking import store
 
 IMAGES = Path(__file__).parent / "images"
-SWEEP, RUNS, SHOWN = "demo", 3, "svd"
+SHOWN = "svd"
+WORLDS, MODEL = "two-worlds", "fedlora-two-worlds-alpha-0.1"
 WIDTH = 1280
 COLOURS = 192
+ANONYMOUS = """home => {
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) texts.currentNode.nodeValue = texts.currentNode.nodeValue.replaceAll(home, "~/.fedlora");
+}"""
+"""Writes the folder where everything is kept as it is called on most machines."""
 PATIENCE_MS = 120_000
 IDLE_ASSISTANT = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
-FILTER = "^(global/(accuracy|macro_f1)|rho/(model|floor))$"
 
 
 def main() -> None:
-    """All three pictures."""
+    """All pictures."""
     services, program = environment.running_services(), shutil.which("chromium")
     if services is None or program is None:
         sys.exit("nothing to show: start `fedlora up`" if program else "no Chromium: apt-get install chromium")
-    folder = _latest()
+    demo, worlds = _latest("demo", 3), _latest(WORLDS, 12)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        _mlflow(browser, services.mlflow_url, folder)
+        _charts(browser, services.mlflow_url, demo, "mlflow")
+        _howto(browser, services.mlflow_url, worlds)
         _prefect(browser, services.prefect_url)
-        _report(browser, folder)
+        _report(browser, demo)
         browser.close()
 
 
-def _latest() -> SweepFolder:
-    """The demo sweep that was made last, complete."""
-    paths = [path for path in home.sweeps().glob(f"{SWEEP}-*") if re.fullmatch(rf"{SWEEP}-\w+-\d+-\d+", path.name)]
-    whole = [folder for folder in map(SweepFolder.read, paths) if folder and len(folder.having("finished")) == RUNS]
+def _latest(name: str, runs: int) -> SweepFolder:
+    """The sweep of this name that was made last, complete."""
+    paths = [path for path in home.sweeps().glob(f"{name}-*") if re.fullmatch(rf"{name}-\w+-\d+-\d+", path.name)]
+    whole = [folder for folder in map(SweepFolder.read, paths) if folder and len(folder.having("finished")) == runs]
     if not whole:
-        sys.exit(f"no finished sweep '{SWEEP}' in {home.sweeps()}: `fedlora sweep {SWEEP}`")
+        sys.exit(f"no finished sweep '{name}' in {home.sweeps()}: `make screenshots` runs it")
     return max(whole, key=lambda folder: folder.path.stat().st_mtime)
 
 
-def _mlflow(browser: Browser, server: str, folder: SweepFolder) -> None:
-    page = _page(browser, 1130)
+def _charts(browser: Browser, server: str, folder: SweepFolder, name: str) -> Page:
+    """The page that the sweep printed."""
+    page = _page(browser, 900)
     page.add_init_script(IDLE_ASSISTANT)
-    page.goto(f"{server}/{store.sweep_page(folder.parent['experiment'], folder.parent['run'])}")
-    page.get_by_placeholder("Search metric charts").fill(FILTER)
+    page.goto(f"{server}/{store.view_page(folder.parent['experiment'], folder.parent['run'])}")
     cards = page.get_by_test_id("experiment-view-compare-runs-card").filter(visible=True)
-    for metric in ("global/accuracy", "global/macro_f1", "rho/model", "rho/floor"):
+    for metric in ("global/accuracy", "rho/model", "global/loss", "global/macro_f1"):
         cards.filter(has_text=metric).locator(".scatterlayer .trace .lines path").first.wait_for()
-    _save(page, "mlflow")
+    cards.locator(".barlayer .point").first.wait_for()
+    _save(page, name)
+    return page
+
+
+def _howto(browser: Browser, server: str, folder: SweepFolder) -> None:
+    """The five clicks of docs/howto/fedlora-mlflow.md, in their order."""
+    page = _charts(browser, server, folder, "mlflow-1-charts")
+    for key in ("strategy", "partition.alpha"):
+        page.get_by_role("button", name=re.compile("^Group by")).click()
+        page.get_by_role("menuitemcheckbox", name=key, exact=True).first.click()
+        page.keyboard.press("Escape")
+        page.get_by_role("menuitemcheckbox").first.wait_for(state="detached")
+    page.get_by_text(re.compile("^Group: strategy")).nth(3).wait_for()
+    page.locator(".scatterlayer .trace .js-fill").first.wait_for(state="attached")  # the band around a mean
+    _save(page, "mlflow-2-means")
+    page.goto(f"{server}/{store.run_page(folder.parent['experiment'], _best(folder))}")
+    page.get_by_text("Registered models", exact=True).wait_for()
+    page.get_by_role("link", name=MODEL).wait_for()
+    _save(page, "mlflow-3-run", 620)
+    page.get_by_role("link", name=f"sweep {WORLDS}").click()
+    page.get_by_text("Show more", exact=True).click()
+    page.get_by_text("Show less", exact=True).wait_for()
+    _save(page, "mlflow-4-sweep", 720)
+    page.goto(f"{server}/#/models/{MODEL}/versions/1")
+    page.get_by_text("@ champion").wait_for()
+    page.get_by_text(re.compile("^Accuracy 0")).wait_for()
+    _save(page, "mlflow-5-champion", 620)
+
+
+def _best(folder: SweepFolder) -> str:
+    """The run whose adapter is the champion of the condition that is shown."""
+    client = store.client(folder.parent["uri"])
+    return str(client.get_model_version_by_alias(MODEL, "champion").run_id)
 
 
 def _prefect(browser: Browser, server: str) -> None:
@@ -92,12 +132,14 @@ def _page(browser: Browser, height: int) -> Page:
     return page
 
 
-def _save(page: Page, name: str) -> None:
-    """As PNG with few colours: a page has no more, and the file a third of the size."""
-    shown = Image.open(io.BytesIO(page.screenshot(animations="disabled"))).convert("RGB")
+def _save(page: Page, name: str, height: int | None = None) -> None:
+    """Its upper part, as PNG with few colours: a page has no more, and the file a third of the size."""
+    page.evaluate(ANONYMOUS, str(home.home()))
+    part = {"x": 0, "y": 0, "width": WIDTH, "height": height} if height else None
+    shown = Image.open(io.BytesIO(page.screenshot(animations="disabled", clip=part))).convert("RGB")
     target = IMAGES / f"{name}.png"
     shown.quantize(COLOURS, dither=Image.Dither.NONE).save(target, optimize=True)
-    print(f"{target.name:<12} {target.stat().st_size / 1000:.0f} kB")
+    print(f"{target.name:<22} {target.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

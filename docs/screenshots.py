@@ -121,8 +121,6 @@ def _report(browser: Browser, folder: SweepFolder) -> None:
     page.goto((folder.path / "report" / "report.html").as_uri())
     page.locator("html[data-ready]").wait_for(state="attached")
     page.locator("#plot-accuracy-rounds .scatterlayer .trace").first.wait_for()
-    page.get_by_role("heading", name="Leaderboard").scroll_into_view_if_needed()
-    page.evaluate("document.querySelector('#leaderboard').scrollIntoView()")
     _save(page, "report")
 
 
@@ -133,12 +131,13 @@ def _page(browser: Browser, height: int) -> Page:
 
 
 def _save(page: Page, name: str, height: int | None = None) -> None:
-    """Its upper part, as PNG with few colours: a page has no more, and the file a third of the size."""
+    """Its upper part, as PNG with few colours, those of strategies among them, though rare: a third of the size."""
     page.evaluate(ANONYMOUS, str(home.home()))
     part = {"x": 0, "y": 0, "width": WIDTH, "height": height} if height else None
     shown = Image.open(io.BytesIO(page.screenshot(animations="disabled", clip=part))).convert("RGB")
     target = IMAGES / f"{name}.png"
-    shown.quantize(COLOURS, dither=Image.Dither.NONE).save(target, optimize=True)
+    few = shown.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(target, optimize=True)
     print(f"{target.name:<22} {target.stat().st_size / 1000:.0f} kB")
 
 

@@ -106,13 +106,6 @@ class DataConfig(Section):
     max_length: int = Field(64, ge=4)
     """Longest sequence in tokens; longer texts are cut."""
 
-    @model_validator(mode="after")
-    def _both_or_none(self) -> DataConfig:
-        if (self.prompt is None) != (self.response is None):
-            given, other = ("response", "prompt") if self.prompt is None else ("prompt", "response")
-            raise ValueError(f"data.{given} is given without data.{other}; expected both, or none")
-        return self
-
 
 class PartitionConfig(Section):
     """How the training examples are dealt to the clients."""

@@ -81,7 +81,8 @@ class Classification(Objective):
     titles: ClassVar[Mapping[str, str]] = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 
     def check(self, config: RunConfig) -> None:
-        for key, value in (("data.prompt", config.data.prompt), ("partition.by", config.partition.by)):
+        others = {"data.prompt": config.data.prompt, "data.response": config.data.response}
+        for key, value in (others | {"partition.by": config.partition.by}).items():
             if value is not None:
                 raise ConfigError(f"{key}={value} is for tasks without labels; leave it out, or set task=generation")
 

@@ -83,6 +83,9 @@ class Generation(Objective):
                 f"partition.by to a column whose values may stand for it, or partition.name to one of "
                 f"{', '.join(_WITHOUT_LABELS)}"
             )
+        if (config.data.prompt is None) != (config.data.response is None):
+            given, other = ("response", "prompt") if config.data.prompt is None else ("prompt", "response")
+            raise ConfigError(f"data.{given} is given without data.{other}; expected both, or none")
         if config.model.pooling != "auto":
             raise ConfigError(f"model.pooling={config.model.pooling} is for task=classification; leave it out")
 

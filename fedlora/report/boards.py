@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from fedlora.report import frames, views
-from fedlora.report.decision import COSTS, Condition, Decision, Standing
+from fedlora.report.costs import COSTS, HIDDEN
+from fedlora.report.decision import Condition, Decision, Standing
 from fedlora.report.measures import Measures
 from fedlora.report.views import Cell, Table, p_value, shown, spread
 
@@ -25,12 +26,19 @@ def leaderboard(condition: Condition) -> Table:
 
     What is bold in the first column is the best and what is not told apart from it.
     """
-    titles = ["choice", "accuracy", "below the best", "p (Holm)", "seeds to tell", "MB", "server s", "seconds"]
-    titles += ["worst client", *_RESULTS.values(), *SECOND_VIEW, "of the possible"]
+    titles = ["choice", "accuracy", "below the best", "p (Holm)", "seeds to tell"]
+    titles += [
+        *(cost.title for cost in COSTS.values()),
+        "worst client",
+        *_RESULTS.values(),
+        *SECOND_VIEW,
+        "of the possible",
+    ]
     lines = [_line(each, each in condition.alike) for each in (*condition.standings, *condition.controls)]
     if all(line[-1] is _NOTHING for line in lines):  # the two that tell what is possible did not run
         titles, lines = titles[:-1], [line[:-1] for line in lines]
-    return Table(titles, lines, "leaderboard", hidden=SECOND_VIEW, narrow=("accuracy", "MB"))
+    hidden = (*SECOND_VIEW, *HIDDEN)
+    return Table(titles, lines, "leaderboard", hidden=hidden, narrow=("accuracy", "MB"))
 
 
 def _line(each: Standing, alike: bool) -> list[Cell]:
@@ -40,9 +48,7 @@ def _line(each: Standing, alike: bool) -> list[Cell]:
     unsettled = each.more is not None and not each.apart and not control
     more = Cell(f"{each.more} more", each.more) if unsettled else _NOTHING
     name = views.name(each.setting, each.choice + (" (control)" if control else ""), strong=alike)
-    costs = [
-        shown(each.costs[key], digits) for key, digits in (("megabytes", 2), ("server_seconds", 2), ("seconds", 1))
-    ]
+    costs = [shown(each.costs[key], cost.digits) for key, cost in COSTS.items()]
     others = [shown(each.results[key].mean) for key in ("worst_client", *_RESULTS)]
     possible = _NOTHING if math.isnan(each.possible) else Cell(f"{each.possible:.0%}".replace("-", "−"), each.possible)
     second = [spread(each.redrawn), spread(each.clients)]

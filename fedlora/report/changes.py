@@ -16,7 +16,8 @@ import pandas as pd
 
 from fedlora.errors import FedloraError
 from fedlora.report import frames, statistics, tables
-from fedlora.report.decision import ALPHA, COSTS, SCORE
+from fedlora.report.costs import COSTS
+from fedlora.report.decision import ALPHA, SCORE
 from fedlora.report.frames import Comparison, Setting
 from fedlora.report.statistics import Interval, Paired
 

@@ -11,6 +11,7 @@ import pandas as pd
 from fedlora.errors import counted
 from fedlora.report import marks, plots, views
 from fedlora.report.changes import PAIRED, Cell, Change, Changes
+from fedlora.report.costs import COSTS, HIDDEN
 from fedlora.report.decision import ALPHA
 from fedlora.report.marks import Figure, Look, Trace
 from fedlora.report.statistics import Interval
@@ -18,8 +19,6 @@ from fedlora.report.views import Table
 
 _SHOWN = 4
 """Cells, settings or costs that are named."""
-_COSTS = {"megabytes": ("MB", 2), "server_seconds": ("server s", 2), "seconds": ("seconds", 1)}
-"""Of each cost its title and decimals."""
 TERMINAL = ("choice", "before", "after", "difference", "test", "p (Holm)", "MB", "note")
 """The columns of `table` for which a terminal has room."""
 
@@ -113,7 +112,7 @@ def _dealt(changes: Changes) -> str:
 
 def _costs(changes: Changes) -> str:
     told = [
-        f"{cell.label} {cell.costs[name].before.mean:.3g} → {cell.costs[name].after.mean:.3g} {_COSTS[name][0]}"
+        f"{cell.label} {cell.costs[name].before.mean:.3g} → {cell.costs[name].after.mean:.3g} {COSTS[name].title}"
         for cell in changes.cells
         for name in cell.dearer_or_cheaper
     ]
@@ -126,10 +125,16 @@ def _listed(words: Sequence[str]) -> str:
 
 def table(changes: Changes, condition: str) -> Table:
     """The cells of a condition: both scores, their difference and its test, and the costs before and after."""
-    costs = [title for title, _ in _COSTS.values()]
+    costs = [cost.title for cost in COSTS.values()]
     titles = ["choice", "before", "after", "difference", "95 % interval", "test", "p", "p (Holm)", *costs, "note"]
     body = [_row(cell) for cell in changes.cells if cell.condition == condition]
-    return Table(titles, body, "changes", hidden=("p",), narrow=("difference", "p (Holm)"))
+    return Table(
+        titles,
+        body,
+        "changes",
+        hidden=("p", *HIDDEN),
+        narrow=("difference", "p (Holm)"),
+    )
 
 
 def _row(cell: Cell) -> list[views.Cell]:
@@ -138,7 +143,7 @@ def _row(cell: Cell) -> list[views.Cell]:
     limits = f"{views.shown(found.low).text} to {views.shown(found.high).text}" if found.known else views.NONE
     shown = [views.spread(score.before), views.spread(score.after), views.shown(found.mean, 4, sign=True)]
     tests = [views.Cell(_test(score)), views.p_value(score.found.p), views.p_value(score.holm)]
-    costs = [_cost(cell, key, digits) for key, (_, digits) in _COSTS.items()]
+    costs = [_cost(cell, key, cost.digits) for key, cost in COSTS.items()]
     return [name, *shown, views.Cell(limits, found.low), *tests, *costs, views.Cell(score.found.why)]
 
 

@@ -18,6 +18,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.report import frames, statistics, tables
+from fedlora.report.costs import COSTS
 from fedlora.report.frames import Comparison, Setting
 from fedlora.report.statistics import Interval, Paired
 from fedlora.strategies import registry
@@ -26,7 +27,6 @@ from fedlora.strategies.base import Family
 SCORE = "accuracy"
 ALPHA = 0.05
 """p-values below it are called a difference."""
-COSTS = ("megabytes", "server_seconds", "seconds")
 ENDS = ("local", "oracle")
 """Strategies at the ends of the scale: no aggregation, and aggregation without error."""
 

@@ -6,15 +6,9 @@ import math
 from collections.abc import Sequence
 
 from fedlora.report import marks, measures, verdict
+from fedlora.report.costs import COSTS
 from fedlora.report.decision import Decision
 from fedlora.report.marks import Figure, Placed, Trace
-
-COSTS = {
-    "megabytes": ("Accuracy against megabytes", "sent both ways in the whole run (MB)"),
-    "seconds": ("Accuracy against seconds", "wall time in rounds (s)"),
-    "server_seconds": ("Accuracy against the server's seconds", "reading and aggregating (s)"),
-}
-"""By cost: title and x axis."""
 
 
 def figures(decided: Decision) -> list[Figure]:
@@ -31,7 +25,7 @@ def _figure(decided: Decision, cost: str) -> Figure | None:
         traces += _condition(known, cost) if len(known) > 1 else []
     if not traces:
         return None
-    title, words = COSTS[cost]
+    title, words = f"Accuracy against {COSTS[cost].figure}", COSTS[cost].axis
     caption = "Means over seeds. The line joins those that no other choice beats in both: less cost or a higher score."
     axes = marks.layout(
         marks.axis(words, rangemode="tozero"), marks.axis("final test accuracy (share)"), hovermode="closest"
@@ -69,5 +63,5 @@ def _point(look: Placed, cost: str) -> Trace:
         cliponaxis=False,
         marker={"color": look.colour, "symbol": look.symbol, "size": 10},
         showlegend=False,
-        hovertemplate=f"{look.words}<br>{verdict.score(score)}<br>{spent:.4g} {COSTS[cost][1]}<extra></extra>",
+        hovertemplate=f"{look.words}<br>{verdict.score(score)}<br>{spent:.4g} {COSTS[cost].axis}<extra></extra>",
     )

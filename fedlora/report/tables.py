@@ -88,11 +88,13 @@ def sums(rounds: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 
 def spent(comparison: Comparison) -> pd.DataFrame:
-    """What each run cost (index: run id): `megabytes` both ways, `server_seconds` of reading and aggregating, `seconds`
-    of wall time in rounds; NaN where not measured."""
+    """What each run cost (index: run id), by the names of `costs.COSTS`; NaN where not measured."""
     found = results(comparison)[["megabytes", "seconds"]].copy()
     server = sums(comparison.rounds, [metrics.TIME_READ, metrics.TIME_AGGREGATE])
     found["server_seconds"] = server.sum(axis=1, min_count=1) if len(server.columns) else math.nan
+    by_run = comparison.rounds.groupby("run_id")
+    for name, metric in (("client_memory", metrics.MEMORY_CLIENT), ("server_memory", metrics.MEMORY_SERVER)):
+        found[name] = by_run[metric].max() / 1e6 if metric in comparison.rounds else math.nan
     return found.astype(float)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from fedlora.errors import counted
 from fedlora.report import frames, views
-from fedlora.report.decision import ALPHA, COSTS, Condition, Decision, Overall, Standing
+from fedlora.report.costs import COSTS
+from fedlora.report.decision import ALPHA, Condition, Decision, Overall, Standing
 from fedlora.report.statistics import FEWEST, Interval
 
 _SHOWN = 4
@@ -83,12 +84,8 @@ def _settled(standing: Standing) -> str:
 
 
 def _price(best: Standing) -> str:
-    known = {name: best.costs[name] for name in COSTS if not math.isnan(best.costs[name])}
-    words = {
-        "megabytes": "{:.1f} MB sent",
-        "server_seconds": "{:.2g} s of the server",
-    }
-    parts = [text.format(known[name]) for name, text in words.items() if name in known]
+    known = [(cost.said, best.costs[name]) for name, cost in COSTS.items() if cost.said]
+    parts = [words.format(spent) for words, spent in known if not math.isnan(spent)]
     return f"It costs {', '.join(parts)}." if parts else ""
 
 

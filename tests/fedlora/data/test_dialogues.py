@@ -5,9 +5,9 @@ import json
 import pandas as pd
 import pytest
 
-from fedlora.config import DataConfig, configfile
+from fedlora.config import DataConfig
 from fedlora.data import dialogues
-from fedlora.errors import ConfigError, DataError
+from fedlora.errors import DataError
 
 
 def written(tmp_path, rows, name="set.jsonl"):
@@ -94,8 +94,3 @@ def test_a_group_without_training_examples(tmp_path):
         written(tmp_path, rows, f"{name}.jsonl")
     with pytest.raises(DataError, match="examples of y in column 'topic', of which no training example is"):
         load(str(tmp_path), by="topic")
-
-
-def test_a_prompt_without_a_response_is_refused():
-    with pytest.raises(ConfigError, match=r"data.prompt is given without data.response"):
-        configfile.build({"data.prompt": "ask"})

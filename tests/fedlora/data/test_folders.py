@@ -7,9 +7,13 @@ import pytest
 
 from fedlora.config import DataConfig, PartitionConfig
 from fedlora.data.partition import Split, partition
-from fedlora.data.sources import known, load
+from fedlora.data.sources import known, load, read
 from fedlora.data.survey import survey
 from fedlora.errors import DataError
+
+
+def surveyed(config, seed):
+    return survey(config, lambda light: read(config, seed, light))
 
 
 def table(start: int, stop: int) -> pa.Table:
@@ -106,7 +110,7 @@ def test_a_survey_sees_the_rows_that_a_run_gets(tmp_path, rows, monkeypatch, lig
     if light:
         monkeypatch.setattr("fedlora.data.survey._SMALL", 0)
     config = DataConfig(name=str(path), client="owner", **sizes)
-    seen, text = survey(config, 3), load(config, 3)
+    seen, text = surveyed(config, 3), load(config, 3)
     assert seen.labels == text.labels
     for split in ("train", "test"):
         assert getattr(seen, split).tolist() == list(getattr(text, split)["label"])
@@ -124,12 +128,12 @@ def test_and_refuses_what_a_run_refuses(tmp_path, rows, monkeypatch, light, opti
     with pytest.raises(DataError) as expected:
         load(config, 0)
     with pytest.raises(DataError) as got:
-        survey(config, 0)
+        surveyed(config, 0)
     assert str(got.value) == str(expected.value)
 
 
 def test_a_set_of_the_hub_is_not_surveyed():
-    assert survey(DataConfig(name="nobody/nothing-here"), 0) is None
+    assert surveyed(DataConfig(name="nobody/nothing-here"), 0) is None
 
 
 def test_the_packaged_set_is_the_one_that_finished_runs_were_made_on():
@@ -165,7 +169,7 @@ def test_parts_of_a_training_split_alone_have_a_test_split_drawn(tmp_path):
     config = DataConfig(name=str(tmp_path))
     text = load(config, 0)
     assert (len(text.train), len(text.test)) == (32, 8)
-    assert survey(config, 0).train.tolist() == list(text.train["label"])
+    assert surveyed(config, 0).train.tolist() == list(text.train["label"])
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

@@ -140,6 +140,11 @@ def test_a_partition_by_label_needs_a_column(writing):
     assert found.dealt is not None
 
 
+def test_a_prompt_without_a_response_is_refused(writing):
+    with pytest.raises(ConfigError, match=r"data.prompt is given without data.response; expected both, or none"):
+        preflight.check(configfile.build({**writing, "data.prompt": "instruction"}))
+
+
 @pytest.mark.parametrize("changes", [{"partition.by": "label"}, {"data.prompt": "a", "data.response": "b"}])
 def test_what_is_of_another_task_is_refused(tiny, changes):
     with pytest.raises(ConfigError, match="is for tasks without labels; leave it out, or set task=generation"):

@@ -10,7 +10,7 @@ import pytest
 from statsmodels.stats.power import TTestPower
 
 from fedlora.errors import FedloraError
-from fedlora.report import Comparison, decision, statistics, verdict
+from fedlora.report import Comparison, boards, decision, pareto, statistics, verdict
 from fedlora.report.roles import Roles
 
 EASY, HARD = 100.0, 0.1
@@ -204,3 +204,19 @@ def test_the_bootstrap_draws_clients_too():
     assert alike == (0.5, 0.5)
     assert apart[0] < 0.2 < 0.8 < apart[1]
     assert all(math.isnan(each) for each in statistics.bootstrap([[0.5]]))
+
+
+def test_memory_is_the_peak_over_rounds_and_said_where_it_is_known(comparison):
+    rounds = comparison.rounds.copy()
+    assert all(math.isnan(each.costs["client_memory"]) for each in decision.decide(comparison).conditions[0].standings)
+    rounds["memory/client_bytes"] = 8e8
+    rounds.loc[rounds["round"] == 1, "memory/client_bytes"] = 9e8
+    rounds["memory/server_bytes"] = 5e8
+    decided = decision.decide(replace(comparison, rounds=rounds))
+    best = decided.conditions[0].best
+    assert (best.costs["client_memory"], best.costs["server_memory"]) == (900.0, 500.0)
+    assert "900 MB of memory at a client" in " ".join(verdict.sentences(decided))
+    board = boards.leaderboard(decided.conditions[0])
+    assert board.rows[0][board.titles.index("client memory")].text == "900"
+    assert "client memory" in board.hidden
+    assert "pareto-client_memory" in [figure.key for figure in pareto.figures(decided)]

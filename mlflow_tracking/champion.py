@@ -51,7 +51,7 @@ class Decision:
     @property
     def page(self) -> str:
         """The page of the registered model, below a server's address."""
-        return f"#/models/{self.model}"
+        return store.model_page(self.model)
 
 
 def after_sweep(

@@ -260,6 +260,11 @@ def artifact_page(experiment: str, run: str, path: str) -> str:
     return f"{_run(experiment, run)}/artifacts/{path}?{_query({})}"
 
 
+def model_page(name: str) -> str:
+    """The page of a registered model, below a server's address."""
+    return f"#/models/{name}?{_query({})}"
+
+
 def children_of(parent: str) -> str:
     """The filter that finds the runs under a sweep's run."""
     return f"tags.`mlflow.parentRunId` = '{parent}'"

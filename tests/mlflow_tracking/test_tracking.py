@@ -226,12 +226,13 @@ def test_the_page_of_a_sweep_is_not_sorted_by_date():
 def test_every_page_opens_in_model_training():
     """On a first visit MLflow's side bar is that of traces and prompts, and an experiment looks empty."""
     pages = [store.run_page("1", "abc"), store.artifact_page("1", "abc", "report/a.html")]
-    pages += [store.sweep_page("1", "abc"), store.view_page("1", "abc")]
+    pages += [store.sweep_page("1", "abc"), store.view_page("1", "abc"), store.model_page("fedlora-x")]
     assert [page.partition("?")[0] for page in pages] == [
         "#/experiments/1/runs/abc",
         "#/experiments/1/runs/abc/artifacts/report/a.html",
         "#/experiments/1/runs",
         "#/experiments/1/runs",
+        "#/models/fedlora-x",
     ]
     for page in pages:
         assert parse_qs(page.partition("?")[2])["workflowType"] == ["machine_learning"]

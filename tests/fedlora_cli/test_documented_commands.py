@@ -40,6 +40,7 @@ ELSEWHERE = {
     r"fedlora run demo strategy=fedavgm ": "the example's plug-in, see test_plugin_package.py",
     r"pip install -e \. --no-deps$": "the page's plug-in, see test_docs.py",
     r"fedlora run demo model.name=distilbert/": "a model of the hub",
+    r"fedlora run demo task=generation model.name=HuggingFaceTB/": "a model of the hub",
     r"fedlora (run|sweep) standard": "data and model of the hub",
     r"fedlora .* runner.device=cuda$": "a GPU",
 }

@@ -6,6 +6,7 @@ depends on the state alone and not on which rounds a worker has seen.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -72,7 +73,10 @@ class ResidentModel:
         base: Any = objective.load(config, labels, pad_token_id, seed)
         peft_config = _peft_config(base, lora, objective.task_type(base))
         seeds.seed_torch(seed, "adapter")
-        resident = cls(objective, peft.get_peft_model(base, peft_config), config, labels, device)
+        with warnings.catch_warnings():  # PEFT asks a decoder by a name that Transformers is about to give up
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            adapted = peft.get_peft_model(base, peft_config)
+        resident = cls(objective, adapted, config, labels, device)
         resident._start_embeddings()
         resident._check_rank(lora)
         return resident

@@ -86,7 +86,8 @@ def test_columns_are_hidden_and_shown_and_stay_so(report):
     shown = board.evaluate(TITLES)
     assert "server s" not in shown
     assert "accuracy, bootstrap" in shown
-    expect(menu.locator("summary")).to_have_text("columns (2 hidden)")
+    # Both memories, the bootstrap over clients, and the one of above.
+    expect(menu.locator("summary")).to_have_text("columns (4 hidden)")
     report.evaluate("localStorage.clear()")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from fedlora.report import changewords
 from fedlora.report.changes import Changes
 from fedlora.report.changes import compare as compared
 from fedlora.sweep.folder import SweepFolder
-from flows.report import default_folder, log, logged, plain
+from flows.report import default_folder, log, logged, of_condition, plain
 from mlflow_tracking import compare, store
 from mlflow_tracking.compare import Source
 
@@ -128,12 +127,5 @@ def summary(since: Since) -> list[str]:
     changes = since.written.changes
     lines = [f"## From {changes.before} to {changes.after}", *(f"\n{plain(each)}" for each in since.written.sentences)]
     for condition in dict.fromkeys(cell.condition for cell in changes.cells):
-        lines += ["", f"**{plain(condition)}**", ""] if condition else [""]
-        lines += _table(changes, condition)
+        lines += of_condition(condition, changewords.table(changes, condition))
     return [*lines, "", f"[What changed]({since.written.link}), on disk `{since.written.page}`"]
-
-
-def _table(changes: Changes, condition: str) -> Sequence[str]:
-    board = changewords.table(changes, condition)
-    rows = [f"| {' | '.join(plain(cell.text) for cell in row)} |" for row in board.rows]
-    return [f"| {' | '.join(board.titles)} |", "|---" * len(board.titles) + "|", *rows]

@@ -23,6 +23,7 @@ from fedlora import report  # noqa: E402
 from fedlora.files import home  # noqa: E402
 from fedlora.report import boards, verdict  # noqa: E402
 from fedlora.report.decision import Decision, decide  # noqa: E402
+from fedlora.report.views import Table  # noqa: E402
 from flows import progress, refusals  # noqa: E402
 from mlflow_tracking import arrange, compare, store  # noqa: E402
 from mlflow_tracking.compare import LATEST, Source  # noqa: E402
@@ -132,12 +133,16 @@ def plain(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+def of_condition(label: str, board: Table) -> list[str]:
+    """A table in Markdown, below the condition that it is for where there are several."""
+    rows = [f"| {' | '.join(plain(cell.text) for cell in row)} |" for row in board.rows]
+    head = ["", f"**{plain(label)}**", ""] if label else [""]
+    return [*head, f"| {' | '.join(board.titles)} |", "|---" * len(board.titles) + "|", *rows]
+
+
 def summary(written: Written) -> str:
     """The verdict and the leaderboards in Markdown, with the way to the page."""
     lines = [f"## {plain(written.comparison.title)}", *(f"\n{plain(sentence)}" for sentence in written.sentences)]
     for condition in written.decision.conditions:
-        board = boards.leaderboard(condition).shown
-        lines += ["", f"**{plain(condition.label)}**", ""] if condition.label else [""]
-        lines += [f"| {' | '.join(board.titles)} |", "|---" * len(board.titles) + "|"]
-        lines += [f"| {' | '.join(plain(cell.text) for cell in row)} |" for row in board.rows]
+        lines += of_condition(condition.label, boards.leaderboard(condition).shown)
     return "\n".join([*lines, "", f"[Report]({written.link}), on disk `{written.page}`"])

@@ -330,11 +330,6 @@ class RunConfig(Section):
         for dotted in NEUTRAL:
             *sections, last = dotted.split(".")
             del reduce(getitem, sections, content)[last]
-        # So that runs made before there were these keys are found again.
-        if self.channel == ChannelConfig():
-            del content["channel"]
-        if not self.model.trust_remote_code:
-            del content["model"]["trust_remote_code"]
         usual = RunConfig().model_dump(mode="json")
         for *sections, last in _LATER:
             place, same = (reduce(getitem, sections, each) for each in (content, usual))
@@ -344,9 +339,14 @@ class RunConfig(Section):
 
 
 _LATER = [
-    key.split(".") for key in ("task", "data.prompt", "data.response", "data.loss_on", "data.too_long", "partition.by")
+    key.split(".")
+    for key in (
+        *("channel", "model.trust_remote_code", "task"),
+        *("data.prompt", "data.response", "data.loss_on", "data.too_long", "partition.by"),
+    )
 ]
-"""Keys that came later, and are no part of the digest while they have their defaults."""
+"""Keys and sections that came later, and are no part of the digest while they have their defaults: so that runs made
+before are found again."""
 
 NEUTRAL = (
     "name",

@@ -10,7 +10,7 @@ import numpy as np
 from fedlora.config import DataConfig
 from fedlora.data import sources, splits
 from fedlora.data.catalogue import resolve
-from fedlora.data.sources import Draft, LabelledText
+from fedlora.data.sources import Draft
 from fedlora.errors import DataError, counted
 
 if TYPE_CHECKING:
@@ -27,21 +27,13 @@ _ALPACA = ("instruction", "output")
 _PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
 
 
-def load(config: DataConfig, by: str | None, seed: int) -> LabelledText:
-    """Dialogues with a training and a test split: `messages` (a list of role and content), `label` (an index into
-    `labels`, the values of the column `by`; one for all without it) and, as configured, `client`.
+def read(config: DataConfig, by: str | None, seed: int) -> Draft:
+    """Read and check the rows, and draw the subsamples and the test split: `messages` (a list of role and content),
+    `label` (an index into the labels, the values of the column `by`; one for all without it) and, as configured,
+    `client`.
 
     Raises:
         DataError: nothing of that name; no columns that hold dialogues; an empty response; an unreadable file.
-    """
-    return sources.finish(read(config, by, seed))
-
-
-def read(config: DataConfig, by: str | None, seed: int) -> Draft:
-    """Read and check the rows, and draw the subsamples and the test split.
-
-    Raises:
-        DataError: as `load`.
     """
     source = resolve(config)
     raw_train, raw_test = splits.read(source)

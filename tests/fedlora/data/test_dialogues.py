@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from fedlora.config import DataConfig
-from fedlora.data import dialogues
+from fedlora.data import dialogues, sources
 from fedlora.errors import DataError
 
 
@@ -17,7 +17,7 @@ def written(tmp_path, rows, name="set.jsonl"):
 
 
 def load(path, by=None, **options):
-    return dialogues.load(DataConfig(name=path, test_fraction=0.2, **options), by, seed=0)
+    return sources.finish(dialogues.read(DataConfig(name=path, test_fraction=0.2, **options), by, seed=0))
 
 
 def said(text):

@@ -40,7 +40,7 @@ def scores(record: RoundRecord, score: str, more: Mapping[str, str] = MappingPro
 
 
 def _score(config: RunConfig) -> str:
-    return objective.find(config.task).score.name
+    return objective.score_of(config).name
 
 
 def _size(config: RunConfig) -> str:

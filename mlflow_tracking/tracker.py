@@ -200,7 +200,7 @@ def _close(run: RunFolder, tracked: Tracked, note: str) -> None:
     last = records[-1]
     with store.errors(tracked.uri):
         client = store.client(tracked.uri)
-        finals = metrics.finals(last.metrics, run.objective.score)
+        finals = metrics.finals(last.metrics, run.score)
         seconds = metrics.seconds(records)
         finals |= {} if seconds is None else {metrics.FINAL_SECONDS: seconds}
         _log_metrics(client, tracked, last, finals, _log_model(client, tracked, run))

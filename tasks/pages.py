@@ -73,9 +73,8 @@ class RunPage:
 
 def rounds_table(folder: RunFolder) -> list[str]:
     """A Markdown table with a row per finished round."""
-    titles, score = folder.objective.titles, folder.objective.score.name
-    table = [*((title, f"global/{name}") for name, title in titles.items())]
-    table += [(f"local {titles[score]}", f"local/{score}"), *_TABLE]
+    table = [(score.title, f"global/{score.name}") for score in folder.objective.scores_of(folder.config)]
+    table += [(f"local {folder.score.title}", f"local/{folder.score.name}"), *_TABLE]
     lines = [f"| round | {' | '.join(title for title, _ in table)} | MB sent |", "|---" * (len(table) + 2) + "|"]
     for record in rounds.records(folder):
         cells = (f"{record.metrics[name]:.4f}" if name in record.metrics else "–" for _, name in table)

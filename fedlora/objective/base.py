@@ -24,7 +24,7 @@ from fedlora.data.tokens import Examples, Padding
 
 @dataclass(frozen=True)
 class Score:
-    """The score that decides: by which champions, leaderboards and reports go."""
+    """A score, and how it is read. One of them decides: champions, leaderboards and reports go by it."""
 
     name: str
     """One of `Scores.values`."""
@@ -32,6 +32,17 @@ class Score:
     low: float
     high: float
     """What it cannot leave."""
+    title: str
+    """What people read."""
+    unit: str
+    """In words, of an axis."""
+    proportion: bool = False
+    """Whether it is a share of the examples, each of which is right or wrong: then one run tells its standard error."""
+
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, else -1: of values times it, the highest is the best."""
+        return 1 if self.higher_is_better else -1
 
 
 class Loss(NamedTuple):
@@ -89,13 +100,21 @@ class Objective(ABC):
 
     name: ClassVar[str]
     """The `task` of a configuration."""
-    score: ClassVar[Score]
     scores: ClassVar[type[Scores]]
     labelled: ClassVar[bool]
     """Whether the labels are what is learned; otherwise they are groups that a partition may go by."""
 
-    titles: ClassVar[Mapping[str, str]]
-    """What tables call those scores that they show, the deciding one first."""
+    beside: ClassVar[Sequence[Score]]
+    """The scores that tables show beside the deciding one, which may be among them."""
+
+    @abstractmethod
+    def score_of(self, config: RunConfig) -> Score:
+        """The score that decides in runs of this configuration."""
+
+    def scores_of(self, config: RunConfig) -> tuple[Score, ...]:
+        """Those scores that tables show of runs of this configuration: the deciding one, then the others."""
+        decides = self.score_of(config)
+        return (decides, *(each for each in self.beside if each.name != decides.name))
 
     @abstractmethod
     def check(self, config: RunConfig) -> None:

@@ -71,14 +71,20 @@ class Confusion(Scores):
         return cls(counts, loss_sum)
 
 
+ACCURACY = Score("accuracy", higher_is_better=True, low=0.0, high=1.0, title="accuracy", unit="share", proportion=True)
+MACRO_F1 = Score("macro_f1", higher_is_better=True, low=0.0, high=1.0, title="macro-F1", unit="share")
+
+
 class Classification(Objective):
     """A label for a text: cross-entropy of a head's logits, a unit an example."""
 
     name: ClassVar[str] = "classification"
-    score: ClassVar[Score] = Score("accuracy", higher_is_better=True, low=0.0, high=1.0)
     scores: ClassVar[type[Scores]] = Confusion
     labelled: ClassVar[bool] = True
-    titles: ClassVar[Mapping[str, str]] = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+    beside: ClassVar[Sequence[Score]] = (MACRO_F1,)
+
+    def score_of(self, config: RunConfig) -> Score:
+        return ACCURACY
 
     def check(self, config: RunConfig) -> None:
         others = {"data.prompt": config.data.prompt, "data.response": config.data.response}

@@ -67,14 +67,20 @@ class TokenScores(Scores):
         return cls(loss_sum, *counts)
 
 
+LOSS = Score("loss", higher_is_better=False, low=0.0, high=math.inf, title="loss", unit="nats per token")
+TOKEN_ACCURACY = Score("token_accuracy", higher_is_better=True, low=0.0, high=1.0, title="token accuracy", unit="share")
+
+
 class Generation(Objective):
     """What an assistant says: cross-entropy of the next token, a unit a token that is trained."""
 
     name: ClassVar[str] = "generation"
-    score: ClassVar[Score] = Score("loss", higher_is_better=False, low=0.0, high=math.inf)
     scores: ClassVar[type[Scores]] = TokenScores
     labelled: ClassVar[bool] = False
-    titles: ClassVar[Mapping[str, str]] = {"loss": "loss", "token_accuracy": "token accuracy"}
+    beside: ClassVar[Sequence[Score]] = (LOSS, TOKEN_ACCURACY)
+
+    def score_of(self, config: RunConfig) -> Score:
+        return LOSS
 
     def check(self, config: RunConfig) -> None:
         if config.partition.name not in _WITHOUT_LABELS and config.partition.by is None:

@@ -31,7 +31,7 @@ def final(run: RunFolder) -> None:
         for name in ("divergence", "clients"):  # rows of `fedlora.run.rows`, of the rounds after training began
             run.write_json(f"tables/{name}.json", [row for record in closed[1:] for row in record["rows"][name]])
         records = {run.config.strategy: [RoundRecord.from_json(record) for record in closed]}
-        plots.rounds_figure(records, run.path / "figures" / "rounds.png", score=run.objective.score.name)
+        plots.rounds_figure(records, run.path / "figures" / "rounds.png", score=run.score.name)
         plots.conditions_figure(records, run.path / "figures" / "conditions.png")
 
 

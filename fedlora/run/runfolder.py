@@ -30,7 +30,7 @@ from fedlora.errors import AdapterError, ConfigError, RunFolderError
 from fedlora.files import limits, lock
 from fedlora.files.atomic import check_writable, write_atomic, write_json
 from fedlora.files.tensorfile import read_tensors, serialise
-from fedlora.objective import Objective
+from fedlora.objective import Objective, Score
 from fedlora.strategies import registry
 from fedlora.strategies import state as states
 from fedlora.strategies.base import ServerState, Strategy
@@ -195,6 +195,15 @@ class RunFolder:
             ConfigError: there is no such task here.
         """
         return objective.find(self.config.task)
+
+    @cached_property
+    def score(self) -> Score:
+        """The score that decides.
+
+        Raises:
+            ConfigError: there is no such task here.
+        """
+        return self.objective.score_of(self.config)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file; a mapping gets a seal, by which damage is found."""

@@ -194,7 +194,7 @@ class Server:
             RunAborted: something of the round is missing.
         """
         values: dict[str, float] = {}
-        roll, made, score = self._roll(number), self._of_state(number), self.run.objective.score
+        roll, made, score = self._roll(number), self._of_state(number), self.run.score
         by_split: dict[str, list[Scores]] = {"global": [], "local": []}
         for part, found in zip(parts, scores, strict=True):
             if part.split == "probe":
@@ -236,7 +236,7 @@ class Server:
     def _of_training(
         self, number: int, roll: Roll, records: Mapping[int, ClientRecord], outcome: Outcome
     ) -> dict[str, float]:
-        score = self.run.objective.score
+        score = self.run.score
         before = self._closed.get(number - 1) or rounds.read_record(self.run, number - 1)
         if before is None:
             raise RunAborted(f"round {number} in {self.run.path} is incomplete")

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from fedlora import metrics, objective
+from fedlora.config import RunConfig
 from fedlora.metrics import RoundRecord
+from fedlora.objective import Score
 from fedlora.report import plots
 from fedlora.run import rounds
 from fedlora.run.runfolder import RunFolder
 from fedlora.sweep.plan import label
 
 _BESIDE = ("gap", "ρ first", "ρ last", "ρ floor", "clients used", "MB", "seconds")
-COLUMNS = ("accuracy", "macro-F1", *_BESIDE)
+_USUAL = objective.scores_of(RunConfig())
+COLUMNS = (*(score.title for score in _USUAL), *_BESIDE)
 _DIGITS = {"clients used": 1, "MB": 1, "seconds": 0}
 """Decimals of a column; of the others three."""
 
@@ -40,7 +43,8 @@ class Result:
     records: list[RoundRecord]
     partition: str
     run: str
-    task: str = "classification"
+    scores: Sequence[Score] = field(default=_USUAL)
+    """What it is judged by: the score that decides, then others."""
 
     @classmethod
     def of_folder(cls, settings: dict[str, Any], folder: Path) -> Result:
@@ -50,9 +54,8 @@ class Result:
             RunFolderError: the folder is not whole.
         """
         found = RunFolder(folder)
-        return cls(
-            settings, rounds.records(found), found.need_json("partition.json")["hash"], str(folder), found.config.task
-        )
+        scores = found.objective.scores_of(found.config)
+        return cls(settings, rounds.records(found), found.need_json("partition.json")["hash"], str(folder), scores)
 
     @property
     def label(self) -> str:
@@ -60,22 +63,21 @@ class Result:
 
 
 def columns(results: Sequence[Result]) -> tuple[str, ...]:
-    """What a table of these runs shows: the scores of their task, and what every run has."""
-    return (*objective.find(results[0].task).titles.values(), *_BESIDE) if results else COLUMNS
+    """What a table of these runs shows: their scores, and what every run has."""
+    return (*(score.title for score in results[0].scores), *_BESIDE) if results else COLUMNS
 
 
-def row(found: Sequence[RoundRecord], task: str = "classification") -> dict[str, float | None]:
-    """A run's results: final scores of its task, ρ in the first and last round and its last floor, mean number of
-    clients whose updates a round used, megabytes (10⁶ bytes) sent both ways, seconds of wall time in rounds; and the
-    means over rounds of R, P, Q and the dispersion, the observable sides of the conditions of arXiv 2508.01348. What
-    was not measured is None, as ρ is where a round used one client's update."""
+def row(found: Sequence[RoundRecord], scores: Sequence[Score] = _USUAL) -> dict[str, float | None]:
+    """A run's results: final `scores`, the deciding one first, ρ in the first and last round and its last floor, mean
+    number of clients whose updates a round used, megabytes (10⁶ bytes) sent both ways, seconds of wall time in rounds;
+    and the means over rounds of R, P, Q and the dispersion, the observable sides of the conditions of arXiv 2508.01348.
+    What was not measured is None, as ρ is where a round used one client's update."""
     trained = [record.metrics for record in found[1:]]
     used = [values[metrics.CLIENTS_COMPLETED] for values in trained if metrics.CLIENTS_COMPLETED in values]
     first, last = trained[0], trained[-1]
-    learned = objective.find(task)
     return {
-        **{title: last.get(f"global/{name}") for name, title in learned.titles.items()},
-        "gap": last.get(f"gap/{learned.score.name}"),
+        **{score.title: last.get(f"global/{score.name}") for score in scores},
+        "gap": last.get(f"gap/{scores[0].name}"),
         "ρ first": first.get(metrics.RHO_MODEL),
         "ρ last": last.get(metrics.RHO_MODEL),
         "ρ floor": last.get(metrics.RHO_FLOOR),
@@ -90,7 +92,7 @@ def frame(results: Iterable[Result]) -> pd.DataFrame:
     """A row per run: its settings, its results, its partition's hash, its run in MLflow or its folder."""
     return pd.DataFrame(
         [
-            {**result.settings, **row(result.records, result.task), "partition": result.partition, "run": result.run}
+            {**result.settings, **row(result.records, result.scores), "partition": result.partition, "run": result.run}
             for result in results
         ]
     )

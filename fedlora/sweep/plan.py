@@ -218,7 +218,8 @@ def _check_scores(source: str, cells: Sequence[Cell]) -> None:
     for task in {cell.config.task for cell in cells} - {usual}:
         from fedlora import objective
 
-        if (score := objective.find(task).score.name) != "accuracy":
+        scores = {objective.score_of(cell.config).name for cell in cells if cell.config.task == task}
+        for score in scores - {"accuracy"}:
             raise ConfigError(
                 f"{source}: task={task} is judged by its {score}, and sweeps compare accuracies so far; run it by "
                 "itself (`fedlora run`) and look at the runs in MLflow"

@@ -12,7 +12,7 @@ from fedlora.config import ModelConfig
 from fedlora.config.lora import LoraConfig
 from fedlora.data.tokens import Examples, Padding
 from fedlora.model.resident import ResidentModel
-from fedlora.objective.classification import OBJECTIVE, Confusion
+from fedlora.objective.classification import ACCURACY, OBJECTIVE, Confusion
 
 LABELS = 4
 
@@ -119,16 +119,16 @@ def test_a_client_without_test_examples_is_left_out_of_the_means(model):
     assert empty.examples == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert metrics.of_local([empty, one, empty], OBJECTIVE.score) == metrics.of_local([one], OBJECTIVE.score)
-        assert metrics.of_local([empty], OBJECTIVE.score) == metrics.of_local([], OBJECTIVE.score) == {}
+        assert metrics.of_local([empty, one, empty], ACCURACY) == metrics.of_local([one], ACCURACY)
+        assert metrics.of_local([empty], ACCURACY) == metrics.of_local([], ACCURACY) == {}
     assert (empty + one).accuracy == one.accuracy
 
 
 def test_local_metrics_are_mean_tenth_percentile_and_worst():
     clients = [Confusion(np.array([[hits, 10 - hits], [0, 0]]), 0.0) for hits in (9, 2, 5, 8)]
-    found = metrics.of_local(clients, OBJECTIVE.score)
+    found = metrics.of_local(clients, ACCURACY)
     assert found["local/accuracy"] == pytest.approx(0.6)
     assert found["local/accuracy_worst"] == pytest.approx(0.2)
     assert found["local/accuracy_p10"] == pytest.approx(np.percentile([0.9, 0.2, 0.5, 0.8], 10))
-    assert metrics.gap({**found, "global/accuracy": 0.45}, OBJECTIVE.score)["gap/accuracy"] == pytest.approx(0.15)
-    assert metrics.gap(found, OBJECTIVE.score) == {}
+    assert metrics.gap({**found, "global/accuracy": 0.45}, ACCURACY)["gap/accuracy"] == pytest.approx(0.15)
+    assert metrics.gap(found, ACCURACY) == {}

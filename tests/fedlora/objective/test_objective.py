@@ -5,7 +5,7 @@ import re
 import pytest
 
 from fedlora import objective
-from fedlora.config import configfile
+from fedlora.config import RunConfig, configfile
 from fedlora.errors import ConfigError
 from fedlora.run import preflight
 
@@ -23,7 +23,10 @@ OBJECTIVE = Counting()
 def test_the_score_that_decides_is_one_of_its_scores(task):
     found = objective.find(task)
     assert found.name == task
-    assert found.score.low < found.score.high
+    decides, *others = found.scores_of(RunConfig(task=task))
+    assert decides == found.score_of(RunConfig(task=task)) == objective.score_of(RunConfig(task=task))
+    assert all(score.low < score.high for score in (decides, *others))
+    assert decides.name not in {score.name for score in others}
     assert issubclass(found.scores, objective.Scores)
 
 

@@ -87,8 +87,9 @@ def of_global(scores: Scores) -> dict[str, float]:
 
 def of_local(clients: Sequence[Scores], score: Score) -> dict[str, float]:
     """Mean, worst tenth (10th percentile where higher is better, else 90th) and worst of the clients' scores on their
-    own test examples; nothing without any."""
-    found = [scores.values()[score.name] for scores in clients if scores.examples]
+    own test examples; nothing where none has been measured."""
+    measured = (scores.values() for scores in clients if scores.examples)
+    found = [values[score.name] for values in measured if score.name in values]
     if not found:
         return {}
     tenth, worst = (10, np.min) if score.higher_is_better else (90, np.max)

@@ -152,6 +152,7 @@ def deliver(run: RunFolder, tracked: Tracked) -> Tracked:
             tracked.save(run)
         while record := rounds.read_record(run, tracked.logged + 1):
             _log_metrics(client, tracked, record, record.metrics)
+            _log_answers(client, tracked, run, record.round)
             _log_round_adapter(client, tracked, run, record.round)
             tracked = replace(tracked, logged=record.round)
             tracked.save(run)
@@ -297,6 +298,14 @@ def _log_data(client: Any, tracked: Tracked, run: RunFolder) -> None:
     }
     for name, value in tags.items():
         client.set_tag(tracked.run, name, value)
+
+
+def _log_answers(client: Any, tracked: Tracked, run: RunFolder, number: int) -> None:
+    """What was answered in writing so far, as a table that MLflow's page shows, of several runs side by side."""
+    if file := export.answers(run, number):
+        client.log_artifact(tracked.run, str(file), "tables")
+        shown = [{"path": f"tables/{file.name}", "type": "table"}]
+        client.set_tag(tracked.run, "mlflow.loggedArtifacts", json.dumps(shown))
 
 
 def _log_round_adapter(client: Any, tracked: Tracked, run: RunFolder, number: int) -> None:

@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from fedlora.config import addresses
 from fedlora.config.channel import ChannelConfig
+from fedlora.config.generate import GenerateConfig
 from fedlora.config.lora import LoraConfig
 from fedlora.errors import counted
 from fedlora.sections import Section
@@ -182,6 +183,10 @@ class EvaluationConfig(Section):
     """Also evaluate each client's own model, after its training, on test examples with its own label distribution."""
     batch_size: int = Field(64, ge=1)
     """Examples per forward pass."""
+    execute_code: bool = False
+    """Allow the scorer `code` to run Python that the model has written, with limits and, where the kernel allows it,
+    without network (`docs/howto/read-answers.md`)."""
+    generate: GenerateConfig = GenerateConfig()
 
 
 class RunnerConfig(Section):
@@ -342,6 +347,7 @@ _LATER = [
     key.split(".")
     for key in (
         *("channel", "model.trust_remote_code", "task"),
+        *("evaluation.generate", "evaluation.execute_code"),
         *("data.prompt", "data.response", "data.loss_on", "data.too_long", "partition.by"),
     )
 ]

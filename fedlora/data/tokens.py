@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedlora.data import questions
 from fedlora.data.sources import LabelledText
 from fedlora.data.turns import Turns
 from fedlora.errors import DataError
@@ -38,7 +39,7 @@ class Padding(NamedTuple):
 @dataclass(frozen=True)
 class TokenisedData:
     """A tokenised set on disk. The splits have the columns `input_ids`, `length`, `label` and, where there is such a
-    thing, `token_type_ids`, `targets` and `client`; nothing is padded."""
+    thing, `token_type_ids`, `targets`, `client` and what `fedlora.data.questions` adds; nothing is padded."""
 
     path: Path
     labels: tuple[str, ...]
@@ -92,9 +93,11 @@ def tokenise(text: LabelledText, tokenizer: Any, max_length: int, cache: Path, t
         cache.mkdir(parents=True, exist_ok=True)
         with _temporary_folder(cache) as folder:
             sizes = {}
+            options = questions.options_of(text.tables["train"]) if turns else []
             for split in ("train", "test"):
                 table = text.tables[split]
-                found = _turned(table, turns) if turns else _encoded(table, tokenizer, max_length, meta)
+                asked = options if split == "test" else None
+                found = _turned(table, turns, asked) if turns else _encoded(table, tokenizer, max_length, meta)
                 sizes[split] = _write(folder / f"{split}.arrow", found)
                 if not sizes[split]:
                     raise DataError(
@@ -233,7 +236,7 @@ def _describe(text: LabelledText, tokenizer: Any) -> _Meta:
 
 def _digest(meta: _Meta, tokenizer: Any, max_length: int, turns: Turns | None) -> str:
     described = {name: value for name, value in asdict(meta).items() if name != "notes"}
-    how = [[turns.loss_on, turns.too_long, tokenizer.chat_template]] if turns else []
+    how = [[turns.loss_on, turns.too_long, tokenizer.chat_template, "asked"]] if turns else []
     content = json.dumps([described, max_length, _tokenizer_content(tokenizer), *how], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -272,7 +275,8 @@ def _encoded(split: pa.Table, tokenizer: Any, max_length: int, meta: _Meta) -> I
         yield pa.table(columns)
 
 
-def _turned(split: pa.Table, turns: Turns) -> Iterator[pa.Table]:
+def _turned(split: pa.Table, turns: Turns, options: Sequence[str] | None) -> Iterator[pa.Table]:
+    """Dialogues as tokens; where there are options, even none, as questions too."""
     import pyarrow as pa
 
     for start in range(0, len(split), _ROWS_AT_A_TIME):
@@ -284,6 +288,8 @@ def _turned(split: pa.Table, turns: Turns) -> Iterator[pa.Table]:
         columns |= {"label": rows["label"], "length": pa.array([len(row) for row in ids], pa.int32())}
         if "client" in rows.column_names:
             columns["client"] = rows["client"].cast(pa.string())
+        if options is not None:
+            columns |= questions.columns(rows, turns, options)
         yield pa.table(columns)
 
 

@@ -193,8 +193,13 @@ def positions_of(declared: Any) -> int | None:
     return positions if positions > 0 else None
 
 
-def check_positions(config: ModelConfig, positions: int | None, tokens: int) -> None:
-    """Raise what `check_length` does, for a limit that is known."""
+def check_positions(config: ModelConfig, positions: int | None, tokens: int, written: int = 0) -> None:
+    """Raise what `check_length` does, for a limit that is known, and for an answer of so many tokens."""
+    if positions is not None and positions < tokens + written and written:
+        raise ModelError(
+            f"data.max_length={tokens} and evaluation.generate.max_new_tokens={written} are {tokens + written} tokens "
+            f"together, but model.name={config.name} reads at most {positions}; lower one of them"
+        )
     if positions is not None and positions < tokens:
         raise ModelError(
             f"data.max_length={tokens}, but model.name={config.name} reads at most {positions} tokens; "

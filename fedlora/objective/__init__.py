@@ -14,7 +14,8 @@ __all__ = ["Loss", "Objective", "Resident", "Score", "Scores", "find", "names", 
 
 def names() -> list[str]:
     """The objectives that there are: what `task` may be."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    files = (module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+    return sorted(name for name in files if name != "base")
 
 
 def find(task: str) -> Objective:

@@ -11,15 +11,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.config import DataConfig, ModelConfig, RunConfig
+from fedlora.config.generate import GenerateConfig
 from fedlora.data.batches import Batch
+from fedlora.data.questions import Questions
 from fedlora.data.sources import Draft, LabelledText
 from fedlora.data.tokens import Examples, Padding
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,11 @@ class Scores(ABC):
     def values(self) -> dict[str, float]:
         """The scores by their names, `loss` among them. Only where there are examples."""
 
+    @property
+    def answers(self) -> Sequence[Mapping[str, Any]]:
+        """Some of what was written, a row of a table each."""
+        return ()
+
     @abstractmethod
     def to_json(self) -> dict[str, Any]: ...
 
@@ -104,6 +114,8 @@ class Objective(ABC):
     labelled: ClassVar[bool]
     """Whether the labels are what is learned; otherwise they are groups that a partition may go by."""
 
+    writes: ClassVar[bool] = False
+    """Whether test examples can be answered in writing (`answer`)."""
     beside: ClassVar[Sequence[Score]]
     """The scores that tables show beside the deciding one, which may be among them."""
 
@@ -116,12 +128,23 @@ class Objective(ABC):
         decides = self.score_of(config)
         return (decides, *(each for each in self.beside if each.name != decides.name))
 
+    def locally(self, config: RunConfig) -> tuple[Score, ...]:
+        """Those scores that are also measured by client, with their gap: the deciding one."""
+        return (self.score_of(config),)
+
     @abstractmethod
     def check(self, config: RunConfig) -> None:
         """Refuse settings that are none of this objective's, or that it lacks.
 
         Raises:
             ConfigError: names the key, the value and what to do.
+        """
+
+    def check_examples(self, config: RunConfig, test: pa.Table, train: pa.Table) -> None:  # noqa: B027
+        """Refuse test examples that cannot be scored as configured.
+
+        Raises:
+            DataError: there are such.
         """
 
     @abstractmethod
@@ -184,3 +207,17 @@ class Objective(ABC):
     @abstractmethod
     def evaluate(self, model: Resident, examples: Examples, batch_size: int, padding: Padding) -> Scores:
         """Score the model with the adapter that is loaded in it: every example once, without gradients."""
+
+    def answer(
+        self, model: Resident, asked: Questions, tokenizer: Any, how: GenerateConfig, show: Sequence[int] = ()
+    ) -> Scores:
+        """Let the model answer questions with the adapter that is loaded in it, and judge what it says.
+
+        Args:
+            model: with its adapter.
+            asked: test examples.
+            tokenizer: of the model.
+            how: answers are written and judged.
+            show: rows of the test set whose answers are kept.
+        """
+        raise NotImplementedError(f"task={self.name} writes nothing")

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedlora.config import DataConfig, ModelConfig, RunConfig
-from fedlora.data import dialogues, tokens
+from fedlora.config.generate import GenerateConfig
+from fedlora.data import dialogues, questions, tokens
 from fedlora.data.batches import Batch, evaluation_batches
+from fedlora.data.questions import Questions
 from fedlora.data.sources import Draft, LabelledText
 from fedlora.data.tokens import Examples, Padding
 from fedlora.data.turns import IGNORED, Turns
 from fedlora.errors import ConfigError
+from fedlora.model import writing
 from fedlora.model.base import check_writer, load_writer
+from fedlora.objective import scorers
 from fedlora.objective.base import Loss, Objective, Resident, Score, Scores
+from fedlora.objective.scorers import Scorer
+from fedlora.objective.scorers.judging import Judged, judged, metric_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _WITHOUT_LABELS = ("iid", "quantity", "natural-id")
 """Partitioners that look at no label."""
@@ -30,14 +40,20 @@ class TokenScores(Scores):
     """Summed cross-entropy in nats of the tokens that are to be predicted, how many they are, how many were the
     likeliest, and of how many examples."""
 
-    loss_sum: float
-    tokens: int
-    hits: int
-    count: int
+    loss_sum: float = 0.0
+    tokens: int = 0
+    hits: int = 0
+    count: int = 0
+    judged: Judged = field(default_factory=Judged)
+    """What answers to some of the examples came to."""
 
     def __add__(self, other: TokenScores) -> TokenScores:
         return TokenScores(
-            self.loss_sum + other.loss_sum, self.tokens + other.tokens, self.hits + other.hits, self.count + other.count
+            self.loss_sum + other.loss_sum,
+            self.tokens + other.tokens,
+            self.hits + other.hits,
+            self.count + other.count,
+            self.judged + other.judged,
         )
 
     @property
@@ -50,11 +66,19 @@ class TokenScores(Scores):
         return self.loss_sum / self.tokens
 
     def values(self) -> dict[str, float]:
+        if not self.tokens:
+            return self.judged.values()
         perplexity = math.exp(min(self.loss, 700.0))  # beyond, a float is infinite
-        return {"loss": self.loss, "perplexity": perplexity, "token_accuracy": self.hits / self.tokens}
+        found = {"loss": self.loss, "perplexity": perplexity, "token_accuracy": self.hits / self.tokens}
+        return {**found, "tokens": float(self.tokens), **self.judged.values()}
+
+    @property
+    def answers(self) -> Sequence[Mapping[str, Any]]:
+        return self.judged.shown
 
     def to_json(self) -> dict[str, Any]:
-        return {"loss_sum": self.loss_sum, "tokens": self.tokens, "hits": self.hits, "count": self.count}
+        counts = {"loss_sum": self.loss_sum, "tokens": self.tokens, "hits": self.hits, "count": self.count}
+        return counts | ({"judged": self.judged.to_json()} if self.judged.count else {})
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> TokenScores:
@@ -64,11 +88,18 @@ class TokenScores(Scores):
             raise ValueError("scores are counts, and a loss")
         if not counts[1] <= counts[0] or not counts[2] <= counts[0]:
             raise ValueError("scores are of fewer tokens than they count")
-        return cls(loss_sum, *counts)
+        judged = Judged.from_json(content["judged"]) if "judged" in content else Judged()
+        return cls(loss_sum, counts[0], counts[1], counts[2], judged)
 
 
 LOSS = Score("loss", higher_is_better=False, low=0.0, high=math.inf, title="loss", unit="nats per token")
 TOKEN_ACCURACY = Score("token_accuracy", higher_is_better=True, low=0.0, high=1.0, title="token accuracy", unit="share")
+
+
+def _mean_by(scorer: Scorer) -> Score:
+    """What answers are worth by a scorer, on average."""
+    unit = "share of answers"
+    return Score(metric_of(scorer.name), higher_is_better=True, low=0.0, high=1.0, title=scorer.title, unit=unit)
 
 
 class Generation(Objective):
@@ -77,10 +108,19 @@ class Generation(Objective):
     name: ClassVar[str] = "generation"
     scores: ClassVar[type[Scores]] = TokenScores
     labelled: ClassVar[bool] = False
+    writes: ClassVar[bool] = True
     beside: ClassVar[Sequence[Score]] = (LOSS, TOKEN_ACCURACY)
 
     def score_of(self, config: RunConfig) -> Score:
-        return LOSS
+        asked = config.evaluation.generate.scorers
+        return _mean_by(scorers.find(asked[0])) if asked else LOSS
+
+    def scores_of(self, config: RunConfig) -> tuple[Score, ...]:
+        judged = (_mean_by(scorers.find(name)) for name in config.evaluation.generate.scorers)
+        return (*judged, *self.beside)
+
+    def locally(self, config: RunConfig) -> tuple[Score, ...]:
+        return tuple({each.name: each for each in (self.score_of(config), LOSS)}.values())
 
     def check(self, config: RunConfig) -> None:
         if config.partition.name not in _WITHOUT_LABELS and config.partition.by is None:
@@ -94,6 +134,17 @@ class Generation(Objective):
             raise ConfigError(f"data.{given} is given without data.{other}; expected both, or none")
         if config.model.pooling != "auto":
             raise ConfigError(f"model.pooling={config.model.pooling} is for task=classification; leave it out")
+        for name in config.evaluation.generate.scorers:
+            if scorers.find(name).runs_code and not config.evaluation.execute_code:
+                raise ConfigError(
+                    f"evaluation.generate.scorers={name} runs Python that the model has written; set "
+                    "evaluation.execute_code=true where you accept that (docs/howto/read-answers.md)"
+                )
+
+    def check_examples(self, config: RunConfig, test: pa.Table, train: pa.Table) -> None:
+        known = questions.references(test, questions.options_of(train))
+        for name in config.evaluation.generate.scorers:
+            scorers.check(scorers.find(name), known)
 
     def draft(self, data: DataConfig, by: str | None, seed: int, light: bool = False) -> Draft:
         return dialogues.read(data, by, seed)
@@ -138,6 +189,30 @@ class Generation(Objective):
                 hits += int((logits.argmax(-1) == targets).sum())
                 found += len(targets)
         return TokenScores(float(loss_sum), found, hits, len(examples))
+
+    def answer(
+        self, model: Resident, asked: Questions, tokenizer: Any, how: GenerateConfig, show: Sequence[int] = ()
+    ) -> TokenScores:
+        marks, found = writing.Marks.of(model.peft, tokenizer), {}
+        asking = [scorers.find(name) for name in how.scorers]
+        if not all(scorer.chooses for scorer in asking):
+            written = writing.write(model, asked.asked, how, marks)
+            texts = [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+        for scorer in asking:
+            found[scorer] = _chosen(model, asked, tokenizer, scorer, marks.pad) if scorer.chooses else texts
+        return TokenScores(judged=judged(found, asked, show))
+
+
+def _chosen(model: Resident, asked: Questions, tokenizer: Any, scorer: Scorer, pad: int) -> list[str]:
+    """The likeliest option for each question."""
+    options = [each.options for each in asked.references]
+    ids = [
+        [np.array(row, dtype=np.int32) for row in tokenizer(list(each), add_special_tokens=False)["input_ids"]]
+        for each in options
+    ]
+    lengths = [[len(text.encode()) if scorer.by_length else 1 for text in each] for each in options]
+    best = writing.likeliest(model, asked.asked, ids, lengths, pad)
+    return [each[position] for each, position in zip(options, best, strict=True)]
 
 
 def _predicted(model: Resident, batch: Batch) -> tuple[Tensor, Tensor]:

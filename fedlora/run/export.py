@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,6 @@ from fedlora.run import rounds
 from fedlora.run.records import Setup
 from fedlora.run.runfolder import RunFolder
 
-
 def final(run: RunFolder) -> None:
     """Write `adapter/`, `tables/` and `figures/` of a finished run.
 
@@ -30,9 +30,23 @@ def final(run: RunFolder) -> None:
         closed = list(run.closed())
         for name in ("divergence", "clients"):  # rows of `fedlora.run.rows`, of the rounds after training began
             run.write_json(f"tables/{name}.json", [row for record in closed[1:] for row in record["rows"][name]])
+        answers(run, run.config.rounds)
         records = {run.config.strategy: [RoundRecord.from_json(record) for record in closed]}
         plots.rounds_figure(records, run.path / "figures" / "rounds.png", score=run.score.name)
         plots.conditions_figure(records, run.path / "figures" / "conditions.png")
+
+
+def answers(run: RunFolder, number: int) -> Path | None:
+    """Write what was answered in writing up to a round (`tables/answers.json`, columns and rows as MLflow shows a
+    table); the file, or None where nothing was answered after that round."""
+    closed = list(itertools.islice(run.closed(), number + 1))
+    if not closed[-1]["rows"].get("answers"):
+        return None
+    rows = [row for record in closed for row in record["rows"].get("answers", ())]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    file = run.path / "tables" / "answers.json"
+    write_json(file, {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]})
+    return file
 
 
 def adapter(run: RunFolder, number: int, folder: Path) -> None:

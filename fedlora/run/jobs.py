@@ -6,15 +6,17 @@ that is already done, and whole, is not done again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedlora import seeds
 from fedlora.adapter import Adapter
 from fedlora.channel import faults as channel
-from fedlora.data import sources, tokens
+from fedlora.data import questions, sources, tokens
 from fedlora.data.partition import Partition, Split, partition
 from fedlora.errors import DataError
 from fedlora.files import home
@@ -22,9 +24,8 @@ from fedlora.model import outline, provenance
 from fedlora.model.base import check_length, load_tokenizer
 from fedlora.model.resident import ResidentModel
 from fedlora.objective import Scores
-from fedlora.run import ranks
+from fedlora.run import ranks, rounds
 from fedlora.run.records import ClientRecord, DataRead, Part, Setup
-from fedlora.run.rounds import examples_of
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.traffic import crossing
 from fedlora.seeds import Turn
@@ -63,6 +64,7 @@ def prepare_data(bench: Workbench, folder: Path) -> None:
     text = sources.finish(run.objective.draft(config.data, config.partition.by, config.seed))
     origin = provenance.of_model(config.model)
     base = provenance.pinned(config.model, origin)
+    run.objective.check_examples(config, text.tables["test"], text.tables["train"])
     tokenizer = load_tokenizer(base)
     path = run.objective.tokenise(text, tokenizer, config.data, home.cache())
     data = bench.keep("data", path, lambda: tokens.open_tokens(path))
@@ -163,7 +165,7 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
     state, strategy = _state(run, bench, number - 1), run.strategy
     start, plan = strategy.broadcast(state, client_id), strategy.plan(number)
     data, model = _data(run, bench), _model(run, bench, state, number - 1)
-    own = examples_of(strategy, _partition(run, bench), client_id)
+    own = rounds.examples_of(strategy, _partition(run, bench), client_id)
     rows, held_out = ranks.hold_out(config.lora, number, own.train, config.seed, client_id)
     examples, training = tokens.examples(data.train, rows), own.training(config.training)
     with memory.watched(bench.device) as peak:
@@ -179,7 +181,7 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
         seconds=trained.seconds,
         bytes=crossing(run, turn, state.base, start, upload),
         validation=_score(bench, run, data.train, held_out) if len(held_out) else None,
-        local=_score(bench, run, data.test, own.test) if config.evaluation.local else None,
+        local=_own_score(bench, run, number, own.test) if config.evaluation.local else None,
         memory=peak.bytes,
     )
     message = channel.Message(upload.tensors(), record.to_json())
@@ -201,10 +203,32 @@ def evaluate(bench: Workbench, folder: Path, number: int, part: Part) -> Scores:
         _model(run, bench, state, number).load(chosen)
     if part.split == "local":
         assert part.client is not None
-        rows = _partition(run, bench).test[part.client]
-    else:
-        rows = np.arange(len(test), dtype=np.int64)[part.start :: part.step]
-    return _score(bench, run, test, rows)
+        return _own_score(bench, run, number, _partition(run, bench).test[part.client])
+    if part.split == "answers":
+        drawn = rounds.answered_rows(run)
+        show = drawn[: run.config.evaluation.generate.shown].tolist()
+        return _answered(bench, run, Turn(run.config.seed, number, part.start), drawn[part.start :: part.step], show)
+    scores = _score(bench, run, test, np.arange(len(test), dtype=np.int64)[part.start :: part.step])
+    if part.split == "probe" and rounds.answered(run, number):
+        scores += _answered(bench, run, Turn(run.config.seed, number, 0), rounds.answered_rows(run))
+    return scores
+
+
+def _own_score(bench: Workbench, run: RunFolder, number: int, rows: np.ndarray) -> Scores:
+    """Of a client's model on its own test examples; some of them are answered where that is asked for."""
+    scores, some = _score(bench, run, _data(run, bench).test, rows), run.config.evaluation.generate.local_examples
+    if some and len(rows) and rounds.answered(run, number):
+        scores += _answered(bench, run, Turn(run.config.seed, number, int(rows[0])), rows[:some])
+    return scores
+
+
+def _answered(bench: Workbench, run: RunFolder, turn: Turn, rows: np.ndarray, show: Sequence[int] = ()) -> Scores:
+    """What answers of the model as it is loaded come to; drawn, if at all, by that turn."""
+    model, asked = _loaded(run, bench), questions.questions(_data(run, bench).test, rows.tolist())
+    base = provenance.pinned(run.config.model, _setup(run, bench).model)
+    tokenizer = bench.keep("tokenizer", base.model_dump_json(), lambda: load_tokenizer(base))
+    seeds.seed_torch(turn.seed, "answers", turn.round, turn.client, model.device)
+    return run.objective.answer(model, asked, tokenizer, run.config.evaluation.generate, show)
 
 
 def _score(bench: Workbench, run: RunFolder, split: Any, rows: np.ndarray) -> Scores:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fedlora.config import DataConfig, PartitionConfig, RunConfig
 from fedlora.data import catalogue
-from fedlora.errors import StrategyRefusal, counted, remembered
+from fedlora.errors import ConfigError, StrategyRefusal, counted, remembered
 from fedlora.files import limits
 from fedlora.files.limits import FileStates
 from fedlora.strategies import registry
@@ -89,7 +89,13 @@ def names(config: RunConfig) -> None:
     from fedlora.model import base as model
     from fedlora.training import workers
 
-    objective.find(config.task).check(config)
+    found = objective.find(config.task)
+    if (scorers := config.evaluation.generate.scorers) and not found.writes:
+        raise ConfigError(
+            f"evaluation.generate.scorers={','.join(scorers)} judge what is written, and task={config.task} writes "
+            "nothing; leave them out, or set task=generation"
+        )
+    found.check(config)
     model.resolve(config.model.name)
     workers.slot_devices(config.runner)
 
@@ -160,7 +166,8 @@ def _layers(config: RunConfig) -> tuple[Layer, ...] | None:
     found = outline.of(config.model, objective.find(config.task))
     if found is None:
         return None
-    model.check_positions(config.model, found.positions, config.data.max_length)
+    written = config.evaluation.generate.max_new_tokens if config.evaluation.generate.scorers else 0
+    model.check_positions(config.model, found.positions, config.data.max_length, written)
     found.check_vocabulary(config.model.name)
     layers = found.targets(config.lora)
     strategy = registry.find(config.strategy)

@@ -156,7 +156,7 @@ class Outcome:
 class Part:
     """A piece of what is scored after a round: rows of the test set from `start` on, every `step`-th, by one model."""
 
-    split: Literal["global", "local", "probe"]
+    split: Literal["global", "local", "probe", "answers"]
     client: int | None = None
     """Whose model; empty for the global one."""
     start: int = 0

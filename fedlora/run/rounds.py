@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from fedlora.config import TrainingConfig
+from fedlora import seeds
+from fedlora.config import RunConfig, TrainingConfig
 from fedlora.data.batches import steps_for
 from fedlora.data.partition import Partition
 from fedlora.data.partitioners import Rows
@@ -62,16 +64,58 @@ def evaluation_parts(run: RunFolder, number: int) -> list[Part]:
     A personal strategy has no global model: the test examples are dealt out evenly, and each is judged by one client's
     model, an unbiased estimate of the clients' mean accuracy at the price of one pass (our reading).
     """
-    config = run.config
-    if number not in (0, config.rounds) and number % config.evaluation.every:
-        return probe.parts(run, number)
-    personal = run.strategy.traits.personal
+    config, parts = run.config, probe.parts(run, number)
     examples = Setup.read(run).examples["test"]
-    step = config.clients if personal else math.ceil(examples / _LARGEST_PART)
-    parts = [Part("global", index if personal else None, index, step) for index in range(min(step, examples))]
-    if number == 0 and config.evaluation.local:
-        parts += [Part("local", client) for client in range(config.clients)]
-    return parts + probe.parts(run, number)
+    how = config.evaluation.generate
+    if answered(run, number):
+        parts = _dealt(run, "answers", min(how.examples, examples), how.batch_size) + parts
+    if number in (0, config.rounds) or number % config.evaluation.every == 0:
+        local = range(config.clients if number == 0 and config.evaluation.local else 0)
+        whole = _dealt(run, "global", examples, _LARGEST_PART)
+        parts = [*whole, *(Part("local", client) for client in local), *parts]
+    return parts
+
+
+def _dealt(run: RunFolder, split: Literal["global", "answers"], examples: int, largest: int) -> list[Part]:
+    personal = run.strategy.traits.personal
+    step = run.config.clients if personal else math.ceil(examples / largest)
+    return [Part(split, index if personal else None, index, step) for index in range(min(step, examples))]
+
+
+def answered(run: RunFolder, number: int) -> bool:
+    """Whether test examples are answered in writing after round `number`."""
+    config = run.config
+    if not config.evaluation.generate.scorers:
+        return False
+    return number in (0, config.rounds) or number % answers_every(config, Setup.read(run).examples["train"]) == 0
+
+
+def answers_every(config: RunConfig, examples: int) -> int:
+    """Every how many rounds: as configured, else as often as writing takes no more than its share of the work.
+
+    Counted in tokens of `data.max_length`, each trained: one that is written costs about as much as one that is trained
+    (memory and arithmetic of one row against those of a batch), one that is read before a third.
+
+    Args:
+        config: of the run.
+        examples: of all clients, to train on.
+    """
+    how, training = config.evaluation.generate, config.training
+    if how.every is not None:
+        return how.every
+    each = steps_for(
+        max(1, examples // config.clients), training.batch_size, training.local_steps, training.local_epochs
+    )
+    trained = config.clients_per_round * each * training.batch_size * config.data.max_length
+    answers = how.examples + config.clients_per_round * how.local_examples
+    written = answers * (config.data.max_length / 3 + how.max_new_tokens)
+    return max(1, math.ceil(written * (1 - how.share) / (how.share * trained)))
+
+
+def answered_rows(run: RunFolder) -> Rows:
+    """The test examples that are answered, in the order in which they are drawn: those that are shown come first."""
+    examples, how = Setup.read(run).examples["test"], run.config.evaluation.generate
+    return seeds.numpy_generator(run.config.seed, "answers").permutation(examples)[: how.examples]
 
 
 def read_record(run: RunFolder, number: int) -> RoundRecord | None:

@@ -41,7 +41,7 @@ def _of_client(number: int, entry: Entry, known: ClientRecord | None, score: Sco
         "rank": known.rank if known else None,
         "loss_first": losses[0] if losses else None,
         "loss": float(np.mean(losses[-5:])) if losses else None,
-        score.name: scores.values()[score.name] if scores and scores.examples else None,
+        score.name: scores.values().get(score.name) if scores and scores.examples else None,
         "seconds": known.seconds if known else None,
         "bytes": sent.total,
         "bytes_up": sent.up_adapter + sent.up_head,

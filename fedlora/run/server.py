@@ -195,21 +195,26 @@ class Server:
         """
         values: dict[str, float] = {}
         roll, made, score = self._roll(number), self._of_state(number), self.run.score
-        by_split: dict[str, list[Scores]] = {"global": [], "local": []}
+        of_all: list[Scores] = []
+        by_client: list[Scores] = []
         for part, found in zip(parts, scores, strict=True):
             if part.split == "probe":
-                values[part.metric] = found.values()[score.name]
+                values |= {part.metric: found.values()[score.name]} if score.name in found.values() else {}
             else:
-                by_split[part.split].append(found)
-        if by_split["global"]:
-            values |= metrics.of_global(sum(by_split["global"][1:], by_split["global"][0]))
+                (by_client if part.split == "local" else of_all).append(found)
+        answers: list[Mapping[str, Any]] = []
+        if of_all:
+            whole = sum(of_all[1:], of_all[0])
+            values |= metrics.of_global(whole)
+            answers = sorted(whole.answers, key=lambda row: row["row"])
         records = {entry.client: self._of(number, entry).record for entry in roll.having("completed")}
         if made.outcome is None:
-            values |= metrics.of_local(by_split["local"], score) | metrics.of_bytes(Bytes(), 0)
+            values |= self._of_clients(by_client) | metrics.of_bytes(Bytes(), 0)
             values |= dict.fromkeys(_SECONDS, 0.0)
         else:
             values |= self._of_training(number, roll, records, made.outcome)
-        values |= metrics.gap(values, score)
+        for each in self.run.objective.locally(self.run.config):
+            values |= metrics.gap(values, each)
         values |= {
             metrics.TIME_TRAIN: timings.train,
             metrics.TIME_EVALUATE: timings.evaluate,
@@ -217,7 +222,9 @@ class Server:
             **({metrics.TIME_RESUMED: 1.0} if timings.resumed else {}),
         }
         record = RoundRecord(number, int(time.time() * 1000), tuple(roll.completed), values)
-        self.run.write_json(self.run.record_name(number), {**record.to_json(), **_kept(roll, records, made, score)})
+        kept = _kept(roll, records, made, score)
+        kept["rows"] |= {"answers": [{"round": number, **row} for row in answers]} if answers else {}
+        self.run.write_json(self.run.record_name(number), {**record.to_json(), **kept})
         self._accepted, self._kept_bytes, self._read_seconds = {}, 0, 0.0
         self._closed = {number: record}
         return record
@@ -233,10 +240,15 @@ class Server:
         ranks = {int(client): rank for client, rank in before.items()}
         return _Made(number, content["base_bytes"], ranks, Outcome.from_json(content))
 
+    def _of_clients(self, scores: Sequence[Scores]) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for each in self.run.objective.locally(self.run.config):
+            values |= metrics.of_local(scores, each)
+        return values
+
     def _of_training(
         self, number: int, roll: Roll, records: Mapping[int, ClientRecord], outcome: Outcome
     ) -> dict[str, float]:
-        score = self.run.score
         before = self._closed.get(number - 1) or rounds.read_record(self.run, number - 1)
         if before is None:
             raise RunAborted(f"round {number} in {self.run.path} is incomplete")
@@ -244,7 +256,7 @@ class Server:
         if self.run.config.channel.faults.delay != "none":
             virtual[metrics.TIME_VIRTUAL] = participation.virtual_seconds(self.run.config, roll)
         return (
-            metrics.of_local([record.local for record in records.values() if record.local is not None], score)
+            self._of_clients([record.local for record in records.values() if record.local is not None])
             | metrics.of_divergence(outcome.divergence)
             | metrics.of_bytes(outcome.bytes, before.metrics[metrics.BYTES_TOTAL])
             | metrics.of_participation(roll.counts())

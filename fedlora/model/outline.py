@@ -25,19 +25,18 @@ from fedlora.files.atomic import write_json
 from fedlora.files.limits import FileStates
 from fedlora.model import peftpattern
 from fedlora.model.base import (
-    KNOWN,
     adaptable_modules,
     cannot_load,
     default_targets,
     load_declared,
     load_tokenizer,
     positions_of,
-    resolve,
     stores_transposed,
     targets_among,
     tied_to,
 )
 from fedlora.model.heads import PooledClassifier
+from fedlora.model.known import KNOWN, not_installed, resolve
 from fedlora.objective.base import Objective
 
 _FORMAT = 2
@@ -116,8 +115,8 @@ def of(config: ModelConfig, objective: Objective) -> Outline | None:
     not in the local cache, a model that runs Python files of its own, or one that cannot be built without weights.
 
     Raises:
-        ModelError: its configuration or tokenizer cannot be loaded, its folder has no safetensors weights, or its
-            architecture is no text classifier.
+        ModelError: its configuration or tokenizer cannot be loaded, its folder has no safetensors weights, its
+            architecture is no text classifier, or it is a packaged model that is not installed, without a network.
     """
     location = resolve(config.name)
     if config.trust_remote_code:  # its files are run when the run begins, which says so, and not before
@@ -127,6 +126,8 @@ def of(config: ModelConfig, objective: Objective) -> Outline | None:
         return _kept(config, objective, _files(Path(location)))
     snapshot = _snapshot(location, config.revision)
     if snapshot is None:
+        if _offline() and (missing := not_installed(config.name)):
+            raise missing
         return None
     pooling = KNOWN[config.name].pooling if config.pooling == "auto" and config.name in KNOWN else config.pooling
     local = config.model_copy(update={"name": str(snapshot), "revision": None, "pooling": pooling})
@@ -139,6 +140,12 @@ def of(config: ModelConfig, objective: Objective) -> Outline | None:
 def _require_weights(config: ModelConfig, folder: Path) -> None:
     if not any((folder / name).is_file() for name in (*_WEIGHTS, "adapter_config.json")):
         raise cannot_load(config, "weights", OSError(f"{folder} has no {_WEIGHTS[0]}"))
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _snapshot(hub_id: str, revision: str | None) -> Path | None:

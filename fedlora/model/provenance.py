@@ -11,7 +11,8 @@ from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
 from fedlora.files import home
 from fedlora.files.atomic import write_atomic
-from fedlora.model.base import model_file, resolve
+from fedlora.model.base import model_file
+from fedlora.model.known import resolve
 
 Origin = dict[str, str]
 """`name`, and `digest` of a folder or `revision` (the commit) of a hub id."""

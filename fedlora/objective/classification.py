@@ -17,8 +17,9 @@ from fedlora.data.batches import Batch, evaluation_batches
 from fedlora.data.sources import Draft, LabelledText
 from fedlora.data.tokens import Examples, Padding
 from fedlora.errors import ConfigError
-from fedlora.model.base import KNOWN, load_base, pooling_of
+from fedlora.model.base import load_base, pooling_of
 from fedlora.model.heads import PooledClassifier
+from fedlora.model.known import KNOWN
 from fedlora.objective.base import Loss, Objective, Resident, Score, Scores
 
 

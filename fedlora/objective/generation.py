@@ -23,6 +23,7 @@ from fedlora.data.turns import IGNORED, Turns
 from fedlora.errors import ConfigError
 from fedlora.model import writing
 from fedlora.model.base import check_writer, load_writer
+from fedlora.model.known import KNOWN
 from fedlora.objective import scorers
 from fedlora.objective.base import Loss, Objective, Resident, Score, Scores
 from fedlora.objective.scorers import Scorer
@@ -168,7 +169,9 @@ class Generation(Objective):
         return network  # type: ignore[no-any-return]
 
     def with_peft_alone(self, config: ModelConfig, labels: int, changed: bool) -> tuple[str, str]:
-        return f'`transformers.AutoModelForCausalLM.from_pretrained("{config.name}")`.', ""
+        name = f'"{config.name}"'
+        where = f"fedlora.model.resolve({name})" if config.name in KNOWN else name
+        return f"`transformers.AutoModelForCausalLM.from_pretrained({where})`.", ""
 
     def task_type(self, network: nn.Module) -> str | None:
         return "CAUSAL_LM"

@@ -86,7 +86,7 @@ def names(config: RunConfig) -> None:
     catalogue.check(config.data)
     check_rank(config)
     from fedlora import objective  # torch, which a mistake in the lines above need not wait for
-    from fedlora.model import base as model
+    from fedlora.model.known import resolve
     from fedlora.training import workers
 
     found = objective.find(config.task)
@@ -96,7 +96,7 @@ def names(config: RunConfig) -> None:
             "nothing; leave them out, or set task=generation"
         )
     found.check(config)
-    model.resolve(config.model.name)
+    resolve(config.model.name)
     workers.slot_devices(config.runner)
 
 

@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import yaml
 from deployments.local import registering as deploying
 from deployments.shipped import PRESETS, SWEEPS
 from fedlora.config import configfile
+from fedlora.model import known
 from fedlora.run import preflight
 from fedlora.sweep import plan as sweeps
 from fedlora_cli import app as cli
@@ -40,7 +41,6 @@ ELSEWHERE = {
     r"fedlora run demo strategy=fedavgm ": "the example's plug-in, see test_plugin_package.py",
     r"pip install -e \. --no-deps$": "the page's plug-in, see test_docs.py",
     r"fedlora run demo model.name=distilbert/": "a model of the hub",
-    r"fedlora run demo task=generation model.name=HuggingFaceTB/": "a model of the hub",
     r"fedlora (run|sweep) standard": "data and model of the hub",
     r"fedlora .* runner.device=cuda$": "a GPU",
 }
@@ -94,7 +94,7 @@ def elsewhere(command):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, finished):
+def folder(tmp_path_factory, finished, kinds):
     """Where a reader of all pages would be: with the files that they make, and those that they take for granted."""
     folder, before = tmp_path_factory.mktemp("reader"), Path.cwd()
     os.chdir(folder)
@@ -110,13 +110,17 @@ def folder(tmp_path_factory, finished):
         os.chdir(before)
     texts = [f"review number {i} of a book" for i in range(300)]
     pd.DataFrame({"text": texts, "stars": [i % 5 for i in range(300)]}).to_csv(folder / "reviews.csv", index=False)
+    (folder / "tasks.jsonl").write_text(kinds().read_text() * 4)
     for number, name in enumerate(("alice", "bob", "carol")):
         shutil.copytree(finished({"seed": number}) / "adapter", folder / name)
     return folder
 
 
 @pytest.fixture
-def reader(folder, monkeypatch):
+def reader(folder, small_llama, monkeypatch):
+    """With another decoder where the packaged one would be, which not everybody has installed."""
+    decoder = replace(known.KNOWN["smollm2-135m"], package=None, inside=str(small_llama()))
+    monkeypatch.setitem(known.KNOWN, "smollm2-135m", decoder)
     monkeypatch.chdir(folder)
     return folder
 

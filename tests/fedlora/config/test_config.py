@@ -172,7 +172,7 @@ class TestUnknownKeys:
             ("training.leraning_rate", "training.learning_rate"),
             (
                 "model.batch_size",
-                "evaluation.batch_size or training.batch_size",
+                "evaluation.batch_size or evaluation.generate.batch_size or training.batch_size",
             ),
             ("alpha", "lora.alpha or partition.alpha"),
             ("round", "rounds"),

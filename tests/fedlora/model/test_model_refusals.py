@@ -11,6 +11,7 @@ from transformers import AutoModel
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
 from fedlora.model import base as model
+from fedlora.model import known
 from fedlora.run import jobs
 from fedlora.training.workers import Workbench
 
@@ -38,7 +39,7 @@ def test_a_path_that_is_not_there(name):
 
 def test_a_hub_id_is_left_to_the_hub_and_a_packaged_model_that_is_not_installed_too(monkeypatch):
     assert model.resolve("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
-    monkeypatch.setattr(model, "find_spec", lambda package: None)
+    monkeypatch.setattr(known, "find_spec", lambda package: None)
     assert model.resolve("minilm") == "sentence-transformers/all-MiniLM-L6-v2"
 
 

@@ -36,6 +36,8 @@ def test_model_data_and_their_licences_are_in_the_wheel(wheel):
         "bert-tiny/LICENSE",
         "wordnet-nouns/train.parquet",
         "wordnet-nouns/LICENSE",
+        "wordnet-definitions/train.parquet",
+        "wordnet-definitions/LICENSE",
     ):
         assert (assets / name).stat().st_size > 500
     assert list(wheel.glob("*.dist-info/licenses/NOTICE"))

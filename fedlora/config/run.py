@@ -97,7 +97,8 @@ class DataConfig(Section):
     """What becomes of an example whose response is longer than `max_length`: left out, or cut with its end mark kept.
     A long prompt is cut at its beginning."""
     client: str | None = None
-    """Column that names the natural owner of an example; needed by `partition.name=natural-id`."""
+    """Column that names the natural owner of an example; needed by `partition.name=natural-id`, but for sets that have
+    natural owners (`fedlora datasets`)."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of the examples kept for testing where the source has no test split of its own."""
     train_size: int | None = Field(None, ge=1)
@@ -282,8 +283,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _possible_together(self) -> RunConfig:
-        if self.partition.name == "natural-id" and self.data.client is None:
-            raise ValueError("partition.name=natural-id needs data.client, the column that names each example's owner")
         if self.training.momentum and self.training.optimizer != "sgd":
             raise ValueError("training.momentum is for training.optimizer=sgd; adamw has moments of its own")
         if self.runner.device in ("cpu", "mps") and self.runner.kind == "threads" and (self.runner.slots or 1) > 1:

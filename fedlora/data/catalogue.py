@@ -54,6 +54,11 @@ class Entry:
 
 CATALOGUE: dict[str, Entry] = {
     "wordnet-nouns": Entry("10,000 noun definitions, 20 kinds of things; comes with fedlora", packaged=True),
+    "wordnet-definitions": Entry(
+        "9,400 nouns to define (task=generation), 22 natural clients; comes with fedlora",
+        packaged=True,
+        columns={"client": "kind"},
+    ),
     "wordnet-nouns-full": Entry("79,000 noun definitions, 20 kinds of things", folder="wordnet-nouns"),
     "ag-news": Entry("news items, 4 topics", folder="ag-news-7600", hub="fancyzhx/ag_news"),
     "banking77": Entry("13,000 questions to a bank, 77 intents", folder="banking77", hub="PolyAI/banking77"),
@@ -119,6 +124,16 @@ def check(config: DataConfig) -> None:
         DataError: no set, folder, file or hub id of that name, or a subset of something that has none.
     """
     resolve(config)
+
+
+def check_owners(config: DataConfig, partition: str) -> None:
+    """Refuse a partition by owner of a set for which no owners are named; reads no data and uses no network.
+
+    Raises:
+        DataError: as `check`, and where owners are needed and not named.
+    """
+    if partition == "natural-id" and config.client is None and "client" not in resolve(config).columns:
+        raise DataError("partition.name=natural-id needs data.client, the column that names each example's owner")
 
 
 def resolve(config: DataConfig) -> Source:

@@ -70,8 +70,8 @@ def _table(
             "is; add training examples of them or remove these rows"
         )
     columns["label"] = pa.array(np.array([index[value] for value in values], dtype=np.int64))
-    if config.client is not None:
-        columns["client"] = pa.array(_texts(split, config.client, "data.client"), pa.large_string())
+    if owner := config.client or mapped.get("client"):
+        columns["client"] = pa.array(_texts(split, owner, "data.client"), pa.large_string())
     return pa.table(columns)
 
 

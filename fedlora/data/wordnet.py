@@ -1,6 +1,7 @@
-"""Builds the packaged data set: a slice of WordNet 3.0 noun glosses, labelled by lexicographer file.
+"""Builds the packaged data sets from WordNet 3.0: noun glosses by lexicographer file, and what nouns mean.
 
     python -m fedlora.data.wordnet --source /usr/share/wordnet/data.noun --out fedlora/assets/wordnet-nouns
+    python -m fedlora.data.wordnet --terms --out fedlora/assets/wordnet-definitions
 
 The order of everything comes from hashes of the texts, so the same source gives the same rows on any machine, whatever
 the versions of the random number generators are.
@@ -12,7 +13,7 @@ import argparse
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fedlora.data.apportion import largest_remainder
@@ -21,6 +22,10 @@ from fedlora.errors import DataError
 TRAIN_SIZE, TEST_SIZE = 8_000, 2_000
 CLASSES = 20
 LARGEST_SHARE = 0.09
+SMALLEST_KIND = 100
+"""Terms of a kind that becomes a natural client of the definitions."""
+TEST_SHARE = 0.2
+PROMPT = "Define the noun: {term}"
 
 _FILES_IN_ORDER = (
     "tops act animal artifact attribute body cognition communication event feeling food group location motive object "
@@ -44,6 +49,25 @@ are shared by several classes are left out, and so are the ethnic slurs; no clas
 |---|---|---|
 {table}
 """
+
+TERMS_README = """# What nouns mean
+
+{train:,} training and {test:,} test examples of instruction data: `prompt` ("Define the noun: dog"), `response` (its
+definition), and `kind`, one of {classes} lexicographer files of WordNet, which are the natural clients.
+
+Origin: WordNet 3.0, Princeton University, as Debian's `wordnet-base` packages it; licence in `LICENSE`. Changes: nouns
+in lower case that occur in WordNet's tagged texts, each with its most frequent sense; the gloss up to its first
+semicolon, without leading remarks in parentheses and without quoted examples; one noun for a definition; no slurs and
+obscenities; kinds of fewer than {least} nouns are left out. A fifth of each kind is the test split. Built by
+
+    python -m fedlora.data.wordnet --terms --out fedlora/assets/wordnet-definitions
+
+| kind | train | test |
+|---|---|---|
+{table}
+"""
+
+_OFFENSIVE = re.compile(r"\b(slurs?|offensive|obscene|vulgar|disparag\w*|derogatory|racist)\b", re.IGNORECASE)
 
 
 def parse(line: str) -> tuple[str, str] | None:
@@ -110,40 +134,110 @@ def capped(total: int, sizes: dict[str, int]) -> dict[str, int]:
         fixed |= dict.fromkeys(over, cap)
 
 
+def terms(nouns: Iterable[str], index: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(term, definition, kind) of every noun that texts use, in its most frequent sense, in an order drawn by hash.
+
+    Args:
+        nouns: lines of `data.noun`.
+        index: lines of `index.noun`, which has the senses of a noun in order, and how many of them were met in texts.
+    """
+    usual = dict(filter(None, map(_usual_sense, index)))
+    found: dict[str, tuple[str, str, str]] = {}
+    for line in nouns:
+        understood = parse(line)
+        if understood is None or _OFFENSIVE.search(line):
+            continue
+        offset, _, _, count, *words = line.split()
+        said = [word for word in words[: 2 * int(count, 16) : 2] if word.islower() and usual.get(word) == offset]
+        if said:
+            found.setdefault(understood[0], (said[0].replace("_", " "), *understood))
+    return sorted(found.values(), key=lambda row: _hash(row[0]))
+
+
+def _usual_sense(line: str) -> tuple[str, str] | None:
+    """A noun and where its most frequent sense stands; None where no text had it (`man wndb`)."""
+    fields = line.split()
+    if line.startswith(" ") or len(fields) < 7:
+        return None
+    tagged, first = fields[5 + int(fields[3]) : 7 + int(fields[3])]
+    return (fields[0], first) if int(tagged) else None
+
+
+def explained(found: list[tuple[str, str, str]]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """The (prompt, response, kind) rows of the training and of the test split: of each kind its share.
+
+    Raises:
+        DataError: no kind has enough terms.
+    """
+    sizes = Counter(kind for _, _, kind in found)
+    kept = [row for row in found if sizes[row[2]] >= SMALLEST_KIND]
+    if not kept:
+        raise DataError(f"no kind has {SMALLEST_KIND} nouns of texts; are these WordNet's data.noun and index.noun?")
+    seen: Counter[str] = Counter()
+    train: list[tuple[str, ...]] = []
+    test: list[tuple[str, ...]] = []
+    for term, definition, kind in kept:
+        seen[kind] += 1
+        part = test if seen[kind] <= TEST_SHARE * sizes[kind] else train
+        part.append((PROMPT.format(term=term), definition, kind))
+    return train, test
+
+
 def build(source: Path, out: Path) -> None:
     """Write train.parquet, test.parquet, LICENSE and README.md to `out`, from the `data.noun` at `source`.
 
     Raises:
         DataError: `source` cannot be read, or is not a full `data.noun`.
     """
+    lines = _lines(source)
+    train, test = select(definitions(lines))
+    _write(out, ("text", "label"), train, test)
+    _describe(out, lines, README, train, test, cap=LARGEST_SHARE)
+
+
+def build_terms(source: Path, out: Path) -> None:
+    """The same for the definitions of terms, from the `data.noun` at `source` and the `index.noun` beside it.
+
+    Raises:
+        DataError: one of them cannot be read, or is not WordNet's.
+    """
+    lines = _lines(source)
+    train, test = explained(terms(lines, _lines(source.with_name("index.noun"))))
+    _write(out, ("prompt", "response", "kind"), train, test)
+    _describe(out, lines, TERMS_README, train, test, least=SMALLEST_KIND)
+
+
+def _lines(source: Path) -> list[str]:
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        return source.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {source}: {error}. On Debian: apt install wordnet-base.") from error
-    train, test = select(definitions(lines))
-    out.mkdir(parents=True, exist_ok=True)
-    _write(train, out / "train.parquet")
-    _write(test, out / "test.parquet")
-    header = (re.sub(r"^ +\d+ ?", "", line).rstrip() for line in lines if line.startswith("  "))
+
+
+def _describe(
+    out: Path, source: list[str], text: str, train: Sequence[tuple[str, ...]], test: Sequence[tuple[str, ...]],
+    **numbers: float,
+) -> None:  # fmt: skip
+    """LICENSE, from the head of the source, and README.md, with the counts by the last column."""
+    header = (re.sub(r"^ +\d+ ?", "", line).rstrip() for line in source if line.startswith("  "))
     (out / "LICENSE").write_text("\n".join(header) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(_readme(train, test), encoding="utf-8")
+    in_train, in_test = (Counter(row[-1] for row in rows) for rows in (train, test))
+    table = "\n".join(f"| {kind} | {count} | {in_test[kind]} |" for kind, count in sorted(in_train.items()))
+    numbers |= {"majority": max(in_test.values()) / len(test), "classes": len(in_train)}
+    told = text.format(train=len(train), test=len(test), table=table, **numbers)
+    (out / "README.md").write_text(told, encoding="utf-8")
 
 
-def _readme(train: list[tuple[str, str]], test: list[tuple[str, str]]) -> str:
-    in_train, in_test = (Counter(label for _, label in train), Counter(label for _, label in test))
-    table = "\n".join(f"| {label} | {count} | {in_test[label]} |" for label, count in sorted(in_train.items()))
-    majority = max(in_test.values()) / len(test)
-    return README.format(
-        train=len(train), test=len(test), classes=len(in_train), majority=majority, cap=LARGEST_SHARE, table=table
-    )
-
-
-def _write(rows: list[tuple[str, str]], path: Path) -> None:
+def _write(
+    out: Path, columns: tuple[str, ...], train: Sequence[tuple[str, ...]], test: Sequence[tuple[str, ...]]
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    texts, labels = zip(*rows, strict=True)
-    pq.write_table(pa.table({"text": texts, "label": labels}), path, compression="zstd", compression_level=19)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", train), ("test", test)):
+        table = pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True)))
+        pq.write_table(table, out / f"{name}.parquet", compression="zstd", compression_level=19)
 
 
 def _hash(text: str) -> bytes:
@@ -152,11 +246,12 @@ def _hash(text: str) -> bytes:
 
 def main() -> None:
     """Command line of the build."""
-    parser = argparse.ArgumentParser(description="Build the packaged slice of WordNet noun glosses.")
+    parser = argparse.ArgumentParser(description="Build a packaged data set from WordNet.")
     parser.add_argument("--source", type=Path, default=Path("/usr/share/wordnet/data.noun"), help="WordNet's data.noun")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--terms", action="store_true", help="definitions of nouns; needs the index.noun beside it")
     arguments = parser.parse_args()
-    build(arguments.source, arguments.out)
+    (build_terms if arguments.terms else build)(arguments.source, arguments.out)
 
 
 if __name__ == "__main__":

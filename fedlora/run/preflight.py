@@ -84,6 +84,7 @@ def names(config: RunConfig) -> None:
         ConfigError, DataError, ModelError: one line that names the key, the value and what to do.
     """
     catalogue.check(config.data)
+    catalogue.check_owners(config.data, config.partition.name)
     check_rank(config)
     from fedlora import objective  # torch, which a mistake in the lines above need not wait for
     from fedlora.model.known import resolve

@@ -166,7 +166,7 @@ def test_a_wrong_sweep_file_is_one_clear_line(fedlora, tmp_path, content, words)
     ("command", "words"),
     [
         ("strategies", ["fedit", "ffa-lora", "flora-na", "svd", "local", "replication", "ravan"]),
-        ("datasets", ["wordnet-nouns", "newsgroups-20", "fancyzhx/ag_news"]),
+        ("datasets", ["wordnet-nouns", "wordnet-definitions", "newsgroups-20", "fancyzhx/ag_news"]),
         ("models", ["bert-tiny", "minilm", "sentence-transformers/all-MiniLM-L6-v2"]),
     ],
 )

@@ -236,7 +236,6 @@ def test_devices(value):
             {"training.local_steps": None},
             "exactly one of local_steps and local_epochs .*neither is set; set one of them",
         ),
-        ({"partition.name": "natural-id"}, r"partition\.name=natural-id needs data\.client"),
         ({"training.momentum": 0.9}, r"training\.momentum is for training\.optimizer=sgd"),
         ({"runner.device": "cpu", "runner.kind": "threads", "runner.slots": 2}, r"runner\.slots above 1 needs"),
         ({"strategy_options.tolerance": 1}, r"strategy_options\.tolerance=1 of strategy 'fedit'.*Options: none"),
@@ -252,7 +251,6 @@ def test_combinations_that_cannot_work(values, message):
     [
         {"training.local_epochs": 1, "training.local_steps": None},
         {"training.local_epochs": 1},
-        {"partition.name": "natural-id", "data.client": "author"},
         {"training.momentum": 0.9, "training.optimizer": "sgd"},
         {"runner.device": "cpu", "runner.kind": "threads", "runner.slots": 1},
         {"runner.device": "cpu", "runner.kind": "processes", "runner.slots": 2},

@@ -271,7 +271,7 @@ def test_listing_the_sets_needs_no_heavy_library():
     root = Path(sources.__file__).parents[2]
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(root), "HOME": "/nowhere"}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-    assert found.stdout.strip() == "1"
+    assert found.stdout.strip() == "2"
 
 
 @pytest.mark.skipif(SHARED is None, reason="FEDLORA_DATA_DIR is not set: no folder with the larger sets")

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedlora.config import DataConfig
-from fedlora.data import sources, wordnet
+from fedlora.data import dialogues, sources, wordnet
 from fedlora.errors import DataError
 
 HEADER = "  1 This software and database is being provided to you  \n  2 by Princeton University.  \n"
@@ -98,3 +98,62 @@ def test_the_packaged_slice_is_what_its_readme_says():
     assert max(counts.values()) / 2000 == 0.09
     assert not set(text.train["text"]) & set(text.test["text"])
     assert not any(re.search(r'"|^\(\w+\) ', one) for one in list(text.test["text"]))
+
+
+INDEX = """  1 This software and database is being provided to you
+dog n 2 1 @ 2 1 00000002 00000009
+hot_dog n 1 3 @ ~ #p 1 1 00000003
+frank n 1 1 @ 1 1 00000003
+okapi n 1 1 @ 1 0 00000004
+rome n 1 1 @ 1 1 00000005
+cur n 1 1 @ 1 1 00000006
+"""
+NOUNS = """  1 This software and database is being provided to you
+00000002 05 n 02 Canis 0 dog 0 001 @ 00000001 n 0000 | a domesticated animal; kept as a pet
+00000003 13 n 02 hot_dog 0 frank 0 000 | a sausage "eat it"
+00000004 05 n 01 okapi 0 000 | seldom in texts
+00000005 15 n 01 Rome 0 000 | a name
+00000006 05 n 01 cur 0 000 | (offensive) a term of abuse
+00000009 06 n 01 dog 0 000 | another sense
+"""
+
+
+def test_terms_are_nouns_of_texts_in_their_usual_sense_and_one_for_each_definition():
+    found = wordnet.terms(NOUNS.splitlines(), INDEX.splitlines())
+    assert sorted(found) == [("dog", "a domesticated animal", "animal"), ("hot dog", "a sausage", "food")]
+    assert found == wordnet.terms(reversed(NOUNS.splitlines()), INDEX.splitlines())
+
+
+def test_of_every_kind_a_fifth_is_for_testing_and_small_kinds_are_left_out():
+    found = [(f"{kind} {n}", f"what {kind} {n} is", kind) for kind, size in (("a", 100), ("b", 203), ("c", 99))
+             for n in range(size)]  # fmt: skip
+    train, test = wordnet.explained(found)
+    assert Counter(row[2] for row in train) == {"a": 80, "b": 163}
+    assert Counter(row[2] for row in test) == {"a": 20, "b": 40}
+    assert ("Define the noun: a 99", "what a 99 is", "a") in train
+    with pytest.raises(DataError, match="no kind has 100 nouns"):
+        wordnet.explained(found[:99])
+
+
+def test_definitions_are_built_beside_their_licence_and_readme(tmp_path, monkeypatch):
+    monkeypatch.setattr(wordnet, "SMALLEST_KIND", 5)
+    named = [chr(97 + n // 26) + chr(97 + n % 26) for n in range(60)]
+    lines = [f"{n:08d} {5 + n % 2:02d} n 01 {word} 0 000 | what {word} is" for n, word in enumerate(named)]
+    (tmp_path / "data.noun").write_text(HEADER + "\n".join(lines))
+    with pytest.raises(DataError, match=r"cannot read .*index\.noun"):
+        wordnet.build_terms(tmp_path / "data.noun", tmp_path / "out")
+    (tmp_path / "index.noun").write_text("".join(f"{word} n 1 0 1 1 {n:08d}\n" for n, word in enumerate(named)))
+    wordnet.build_terms(tmp_path / "data.noun", tmp_path / "out")
+    assert pq.read_table(tmp_path / "out" / "train.parquet").column_names == ["prompt", "response", "kind"]
+    assert "by Princeton University." in (tmp_path / "out" / "LICENSE").read_text()
+    assert "48 training and 12 test" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_packaged_definitions_are_dialogues_with_natural_clients():
+    text = sources.finish(dialogues.read(DataConfig(name="wordnet-definitions"), by=None, seed=0))
+    train, test = (text.tables[split].to_pylist() for split in ("train", "test"))
+    assert (len(train), len(test), len({row["client"] for row in train})) == (7501, 1866, 22)
+    asked = {split: {row["messages"][0]["content"] for row in rows} for split, rows in (("a", train), ("b", test))}
+    assert not asked["a"] & asked["b"]
+    assert [each["content"] for row in test for each in row["messages"]].count("Define the noun: dog") <= 1
+    assert all(re.match(r"Define the noun: [a-z0-9]", prompt) for prompt in asked["a"])

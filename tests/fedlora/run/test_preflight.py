@@ -117,6 +117,7 @@ DATA = {
     "every label another": ({}, {"label": range(ROWS)}, "all 120 labels differ"),
     "a row without label": ({}, {"label": ["a", "b", None, *"ab" * 58, "a"]}, "1 of 120 examples have no label"),
     "one class drawn": ({"data.train_size": 1}, {}, "data.train_size=1 leaves 1 training example"),
+    "owners that nobody names": ({"partition.name": "natural-id"}, {}, "natural-id needs data.client, the column"),
     "more clients than owners": (
         {"partition.name": "natural-id", "data.client": "owner", "clients": 5}, {},
         "the training data has 4 owners for 5 clients",
@@ -348,3 +349,8 @@ def test_a_run_whose_data_is_dealt_goes_on_without_it(good, table, tmp_path):
     file.unlink()
     assert preflight.before_run(config, tmp_path / "run") is None
     assert fedlora.train(config, tmp_path / "run") == records
+
+
+def test_a_set_with_natural_owners_needs_no_name_for_them(writing):
+    changes = {"data.name": "wordnet-definitions", "partition.by": None, "partition.name": "natural-id", "clients": 22}
+    assert preflight.check(configfile.build(writing | changes)).dealt.smallest == 84

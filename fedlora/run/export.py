@@ -19,6 +19,7 @@ from fedlora.run import rounds
 from fedlora.run.records import Setup
 from fedlora.run.runfolder import RunFolder
 
+
 def final(run: RunFolder) -> None:
     """Write `adapter/`, `tables/` and `figures/` of a finished run.
 

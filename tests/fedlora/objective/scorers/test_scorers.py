@@ -89,7 +89,7 @@ def test_judgements_of_parts_add_up_and_are_read_again():
     answers = ["a0", "a1", "wrong"]
     whole = judged({exact: answers, numeric: answers}, asked, show=[3, 5])
     one, two = (
-        judged({s: answers[part] for s in (exact, numeric)}, asked.at(range(*part.indices(3))), show=[3, 5])
+        judged(dict.fromkeys((exact, numeric), answers[part]), asked.at(range(*part.indices(3))), show=[3, 5])
         for part in (slice(0, 1), slice(1, 3))
     )
     assert one + two == whole == Judged.from_json(whole.to_json())
@@ -104,5 +104,5 @@ def test_judgements_of_parts_add_up_and_are_read_again():
     "damage", [{"count": -1}, {"sums": {"exact": 9.0}}, {"sums": {"exact": float("nan")}}, {"count": 2.5}]
 )
 def test_judgements_that_cannot_be_are_refused(damage):
-    with pytest.raises(ValueError, match="worth|judgements"):
+    with pytest.raises(ValueError, match=r"worth|judgements"):
         Judged.from_json({"sums": {"exact": 1.0}, "count": 2, "shown": []} | damage)

@@ -13,6 +13,7 @@ import typer
 from deployments.local import environment
 from fedlora.config import addresses
 from fedlora.errors import ConfigError, FedloraError, counted
+from fedlora_cli import generate as cli_generate
 from fedlora_cli import output
 from fedlora_cli import run as cli_run
 from fedlora_cli import status as cli_status
@@ -42,6 +43,7 @@ app.command()(cli_run.resume)
 app.command()(cli_run.watch)
 app.command()(cli_sweep.sweep)
 app.command()(cli_sweep.report)
+app.command()(cli_generate.generate)
 
 
 @app.command()

@@ -27,6 +27,11 @@ class Description(NamedTuple):
         """Names of the classes."""
         return list(self.content["labels"])
 
+    @property
+    def writes(self) -> bool:
+        """Whether it answers in writing."""
+        return _objective(self.content).writes
+
     def network(self, config: ModelConfig, tokenizer: Any) -> Any:
         """The base as it was in training.
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from fedlora.config import ModelConfig
-from fedlora.exchange.description import description
+from fedlora.config.generate import GenerateConfig
+from fedlora.data.turns import Turns
+from fedlora.errors import AdapterError
+from fedlora.exchange.description import Description, description
 from fedlora.exchange.merging import apply_base_update, attach
 from fedlora.model import base as models
+from fedlora.model import writing
+from fedlora.model.writing import Ids
 
 
 def load_base(name: str, labels: int | list[str], **options: Any) -> Any:
@@ -40,7 +51,76 @@ def load_adapter(folder: str | Path, trust_remote_code: bool = False) -> tuple[A
     """
     path = Path(folder)
     described = description(path)
+    base, tokenizer = _base(described, trust_remote_code)
+    return apply_base_update(attach(base, path), path).eval(), tokenizer, described.labels
+
+
+def generate(
+    folder: str | Path,
+    prompts: Sequence[str],
+    how: GenerateConfig | None = None,
+    system: str | None = None,
+    seed: int = 0,
+    with_base: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, list[str]]:
+    """What a model writes to some prompts with the adapter in `folder` on it, asked as in training.
+
+    Args:
+        folder: of an adapter that was trained with `task=generation`.
+        prompts: what a user says, one dialogue each.
+        how: length, batches, temperature.
+        system: what the system says first.
+        seed: of what a temperature draws.
+        with_base: also what the base alone writes.
+        trust_remote_code: as for `load_adapter`.
+
+    Returns:
+        `adapter`, and with the base `base`: an answer for each prompt.
+
+    Raises:
+        AdapterError, ModelError: as `load_adapter`, or the adapter writes nothing.
+    """
+    path, how = Path(folder), how or GenerateConfig(max_new_tokens=256)
+    described = description(path)
+    if not described.writes:
+        raise AdapterError(
+            f"{path} is an adapter for task={described.content.get('task', 'classification')}, which writes nothing; "
+            "choose one that was trained with task=generation"
+        )
+    base, tokenizer = _base(described, trust_remote_code)
+    first = [{"role": "system", "content": system}] if system else []
+    turns = Turns(tokenizer, int(described.content["max_length"]))
+    texts = [turns.prompt([*first, {"role": "user", "content": prompt}]) for prompt in prompts]
+    asked = [np.array(ids, dtype=np.int32) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    answers = {"base": _written(base, tokenizer, asked, how, seed)} if with_base else {}
+    model = apply_base_update(attach(base, path), path)
+    return {"adapter": _written(model, tokenizer, asked, how, seed), **answers}
+
+
+def _base(described: Description, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The base as it was in training, and its tokenizer."""
     config = described.model.model_copy(update={"trust_remote_code": trust_remote_code})
     tokenizer = models.load_tokenizer(config)
-    base = described.network(config, tokenizer)
-    return apply_base_update(attach(base, path), path).eval(), tokenizer, described.labels
+    return described.network(config, tokenizer), tokenizer
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model that writes."""
+
+    peft: Any
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.peft.parameters())).device  # type: ignore[no-any-return]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        narrow = self.peft.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow)
+
+
+def _written(model: Any, tokenizer: Any, asked: Sequence[Ids], how: GenerateConfig, seed: int) -> list[str]:
+    torch.manual_seed(seed)
+    answers = writing.write(_Loaded(model), asked, how, writing.Marks.of(model, tokenizer))
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]

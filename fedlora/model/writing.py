@@ -22,8 +22,11 @@ _ROWS = 32
 class Writer(Protocol):
     """A causal language model in memory (`fedlora.model.resident`)."""
 
-    peft: Any
-    device: torch.device
+    @property
+    def peft(self) -> Any: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def autocast(self) -> AbstractContextManager[Any]: ...
 

@@ -40,6 +40,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 app.command()(cli_run.run)
 app.command()(cli_run.resume)
+app.command()(cli_run.extend)
 app.command()(cli_run.watch)
 app.command()(cli_sweep.sweep)
 app.command()(cli_sweep.report)

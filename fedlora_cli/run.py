@@ -86,6 +86,40 @@ def resume(
     _run_and_show(str(folder / "config.yaml"), {}, config, folder)
 
 
+def extend(
+    what: Annotated[
+        str, typer.Argument(metavar="RUN", help="A finished run: folder, name, or id in MLflow or Prefect.")
+    ],
+    words: Annotated[
+        list[str], typer.Argument(metavar="rounds=N [KEY=VALUE]...", help="How many rounds it shall have.")
+    ],
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run that goes on; a new one.", metavar="DIR")
+    ] = None,
+) -> None:
+    """Let a finished run go on to more rounds: what a run of so many would have been. The run itself stays as it is.
+
+    For example: fedlora extend fedit-seed0-20261121-101500-4711 rounds=20
+    """
+    environment.prepare(_CONSOLE)
+    private_server.begin_imports()
+    from deployments.local import asking
+    from fedlora.config import configfile
+    from fedlora.files import home
+    from fedlora.run import extension, preflight
+    from fedlora.run.runfolder import RunFolder
+    from fedlora_cli import which_run
+
+    begun = RunFolder.open(which_run.folder_of(what))
+    config = extension.extended(begun, configfile.parse_overrides(words))
+    preflight.names(config)
+    asking.check_prefect()
+    folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()
+    extension.extend(begun, config, folder)
+    print(f"run folder: {folder} (goes on from round {begun.config.rounds} of {begun.path})", flush=True)
+    _run_and_show(str(folder / "config.yaml"), {}, config, folder)
+
+
 def watch(
     what: Annotated[
         str | None,

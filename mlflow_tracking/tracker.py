@@ -220,6 +220,7 @@ def _tags(run: RunFolder, parent: str | None) -> dict[str, str]:
         "fedlora.config": config.digest(),
         "fedlora.run_folder": str(run.path),
         _RUN_ID: run.id,
+        **({"fedlora.extends": run.extends} if run.extends else {}),
         **store.source("fedlora sweep" if parent else "fedlora run"),
     }
     if config.model.trust_remote_code:

@@ -69,7 +69,7 @@ def evaluation_parts(run: RunFolder, number: int) -> list[Part]:
     how = config.evaluation.generate
     if answered(run, number):
         parts = _dealt(run, "answers", min(how.examples, examples), how.batch_size) + parts
-    if number in (0, config.rounds) or number % config.evaluation.every == 0:
+    if _scored(config, number):
         local = range(config.clients if number == 0 and config.evaluation.local else 0)
         whole = _dealt(run, "global", examples, _LARGEST_PART)
         parts = [*whole, *(Part("local", client) for client in local), *parts]
@@ -82,12 +82,25 @@ def _dealt(run: RunFolder, split: Literal["global", "answers"], examples: int, l
     return [Part(split, index if personal else None, index, step) for index in range(min(step, examples))]
 
 
+def _scored(config: RunConfig, number: int) -> bool:
+    return number in (0, config.rounds) or number % config.evaluation.every == 0
+
+
 def answered(run: RunFolder, number: int) -> bool:
     """Whether test examples are answered in writing after round `number`."""
-    config = run.config
+    return _answered(run, run.config, number)
+
+
+def _answered(run: RunFolder, config: RunConfig, number: int) -> bool:
     if not config.evaluation.generate.scorers:
         return False
     return number in (0, config.rounds) or number % answers_every(config, Setup.read(run).examples["train"]) == 0
+
+
+def scored_alike(run: RunFolder, config: RunConfig, number: int) -> bool:
+    """Whether round `number` is scored in the same way by another configuration that differs in its rounds alone."""
+    same = _scored(run.config, number) == _scored(config, number)
+    return same and _answered(run, run.config, number) == _answered(run, config, number)
 
 
 def answers_every(config: RunConfig, examples: int) -> int:

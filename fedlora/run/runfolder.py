@@ -79,6 +79,27 @@ class RunFolder:
         return folder
 
     @classmethod
+    def describe(cls, path: Path, config: RunConfig, extends: RunFolder) -> RunFolder:
+        """Make a folder that holds what a run has done so far into the folder of a run of its own, which goes on.
+
+        Args:
+            path: of the folder.
+            config: of the run that goes on.
+            extends: the run that was copied.
+        """
+        known = extends.need_json(_RUN)
+        own = {"id": uuid.uuid4().hex, "config": config.model_dump(mode="json"), "extends": extends.id}
+        folder = cls(path.expanduser().absolute())
+        folder.write_json(_RUN, {**known, **own})
+        folder._describe(config)
+        return folder
+
+    @property
+    def extends(self) -> str | None:
+        """The id of the run that this one goes on from; None for one that began at the beginning."""
+        return (self._known or {}).get("extends")
+
+    @classmethod
     def open(cls, path: Path) -> RunFolder:
         """The folder of a run that was begun; a damaged `config.yaml` or `run.json` is mended from the other.
 

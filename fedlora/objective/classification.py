@@ -21,6 +21,9 @@ from fedlora.model.base import KNOWN, load_base, pooling_of
 from fedlora.model.heads import PooledClassifier
 from fedlora.objective.base import Loss, Objective, Resident, Score, Scores
 
+_OF_DIALOGUES = ("prompt", "response", "template", "messages", "tests", "options")
+"""Keys of `data` that say where dialogues are."""
+
 
 @dataclass(frozen=True)
 class Confusion(Scores):
@@ -81,7 +84,7 @@ class Classification(Objective):
     titles: ClassVar[Mapping[str, str]] = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 
     def check(self, config: RunConfig) -> None:
-        others = {"data.prompt": config.data.prompt, "data.response": config.data.response}
+        others = {f"data.{key}": getattr(config.data, key) for key in _OF_DIALOGUES}
         for key, value in (others | {"partition.by": config.partition.by}).items():
             if value is not None:
                 raise ConfigError(f"{key}={value} is for tasks without labels; leave it out, or set task=generation")

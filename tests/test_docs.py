@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_commands_in_the_docs_use_keys_presets_and_sweeps_that_exist(page):
     ours = {path.stem for path in [*PRESETS.glob("*.yaml"), *SWEEPS.glob("*.yaml")]}
     shown = set(re.findall(r"^```(?:yaml)?\n# (\S+\.yaml)$", text, flags=re.M))
     for command in re.findall(r"^(?:\$ )?(?:\.venv/bin/)?fedlora (?:run|sweep) (.+)$", text, flags=re.M):
-        words = command.split("#")[0].split()
+        words = shlex.split(command, comments=True)
         assert words[0] in ours | shown, command
         for key in (word.split("=")[0] for word in words[1:] if "=" in word):
             assert key in known or key.startswith("strategy_options."), command

@@ -165,7 +165,7 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
         if not equals or not dotted:
             raise ConfigError(f"'{clean(word)}' is not of the form key=value, for example lora.rank=4")
         try:
-            values[dotted] = _value(text)
+            values[dotted] = _value(text) if dotted not in _VERBATIM or text == "null" else text or None
         except ValueError as error:
             raise ConfigError(f"the value of '{clean(dotted)}' cannot be read: {clean(text)} ({error})") from None
     nest(values)
@@ -173,6 +173,10 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     for dotted, value in values.items():
         flat |= {dotted: value} if value == {} else flatten({dotted: value})
     return flat
+
+
+_VERBATIM = ("data.template",)
+"""Keys whose text is taken as it is: to YAML a template in braces is a mapping."""
 
 
 def _value(text: str) -> Any:

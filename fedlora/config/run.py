@@ -24,28 +24,12 @@ from pydantic_core import PydanticCustomError
 
 from fedlora.config import addresses
 from fedlora.config.channel import ChannelConfig
+from fedlora.config.data import DataConfig, PartitionConfig
 from fedlora.config.generate import GenerateConfig
 from fedlora.config.lora import LoraConfig
 from fedlora.errors import counted
 from fedlora.sections import Section
 from fedlora.strategies import registry
-
-PartitionName = Literal[
-    "iid", "dirichlet", "shard", "pathological", "one-label", "quantity", "natural-id", "mixed-quality"
-]
-
-PARTITIONER_CLASSES: dict[str, str] = {
-    "IidPartitioner": "iid",
-    "DirichletPartitioner": "dirichlet",
-    "ShardPartitioner": "shard",
-    "PathologicalPartitioner": "pathological",
-    "OneLabelPartitioner": "one-label",
-    "QuantityPartitioner": "quantity",
-    "NaturalIdPartitioner": "natural-id",
-    "MixedQualityPartitioner": "mixed-quality",
-}
-"""The class names of flwr-datasets (and ours in the same manner), accepted wherever a partition name is."""
-
 
 INSTEAD_OF = {
     "training.local_steps": "training.local_epochs",
@@ -70,66 +54,6 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run the Python files that a model brings along, with all your rights, where it needs them. A model that does is
     refused otherwise. Read them first, and set `revision` to the commit that you have read."""
-
-
-class DataConfig(Section):
-    """The examples: labelled texts, or for `task=generation` prompts with their responses."""
-
-    name: str = "wordnet-nouns"
-    """A packaged set (`fedlora datasets`), a folder in $FEDLORA_DATA_DIR, a csv, jsonl or parquet file, a folder with
-    train and test files, or a name that `datasets.load_dataset` knows."""
-    subset: str | None = None
-    """Configuration name for `datasets.load_dataset` (`rte` of `glue`, for example)."""
-    text: str = "text"
-    """Column that holds the text."""
-    text_pair: str | None = None
-    """Column that holds a second text, for tasks on pairs. Empty: one text per example."""
-    label: str = "label"
-    """Column that holds the label (text or whole numbers)."""
-    prompt: str | None = None
-    """Column that holds what is asked, for `task=generation`. Empty: as the set has it (`messages`, or the columns
-    `instruction`, `input` and `output`, or `prompt` and `response`)."""
-    response: str | None = None
-    """Column that holds what is answered, beside `prompt`."""
-    loss_on: Literal["response", "all"] = "response"
-    """What is trained of a dialogue: what the assistant says in every turn, or all of it."""
-    too_long: Literal["drop", "cut"] = "drop"
-    """What becomes of an example whose response is longer than `max_length`: left out, or cut with its end mark kept.
-    A long prompt is cut at its beginning."""
-    client: str | None = None
-    """Column that names the natural owner of an example; needed by `partition.name=natural-id`, but for sets that have
-    natural owners (`fedlora datasets`)."""
-    test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of the examples kept for testing where the source has no test split of its own."""
-    train_size: int | None = Field(None, ge=1)
-    """Use at most this many training examples, drawn by seed. Empty: all."""
-    test_size: int | None = Field(None, ge=1)
-    """Use at most this many test examples, drawn by seed. Empty: all."""
-    max_length: int = Field(64, ge=4)
-    """Longest sequence in tokens; longer texts are cut."""
-
-
-class PartitionConfig(Section):
-    """How the training examples are dealt to the clients."""
-
-    name: PartitionName = "dirichlet"
-    """The partitioner; the class names of flwr-datasets are understood too."""
-    alpha: float = Field(0.5, gt=0)
-    """Concentration: of labels for `dirichlet` and for the skewed clients of `mixed-quality`, of sizes for `quantity`.
-    Small is skewed (0.1: few labels per client), 100 is nearly even."""
-    min_size: int = Field(10, ge=1)
-    """Fewest training examples a client may get; a partition that cannot keep it is refused."""
-    labels_per_client: int = Field(2, ge=1)
-    """How many labels each client holds under `pathological`, how many shards under `shard`."""
-    balanced_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of the clients with balanced data under `mixed-quality`; the others are skewed by `alpha`."""
-    by: str | None = None
-    """Column whose values stand for labels where examples have none (`task=generation`)."""
-
-    @field_validator("name", mode="before")
-    @classmethod
-    def _class_names(cls, value: Any) -> Any:
-        return PARTITIONER_CLASSES.get(value, value) if isinstance(value, str) else value
 
 
 class TrainingConfig(Section):
@@ -348,6 +272,7 @@ _LATER = [
         *("channel", "model.trust_remote_code", "task"),
         *("evaluation.generate", "evaluation.execute_code"),
         *("data.prompt", "data.response", "data.loss_on", "data.too_long", "partition.by"),
+        *("data.template", "data.messages", "data.tests", "data.options", "data.empty"),
     )
 ]
 """Keys and sections that came later, and are no part of the digest while they have their defaults: so that runs made

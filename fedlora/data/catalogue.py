@@ -47,10 +47,17 @@ class Entry:
     subset: str | None = None
     packaged: bool = False
     columns: dict[str, str] = field(default_factory=dict)
-    """Our column → the column in a local copy."""
+    """Our column → the column in a local copy; `template` is one (`data.template`)."""
     hub_columns: dict[str, str] = field(default_factory=dict)
     """Our column → the column on the hub."""
 
+
+_MBPP = {
+    "template": "{{ row.get('text') or row.prompt }}\n\n"
+    "Your code should pass these tests:\n\n{{ test_list | join('\\n') }}",
+    "response": "code",
+}
+_TASKS = {"template": "{{ definition }}\n\n{{ inputs }}", "response": "targets", "client": "task_name"}
 
 CATALOGUE: dict[str, Entry] = {
     "wordnet-nouns": Entry("10,000 noun definitions, 20 kinds of things; comes with fedlora", packaged=True),
@@ -62,6 +69,32 @@ CATALOGUE: dict[str, Entry] = {
     "wordnet-nouns-full": Entry("79,000 noun definitions, 20 kinds of things", folder="wordnet-nouns"),
     "ag-news": Entry("news items, 4 topics", folder="ag-news-7600", hub="fancyzhx/ag_news"),
     "banking77": Entry("13,000 questions to a bank, 77 intents", folder="banking77", hub="PolyAI/banking77"),
+    "alpaca-gpt4": Entry("52,000 instructions answered by GPT-4", folder="alpaca-gpt4", hub="vicgalle/alpaca-gpt4"),
+    "dolly-15k": Entry(
+        "15,000 instructions answered by people; 8 categories are natural clients",
+        folder="dolly-15k",
+        hub="databricks/databricks-dolly-15k",
+        columns={"client": "category"},
+        hub_columns={"client": "category"},
+    ),
+    "gsm8k": Entry(
+        "8,800 sums in words, with the way to the answer", folder="gsm8k", hub="openai/gsm8k", subset="main"
+    ),
+    "mbpp": Entry(
+        "970 small programs to write, with tests",
+        folder="mbpp",
+        hub="google-research-datasets/mbpp",
+        subset="full",
+        columns=_MBPP,
+        hub_columns=_MBPP,
+    ),
+    "natural-instructions": Entry(
+        "1,600 tasks with instructions, millions of rows (set data.train_size); tasks are natural clients",
+        folder="natural-instructions",
+        hub="Muennighoff/natural-instructions",
+        columns=_TASKS,
+        hub_columns=_TASKS,
+    ),
     "newsgroups-20": Entry(
         "19,000 postings, 20 newsgroups",
         folder="newsgroups-20",

@@ -22,6 +22,9 @@ from fedlora.model.heads import PooledClassifier
 from fedlora.model.known import KNOWN
 from fedlora.objective.base import Loss, Objective, Resident, Score, Scores
 
+_OF_DIALOGUES = ("prompt", "response", "template", "messages", "tests", "options")
+"""Keys of `data` that say where dialogues are."""
+
 
 @dataclass(frozen=True)
 class Confusion(Scores):
@@ -88,7 +91,7 @@ class Classification(Objective):
         return ACCURACY
 
     def check(self, config: RunConfig) -> None:
-        others = {"data.prompt": config.data.prompt, "data.response": config.data.response}
+        others = {f"data.{key}": getattr(config.data, key) for key in _OF_DIALOGUES}
         for key, value in (others | {"partition.by": config.partition.by}).items():
             if value is not None:
                 raise ConfigError(f"{key}={value} is for tasks without labels; leave it out, or set task=generation")

@@ -130,9 +130,7 @@ class Generation(Objective):
                 f"partition.by to a column whose values may stand for it, or partition.name to one of "
                 f"{', '.join(_WITHOUT_LABELS)}"
             )
-        if (config.data.prompt is None) != (config.data.response is None):
-            given, other = ("response", "prompt") if config.data.prompt is None else ("prompt", "response")
-            raise ConfigError(f"data.{given} is given without data.{other}; expected both, or none")
+        _check_columns(config.data)
         if config.model.pooling != "auto":
             raise ConfigError(f"model.pooling={config.model.pooling} is for task=classification; leave it out")
         for name in config.evaluation.generate.scorers:
@@ -216,6 +214,19 @@ def _chosen(model: Resident, asked: Questions, tokenizer: Any, scorer: Scorer, p
     lengths = [[len(text.encode()) if scorer.by_length else 1 for text in each] for each in options]
     best = writing.likeliest(model, asked.asked, ids, lengths, pad)
     return [each[position] for each, position in zip(options, best, strict=True)]
+
+
+def _check_columns(data: DataConfig) -> None:
+    """Refuse columns that say the same in two ways, or half of it."""
+    asked = [key for key in ("prompt", "template", "messages") if getattr(data, key) is not None]
+    if len(asked) > 1:
+        raise ConfigError(f"data.{asked[0]} and data.{asked[1]} both say what is asked; leave one of them out")
+    if asked == ["messages"] and data.response:
+        raise ConfigError("data.messages holds the responses too; leave data.response out, or set data.prompt instead")
+    if asked == ["prompt"] and data.response is None:
+        raise ConfigError("data.prompt is given without data.response; expected both, or none")
+    if data.response and not asked:
+        raise ConfigError("data.response is given without data.prompt (or data.template); expected both, or none")
 
 
 def _predicted(model: Resident, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.config import configfile
+from fedlora.config.data import PARTITIONER_CLASSES
 from fedlora.config.lora import LoraConfig
-from fedlora.config.run import PARTITIONER_CLASSES, RunConfig, Section, TrainingConfig
+from fedlora.config.run import RunConfig, Section, TrainingConfig
 from fedlora.errors import ConfigError
 
 PRESETS = Path(__file__).parents[3] / "deployments" / "presets"
@@ -38,6 +39,11 @@ OTHER = {
     "data.text": "sentence1",
     "data.text_pair": "sentence2",
     "data.label": "topic",
+    "data.template": "Sum: {{ question }}",
+    "data.messages": "chat",
+    "data.tests": "checks",
+    "data.options": "choices",
+    "data.empty": "drop",
     "data.prompt": "ask",
     "data.response": "answer",
     "data.loss_on": "all",

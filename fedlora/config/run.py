@@ -342,6 +342,7 @@ _LATER = [
     key.split(".")
     for key in (
         *("channel", "model.trust_remote_code", "task"),
+        "lora.exclude_modules",
         *("data.prompt", "data.response", "data.loss_on", "data.too_long", "partition.by"),
     )
 ]

@@ -84,6 +84,7 @@ def _values(kind: Any, limits: list[Any]) -> str:
     words = {str: "text", int: "whole number", float: "number", bool: "true, false"}
     part = parts[0] if get_origin(kind) is not dict else dict
     named = words.get(part, "list" if "list" in str(part) else "mapping")
+    named += ", text" if parts[1:] == [str] else ""
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     bounds = [
         f"{sign} {getattr(limit, name):g}" for limit in limits for name, sign in signs.items() if hasattr(limit, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -57,6 +58,25 @@ def _ranks(value: Any) -> Any:
         raise ValueError(_EXPECTED_RANKS) from None
 
 
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the one that puts out the next token."""
+_PLAIN = re.compile(r"[\w.\-,\s]*")
+"""Names, and what is between them in a list."""
+
+
+def _modules(value: Any) -> Any:
+    """What is more than names with commas is an expression."""
+    if not isinstance(value, str) or value == ALL_LINEAR:
+        return value
+    if _PLAIN.fullmatch(value):
+        return words(value)
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"'{value}' is no regular expression ({error}); expected names, or .*self_attn.*") from None
+    return value
+
+
 def divisor(rank: int, root: bool) -> float:
     """What alpha is divided by: the rank, or its square root for rsLoRA."""
     return math.sqrt(rank) if root else rank
@@ -81,9 +101,13 @@ class LoraConfig(Section):
     these were put in the order of the singular values of their product."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
-    target_modules: Annotated[list[str] | None, BeforeValidator(words)] = None
-    """Names (or name endings) of the linear layers or embeddings to adapt. Empty: PEFT's choice for the architecture,
-    mostly the query and value projections, or these where PEFT has none."""
+    target_modules: Annotated[list[str] | str | None, BeforeValidator(_modules)] = None
+    """Names (or name endings) of the linear layers or embeddings to adapt; or `all-linear`, every linear layer but the
+    output's; or a regular expression for whole names, like `.*\\.[0-3]\\.self_attn\\..*`. Empty: PEFT's choice for the
+    architecture, mostly the query and value projections, or these where PEFT has none. Embeddings and the output layer
+    are adapted only where this names them."""
+    exclude_modules: Annotated[list[str] | str | None, BeforeValidator(_modules)] = None
+    """Names (or name endings) of modules to leave out of those, or a regular expression for whole names."""
 
     @field_validator("ranks")
     @classmethod

@@ -30,9 +30,9 @@ from fedlora.files.limits import UPLOAD, clean
 from fedlora.files.tensorfile import read_tensors, serialise
 from fedlora.files.tensorheader import read_header
 from fedlora.model import base as models
-from fedlora.model.base import tied_to
 from fedlora.model.heads import PooledClassifier
 from fedlora.model.resident import add_to_weight
+from fedlora.model.targets import stores_transposed, tied_to
 
 _CLASSIFIER = "classifier.safetensors"
 _APPLIED = "_fedlora_base_updates"
@@ -80,7 +80,7 @@ def add_base_update(model: Any, update: BaseUpdate) -> None:
         if layer is None or not hasattr(layer, "weight"):
             raise AdapterError(f"base update: the model has no module '{module}' with a weight")
         shape = tuple(layer.weight.shape)
-        expected = pair.shape[::-1] if models.stores_transposed(layer) else pair.shape
+        expected = pair.shape[::-1] if stores_transposed(layer) else pair.shape
         if shape != expected:
             raise AdapterError(f"base update: module '{module}' is {pair.shape}, but the model's weight is {shape}")
         if not (torch.isfinite(pair.A).all() and torch.isfinite(pair.B).all()):

@@ -1,4 +1,4 @@
-"""The frozen base model: names, loading, heads, and which layers an adapter is put on.
+"""The frozen base model: loading, heads, and how many tokens it reads.
 
 Base models are sequence classifiers: the architecture's own head, or, for sentence encoders, the pooling that they were
 trained with and a fresh linear classifier (with the wrong pooling federated runs hardly learn).
@@ -7,7 +7,7 @@ trained with and a fresh linear classifier (with the wrong pooling federated run
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,7 @@ from torch import nn
 
 from fedlora import seeds
 from fedlora.config import ModelConfig
-from fedlora.config.lora import LoraConfig
-from fedlora.errors import ModelError, did_you_mean, first_line
-from fedlora.model import peftpattern
+from fedlora.errors import ModelError, first_line
 from fedlora.model.heads import PooledClassifier, head_modules, load_classifier
 from fedlora.model.known import KNOWN, not_installed, resolve
 
@@ -218,118 +216,3 @@ def cannot_load(config: ModelConfig, what: str, error: Exception) -> ModelError:
         f"model.name={config.name}: its {what} cannot be loaded: {first_line(error)} "
         "(expected a packaged name, a folder, or a reachable Hugging Face id, with safetensors weights)"
     )
-
-
-def target_modules(model: Any, lora: LoraConfig) -> list[str]:
-    """The configured target modules, or PEFT's choice for the architecture, or its query and value projections.
-
-    Raises:
-        ModelError: nothing matches, or there is nothing to choose by; the layers that can be adapted are listed.
-    """
-    architecture = model.config.model_type
-    return targets_among(adaptable_modules(model), architecture, default_targets(architecture), lora)
-
-
-def adaptable_modules(model: Any) -> list[str]:
-    """Names of the modules that an adapter can be put on: linear layers and embeddings outside the head."""
-    head = tuple(head_modules(model))
-    return [name for name, module in model.named_modules() if _adaptable(module) and not name.startswith(head)]
-
-
-def default_targets(architecture: str) -> tuple[str, ...] | None:
-    """What PEFT adapts in an architecture where nothing is said; None where it has no choice."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
-
-    found = DEFAULTS.get(architecture)
-    return tuple(found) if found else None
-
-
-def targets_among(
-    adaptable: Sequence[str], architecture: str, defaults: Sequence[str] | None, lora: LoraConfig
-) -> list[str]:
-    """The target modules among these of an architecture, where PEFT would take `defaults`.
-
-    Raises:
-        ModelError: as `target_modules`.
-    """
-    endings = sorted({name.rsplit(".", 1)[-1] for name in adaptable})
-    wanted = lora.target_modules or defaults or _query_and_value(endings)
-    if wanted is None:
-        raise ModelError(
-            f"no default lora.target_modules for architecture '{architecture}'; choose among: {', '.join(endings)}"
-        )
-    for target in wanted:
-        if not any(peftpattern.chooses(target, name) for name in adaptable):
-            raise ModelError(
-                f"lora.target_modules: '{target}' matches no linear layer or embedding of the model."
-                f"{did_you_mean(target, endings)} There are: {', '.join(endings)}."
-            )
-    return list(wanted)
-
-
-def check_sides(lora: LoraConfig, module: str, shape: tuple[int, int]) -> None:
-    """Refuse a rank that is above the smaller side of a module's weight (d_out × d_in).
-
-    Raises:
-        ModelError: it is.
-    """
-    key, rank = ("lora.ranks", lora.highest_rank) if lora.ranks else ("lora.rank", lora.rank)
-    if rank > min(shape):
-        raise ModelError(
-            f"{key}={rank} is above the smaller side of module '{module}' ({shape[0]} × {shape[1]}); choose a rank of "
-            f"at most {min(shape)}"
-        )
-
-
-def no_place_for_core(module: str) -> ModelError:
-    """Why a strategy that trains a matrix between A and B cannot adapt a module, as an error to raise."""
-    return ModelError(f"module '{module}' is no linear layer, and only these can have a core between A and B")
-
-
-def tied_to(layers: Mapping[str, nn.Module], layer: nn.Module, apart: Collection[int] = ()) -> str | None:
-    """The name of another module with the same weight as `layer`; modules in `apart` (by `id`) do not count."""
-    weight = layer._parameters.get("weight")
-    if weight is None:  # it hands on that of a layer within it, or has weights by other names
-        return None
-    others = (
-        name
-        for name, other in layers.items()
-        if other is not layer and id(other) not in apart and other._parameters.get("weight") is weight
-    )
-    return next(others, None)
-
-
-def would_change_both(module: str, tied: str) -> ModelError:
-    """Why a strategy that changes the base cannot adapt a module whose weight is another's too, as an error."""
-    return ModelError(
-        f"lora.target_modules: '{module}' shares its weight with '{tied}', and the strategy changes the weights of the "
-        "base, which would change both; leave it out of lora.target_modules, untie them in the base model, or choose "
-        "a strategy that leaves the base alone"
-    )
-
-
-def _adaptable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Embedding) or stores_transposed(module)
-
-
-def only_conv1d(model: Any, targets: Sequence[str]) -> bool:
-    """Whether all modules that `targets` name are GPT-2's Conv1D."""
-    named = (
-        module
-        for name, module in model.named_modules()
-        if _adaptable(module) and any(peftpattern.chooses(target, name) for target in targets)
-    )
-    return all(type(module).__name__ == "Conv1D" for module in named)
-
-
-def stores_transposed(module: nn.Module) -> bool:
-    """Whether a layer's weight is d_in × d_out: GPT-2's Conv1D, and embeddings (vocabulary × width)."""
-    return type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
-
-
-_QUERY_AND_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"), ("Wqkv",), ("c_attn",))
-"""What the projections that LoRA usually adapts are called, for architectures that PEFT has no choice for."""
-
-
-def _query_and_value(endings: Sequence[str]) -> list[str] | None:
-    return next((list(names) for names in _QUERY_AND_VALUE if set(names) <= set(endings)), None)

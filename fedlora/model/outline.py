@@ -23,23 +23,21 @@ from fedlora.errors import FedloraError, ModelError, RunFolderError, remembered
 from fedlora.files import home, limits
 from fedlora.files.atomic import write_json
 from fedlora.files.limits import FileStates
-from fedlora.model import peftpattern
-from fedlora.model.base import (
-    adaptable_modules,
-    cannot_load,
-    default_targets,
-    load_declared,
-    load_tokenizer,
-    positions_of,
-    stores_transposed,
-    targets_among,
-    tied_to,
-)
+from fedlora.model.base import cannot_load, load_declared, load_tokenizer, positions_of
 from fedlora.model.heads import PooledClassifier
 from fedlora.model.known import KNOWN, not_installed, resolve
+from fedlora.model.targets import (
+    Candidates,
+    adaptable_modules,
+    choose,
+    default_targets,
+    ordinary,
+    stores_transposed,
+    tied_to,
+)
 from fedlora.objective.base import Objective
 
-_FORMAT = 2
+_FORMAT = 3
 _DECIDING = ("transformers", "peft", "tokenizers", "torch")
 """Packages that an outline may depend on."""
 _SMALL = (".json", ".txt", ".model")
@@ -58,6 +56,8 @@ class Layer:
     """Not so for embeddings."""
     tied: str | None = None
     """Another module with the same weight."""
+    ordinary: bool = True
+    """Whether `all-linear` means it."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,11 @@ class Outline:
         """The layers that an adapter is put on.
 
         Raises:
-            ModelError: `lora.target_modules` matches none of them, or there is nothing to choose by.
+            ModelError: nothing matches, or there is nothing to choose by.
         """
-        names = [layer.name for layer in self.layers]
-        wanted = targets_among(names, self.architecture, self.defaults, lora)
-        return tuple(
-            layer for layer in self.layers if any(peftpattern.chooses(target, layer.name) for target in wanted)
-        )
+        names, linear = [each.name for each in self.layers], {each.name for each in self.layers if each.ordinary}
+        chosen = set(choose(Candidates(names, linear, self.architecture, self.defaults), lora))
+        return tuple(layer for layer in self.layers if layer.name in chosen)
 
     def check_vocabulary(self, name: str, highest: int | None = None) -> None:
         """Refuse tokens that the embedding has no row for.
@@ -219,12 +217,13 @@ def _bare(config: ModelConfig, objective: Objective, declared: Any) -> Any | Non
 
 
 def _layers(model: Any) -> Iterator[Layer]:
-    modules = dict(model.named_modules())
-    for name in adaptable_modules(model):
-        module = model.get_submodule(name)
+    modules, there = dict(model.named_modules()), adaptable_modules(model)
+    usual = ordinary(model, there)
+    for name, module in there.items():
         first, second = module.weight.shape
         sides = (second, first) if stores_transposed(module) else (first, second)
-        yield Layer(name, *sides, linear=not isinstance(module, nn.Embedding), tied=tied_to(modules, module))
+        linear = not isinstance(module, nn.Embedding)
+        yield Layer(name, *sides, linear=linear, tied=tied_to(modules, module), ordinary=name in usual)
 
 
 def _rows(model: Any) -> int | None:

@@ -7,7 +7,7 @@ depends on the state alone and not on which rounds a worker has seen.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,8 @@ from fedlora.adapter.weights import EVERY_PART, PEFT_PREFIX, Adapter, Factors, P
 from fedlora.config import ModelConfig
 from fedlora.config.lora import LoraConfig
 from fedlora.errors import ModelError
-from fedlora.model.base import (
+from fedlora.model.heads import NOTE, head_modules
+from fedlora.model.targets import (
     check_sides,
     no_place_for_core,
     only_conv1d,
@@ -31,7 +32,6 @@ from fedlora.model.base import (
     tied_to,
     would_change_both,
 )
-from fedlora.model.heads import NOTE, head_modules
 from fedlora.objective.base import Objective
 
 
@@ -82,9 +82,15 @@ class ResidentModel:
         return resident
 
     @property
-    def head_note(self) -> str:
-        """What was done about the checkpoint's own head, in words; empty where it has none."""
-        return str(getattr(self.peft.get_base_model(), NOTE, ""))
+    def note(self) -> str:
+        """What a person should know: what was done about the checkpoint's own head, and that tied weights cannot be
+        merged; empty where there is neither."""
+        tied = (
+            f"{module} is adapted and shares its weight with {other}, which `fedlora merge` refuses: keep the adapter "
+            "beside the base"
+            for module, other in self._tied()
+        )
+        return "; ".join(filter(None, (getattr(self.peft.get_base_model(), NOTE, ""), *tied)))
 
     def _start_embeddings(self) -> None:
         """A random and B zero, as for every other layer: PEFT has it the other way round for embeddings, and what
@@ -149,10 +155,15 @@ class ResidentModel:
         Raises:
             ModelError: names both.
         """
+        for module, tied in self._tied():
+            raise would_change_both(module, tied)
+
+    def _tied(self) -> Iterator[tuple[str, str]]:
+        """The adapted modules whose weight is another's too, and which."""
         layers = dict(self.peft.get_base_model().named_modules())
         for module in self.factors():
             if (tied := tied_to(layers, self._layer(module).get_base_layer())) is not None:
-                raise would_change_both(module, tied)
+                yield module, tied
 
     def set_base(self, update: BaseUpdate, version: Hashable) -> None:
         """Bring the frozen base to its pre-trained weights plus `update`; nothing is done if it is at `version`.

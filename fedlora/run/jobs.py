@@ -104,7 +104,7 @@ def _data_is_there(setup: Setup) -> bool:
 def initialise(bench: Workbench, folder: Path) -> str | None:
     """Attach a fresh adapter to the base model and save it as the state before training.
 
-    Returns what is to be said of the head, if anything.
+    Returns what is to be said of the model, if anything.
 
     Raises:
         DataError: the data is not the one that the run began with.
@@ -138,13 +138,13 @@ def initialise(bench: Workbench, folder: Path) -> str | None:
         {
             "partition": dealt_data,
             "modules": shapes,
-            "head": model.head_note,
+            "head": model.note,
             "adapter_parameters": sum(p.A.numel() + p.B.numel() for p in adapter.factors.values()),
             "head_parameters": sum(tensor.numel() for tensor in adapter.head.values()),
             "base_parameters": sum(p.numel() for p in model.peft.get_base_model().parameters()),
         },
     )
-    return model.head_note
+    return model.note
 
 
 def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attempt: int = 0) -> None:

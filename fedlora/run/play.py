@@ -28,7 +28,7 @@ class Hands(Protocol):
         """Read, tokenise and partition the data (`jobs.prepare_data`)."""
 
     def initialise(self) -> str | None:
-        """Make the state before training (`jobs.initialise`); what is to be said of the head, if anything."""
+        """Make the state before training (`jobs.initialise`); what is to be said of the model, if anything."""
 
     def fine_tune(self, ask: Ask, trained: Trained) -> Mapping[int, str]:
         """Let clients train (`jobs.fine_tune`) and wait for them; why those that could not, could not.

@@ -162,7 +162,7 @@ def _layers(config: RunConfig) -> tuple[Layer, ...] | None:
     """What the adapter is put on, after a look at whether it, the texts and the tokenizer fit the model."""
     from fedlora import objective
     from fedlora.model import base as model
-    from fedlora.model import outline
+    from fedlora.model import outline, targets
 
     found = outline.of(config.model, objective.find(config.task))
     if found is None:
@@ -173,9 +173,9 @@ def _layers(config: RunConfig) -> tuple[Layer, ...] | None:
     layers = found.targets(config.lora)
     strategy = registry.find(config.strategy)
     for layer in layers:
-        model.check_sides(config.lora, layer.name, (layer.d_out, layer.d_in))
+        targets.check_sides(config.lora, layer.name, (layer.d_out, layer.d_in))
         if strategy.traits.trains_core and not layer.linear:
-            raise model.no_place_for_core(layer.name)
+            raise targets.no_place_for_core(layer.name)
         if strategy.traits.changes_base and layer.tied:
-            raise model.would_change_both(layer.name, layer.tied)
+            raise targets.would_change_both(layer.name, layer.tied)
     return layers

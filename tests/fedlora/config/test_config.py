@@ -66,6 +66,7 @@ OTHER = {
     "lora.truncation": "svd",
     "lora.dropout": 0.1,
     "lora.target_modules": ["query"],
+    "lora.exclude_modules": ["value"],
     "training.local_steps": 5,
     "training.local_epochs": 1.5,
     "training.batch_size": 4,

@@ -11,6 +11,7 @@ from fedlora.config import ModelConfig
 from fedlora.config.lora import LoraConfig
 from fedlora.errors import ModelError
 from fedlora.model import base as model
+from fedlora.model import targets
 from fedlora.model.resident import ResidentModel
 from fedlora.objective.classification import OBJECTIVE
 
@@ -97,7 +98,7 @@ def test_architecture_with_nothing_to_choose_by_lists_its_layers():
     sizes = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 12}
     network = FNetForSequenceClassification(FNetConfig(**sizes))
     with pytest.raises(ModelError, match=r"no default lora.target_modules for architecture 'fnet'.*dense"):
-        model.target_modules(network, LoraConfig())
+        targets.target_modules(network, LoraConfig())
 
 
 def test_targets_leave_the_head_alone(folders):

@@ -16,6 +16,7 @@ from fedlora.errors import ModelError
 from fedlora.exchange.peftfolder import write_peft_folder
 from fedlora.model import base as model
 from fedlora.model.resident import ResidentModel, add_to_weight
+from fedlora.model.targets import stores_transposed
 from fedlora.objective.classification import OBJECTIVE
 
 LABELS = ["cat", "dog", "hen"]
@@ -70,14 +71,14 @@ def by_hand(resident: ResidentModel, adapter: Adapter, lora: LoraConfig) -> torc
     for module, pair in adapter.factors.items():
         layer = network.get_submodule(module)
         weight = layer.weight.detach()
-        weight = weight.T if model.stores_transposed(layer) else weight
+        weight = weight.T if stores_transposed(layer) else weight
         if lora.variant == "hira":
             new = weight + weight * (pair.B @ pair.A)
         else:
             new = weight + lora.scaling * (pair.B @ pair.A)
         if lora.variant == "dora":
             new = adapter.magnitudes[module][:, None] * new / new.norm(dim=1, keepdim=True)
-        layer.weight.data = (new.T if model.stores_transposed(layer) else new).contiguous()
+        layer.weight.data = (new.T if stores_transposed(layer) else new).contiguous()
     return network
 
 

@@ -24,6 +24,7 @@ from fedlora.data.partition import Partition
 from fedlora.errors import ModelError
 from fedlora.model import base as model
 from fedlora.model.resident import ResidentModel
+from fedlora.model.targets import stores_transposed
 from fedlora.objective.classification import OBJECTIVE
 from fedlora.run import inspection, loop, participation, probe, rounds, server
 from fedlora.run.loop import train
@@ -357,7 +358,7 @@ def test_the_global_model_is_w0_plus_the_mean_update_round_after_round(finished,
         for module, update in mean.items():
             layer = by_hand.get_submodule(module)
             total = (update + below.get(module, 0)).float()
-            layer.weight.data += total.T if model.stores_transposed(layer) else total
+            layer.weight.data += total.T if stores_transposed(layer) else total
             below[module] = update + below.get(module, 0) - scaling * dense(state.adapter.factors[module])
         resident.set_base(state.base, number)
         resident.load(state.adapter)

@@ -50,7 +50,7 @@ def run(
     from fedlora.files import home
 
     source, overrides = _split(words, "demo")
-    config = configfile.load(source, overrides, PRESETS)
+    config = checks.looked_up(configfile.load(source, overrides, PRESETS))
     if not check:
         output.busy("looking at the settings, the data and the model")
     folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()

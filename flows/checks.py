@@ -13,6 +13,19 @@ if TYPE_CHECKING:
     from fedlora.sweep.plan import Cell, Sweep
 
 
+def looked_up(config: RunConfig) -> RunConfig:
+    """With the adapter that it starts from copied out of MLflow's registry, where it names one there.
+
+    Raises:
+        ConfigError, TrackingError: there is none.
+    """
+    if not (config.lora.init or "").startswith("models:/"):
+        return config
+    from mlflow_tracking import beginning
+
+    return beginning.looked_up(config)
+
+
 def before_start(config: RunConfig, folder: Path) -> Found | None:
     """Everything that can be known to be wrong with a run, and whether the servers that are named answer.
 

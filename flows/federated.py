@@ -65,7 +65,7 @@ def federated(
         mlflow_parent: Filled in by a sweep: the MLflow run that this one belongs to.
     """
     given = configfile.absolute_paths({**(overrides or {}), **settings}, DEPLOYMENTS)
-    config = configfile.load(preset, given, PRESETS)
+    config = checks.looked_up(configfile.load(preset, given, PRESETS))
     place = home.runs() / run_dir if run_dir else default_folder(config)
     checks.of_run(config, place)
     folder = RunFolder.create(place, config)

@@ -195,7 +195,7 @@ def absolute_paths(values: Overrides, folder: Path | None = None) -> dict[str, A
     return {key: _absolute(value, folder) if key in _PATH_KEYS else value for key, value in values.items()}
 
 
-_PATH_KEYS = ("data.name", "model.name")
+_PATH_KEYS = ("data.name", "model.name", "lora.init")
 
 
 def _absolute(value: Any, folder: Path | None) -> Any:

@@ -109,6 +109,11 @@ class LoraConfig(Section):
     exclude_modules: Annotated[list[str] | str | None, BeforeValidator(_modules)] = None
     """Names (or name endings) of modules to leave out of those, or a regular expression for whole names."""
 
+    init: str | None = None
+    """Start from an adapter that there is: a PEFT folder, the folder of a finished run, or, for `fedlora run`,
+    `models:/NAME@ALIAS` of MLflow's registry. Its modules, ranks and scaling must be those configured here. Empty: A
+    random and B zero, drawn by seed."""
+
     @field_validator("ranks")
     @classmethod
     def _possible_ranks(cls, value: Ranks | None) -> Ranks | None:

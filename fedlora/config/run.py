@@ -271,7 +271,7 @@ _LATER = [
     for key in (
         *("channel", "model.trust_remote_code", "task"),
         *("evaluation.generate", "evaluation.execute_code"),
-        "lora.exclude_modules",
+        *("lora.exclude_modules", "lora.init"),
         *("data.prompt", "data.response", "data.loss_on", "data.too_long", "partition.by"),
         *("data.template", "data.messages", "data.tests", "data.options", "data.empty"),
     )

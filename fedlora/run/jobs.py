@@ -24,7 +24,7 @@ from fedlora.model import outline, provenance
 from fedlora.model.base import check_length, load_tokenizer
 from fedlora.model.resident import ResidentModel
 from fedlora.objective import Scores
-from fedlora.run import ranks, rounds
+from fedlora.run import ranks, rounds, warmstart
 from fedlora.run.records import ClientRecord, DataRead, Part, Setup
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.traffic import crossing
@@ -131,7 +131,7 @@ def initialise(bench: Workbench, folder: Path) -> str | None:
     fresh = ServerState(adapter, scaling=config.lora.scaling, seed=config.seed, ranks=dealt)
     if run.strategy.traits.changes_base:
         model.check_untied()
-    begun = run.strategy.begin(fresh, model.base_weight)
+    begun = run.strategy.begin(warmstart.begun(config, fresh, _setup(run, bench).labels), model.base_weight)
     model.load(begun.adapter)  # what does not fit the model is refused now, not when the first client trains
     run.write_state(
         begun,
@@ -268,7 +268,8 @@ def _loaded(run: RunFolder, bench: Workbench) -> ResidentModel:
 
 def _model_key(run: RunFolder, bench: Workbench) -> str:
     config = run.config
-    adapter = {**config.lora.model_dump(mode="json"), "ranks": config.lora.highest_rank, "truncation": None}
+    adapter = {**config.lora.model_dump(mode="json", exclude={"init"}), "ranks": config.lora.highest_rank}
+    adapter["truncation"] = None
     setup = _setup(run, bench)
     return f"{config.task} {config.model.model_dump_json()} {setup.model} {adapter} {list(setup.labels)}"
 

@@ -88,6 +88,7 @@ def names(config: RunConfig) -> None:
     check_rank(config)
     from fedlora import objective  # torch, which a mistake in the lines above need not wait for
     from fedlora.model.known import resolve
+    from fedlora.run import warmstart
     from fedlora.training import workers
 
     found = objective.find(config.task)
@@ -97,6 +98,7 @@ def names(config: RunConfig) -> None:
             "nothing; leave them out, or set task=generation"
         )
     found.check(config)
+    warmstart.check(config)
     resolve(config.model.name)
     workers.slot_devices(config.runner)
 

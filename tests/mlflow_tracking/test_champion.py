@@ -15,8 +15,9 @@ import torch
 from mlflow import MlflowClient, artifacts
 
 import fedlora
-from fedlora.errors import TrackingError
-from mlflow_tracking import champion, store, tracker
+from fedlora.errors import ConfigError, TrackingError
+from fedlora.run import preflight
+from mlflow_tracking import beginning, champion, store, tracker
 from mlflow_tracking.candidates import Candidate, Score
 
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "promote-an-adapter.md"
@@ -286,6 +287,21 @@ def test_the_champion_predicts_as_the_folder_of_its_run(uri, track, finished, na
     expected, _, names = fedlora.load_adapter(finished(changes) / "adapter")
     assert labels == names
     assert torch.equal(logits(network, tokenizer), logits(expected, tokenizer))
+
+
+def test_a_run_may_start_from_the_champion(uri, runs, configure, name):
+    champion.consider(uri, name, candidate(runs[0], *LOW))
+    asked = configure({"lora.init": f"models:/{name}@champion", "tracking.uri": uri})
+    config = beginning.looked_up(asked)
+    assert (Path(config.lora.init) / "adapter_model.safetensors").is_file()
+    preflight.names(config)
+    assert beginning.looked_up(asked).digest() == config.digest() == beginning.looked_up(config).digest()
+
+
+@pytest.mark.parametrize("reference", ["models:/some", "models:/@champion", "models:/some/3"])
+def test_a_reference_of_another_form_is_refused(uri, configure, reference):
+    with pytest.raises(ConfigError, match=r"expected models:/NAME@ALIAS"):
+        beginning.looked_up(configure({"lora.init": reference, "tracking.uri": uri}))
 
 
 def test_what_is_not_registered_is_named_with_what_is(uri, runs, name):

@@ -76,6 +76,7 @@ OTHER = {
     "training.momentum": 0.9,
     "training.warmup_steps": 0,
     "training.max_grad_norm": 0.5,
+    "lora.init": "some/adapter",
     "evaluation.every": 2,
     "evaluation.local": False,
     "evaluation.batch_size": 8,

@@ -67,6 +67,9 @@ class TrainingConfig(Section):
     """Examples per step."""
     learning_rate: float = Field(5e-3, gt=0)
     """Peak learning rate."""
+    final_learning_rate: float | None = Field(None, gt=0)
+    """Let the peak fall over the rounds, along a cosine, from `learning_rate` to this in the last one. Empty: the same
+    in every round."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Made afresh for every client in every round: no optimiser state outlives a round."""
     weight_decay: float = Field(0.0, ge=0)
@@ -78,6 +81,14 @@ class TrainingConfig(Section):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this norm. Empty: no clipping."""
 
+    def in_round(self, number: int, rounds: int) -> TrainingConfig:
+        """What a client does in round `number` of so many: with its learning rate."""
+        if self.final_learning_rate is None:
+            return self
+        highest, lowest = self.learning_rate, self.final_learning_rate
+        rate = lowest + (highest - lowest) * (1 + math.cos(math.pi * number / rounds)) / 2
+        return self.model_copy(update={"learning_rate": rate, "final_learning_rate": None})
+
     @model_validator(mode="before")
     @classmethod
     def _one_unsets_the_other(cls, values: Any) -> Any:
@@ -86,6 +97,15 @@ class TrainingConfig(Section):
         pairs = ((key.partition(".")[2], other.partition(".")[2]) for key, other in INSTEAD_OF.items())
         unset = {other: None for key, other in pairs if values.get(key) is not None and other not in values}
         return {**values, **unset}
+
+    @model_validator(mode="after")
+    def _falls(self) -> TrainingConfig:
+        if self.final_learning_rate is not None and self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate={self.final_learning_rate:g} is above learning_rate={self.learning_rate:g}; "
+                "the rate falls, so set one at most as high"
+            )
+        return self
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> TrainingConfig:
@@ -270,6 +290,7 @@ _LATER = [
     key.split(".")
     for key in (
         *("channel", "model.trust_remote_code", "task"),
+        "training.final_learning_rate",
         *("evaluation.generate", "evaluation.execute_code"),
         *("lora.exclude_modules", "lora.init"),
         *("data.prompt", "data.response", "data.loss_on", "data.too_long", "partition.by"),

@@ -35,6 +35,11 @@ def extended(run: RunFolder, changes: Mapping[str, Any]) -> RunConfig:
                 f"{key}={changes[key]!r} would make another run of it; only rounds, tracking.* and "
                 f"{', '.join(NEUTRAL)} may change"
             )
+    if before.training.final_learning_rate is not None:
+        raise ConfigError(
+            f"training.final_learning_rate={before.training.final_learning_rate:g}: the learning rate of every round "
+            "depends on how many there are, so that a run of more rounds is another one from its first; start it anew"
+        )
     flat = configfile.flatten(before.model_dump(mode="json"))
     config = configfile.build({**flat, **changes})
     if config.rounds <= before.rounds:

@@ -77,6 +77,7 @@ OTHER = {
     "training.warmup_steps": 0,
     "training.max_grad_norm": 0.5,
     "lora.init": "some/adapter",
+    "training.final_learning_rate": 1e-4,
     "evaluation.every": 2,
     "evaluation.local": False,
     "evaluation.batch_size": 8,
@@ -558,3 +559,17 @@ def test_words_that_yaml_takes_for_something_else_stay_text_where_text_is_meant(
 def test_an_empty_mapping_clears_the_options_of_a_preset():
     preset = {"strategy": "flora-na", "strategy_options.max_sweeps": 3}
     assert configfile.build({**preset, **configfile.parse_overrides(["strategy_options={}"])}).strategy_options == {}
+
+
+def test_the_learning_rate_falls_along_a_cosine_over_the_rounds():
+    training = configfile.build({"training.learning_rate": 5e-5, "training.final_learning_rate": 1e-6}).training
+    rates = [training.in_round(number, 200).learning_rate for number in (1, 100, 200)]
+    assert rates == pytest.approx([4.9997e-5, 2.55e-5, 1e-6], rel=1e-4)
+    assert training.in_round(3, 5).final_learning_rate is None
+    constant = configfile.build({}).training
+    assert constant.in_round(3, 5) is constant
+
+
+def test_a_learning_rate_that_rises_is_refused():
+    with pytest.raises(ConfigError, match="final_learning_rate=0.1 is above learning_rate=0.005"):
+        configfile.build({"training.final_learning_rate": 0.1})

@@ -65,6 +65,12 @@ def test_what_would_be_another_run_is_refused(finished, changes, words):
         extension.extended(RunFolder.open(finished()), changes)
 
 
+def test_a_learning_rate_that_falls_over_the_rounds_goes_nowhere(finished):
+    run = RunFolder.open(finished({"training.final_learning_rate": 1e-4}))
+    with pytest.raises(ConfigError, match=r"final_learning_rate=0.0001: the learning rate of every round depends"):
+        extension.extended(run, {"rounds": 4})
+
+
 def test_what_changes_no_numbers_may_change(finished):
     config = extension.extended(RunFolder.open(finished()), {"rounds": 5, "keep_rounds": 1, "runner.slots": 1})
     assert (config.rounds, config.keep_rounds, config.runner.slots) == (5, 1, 1)

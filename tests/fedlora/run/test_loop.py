@@ -522,3 +522,11 @@ def test_an_interruption_does_not_wait_for_a_worker_that_hangs(configure, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         train(configure({"runner.kind": "processes", "runner.slots": 2}), tmp_path / "run")
     assert (tmp_path / "run/hangs").exists()
+
+
+def test_the_learning_rate_of_the_last_round_is_the_final_one(finished):
+    run = RunFolder.open(finished({"training.final_learning_rate": 1e-12}))
+    before, after = (run.read_state(number).adapter.tensors() for number in (1, 2))
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
+    start = run.read_state(0).adapter.tensors()
+    assert not all(torch.allclose(before[name], start[name], atol=1e-6) for name in before)

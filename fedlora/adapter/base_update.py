@@ -115,9 +115,14 @@ def _stored(pair: Factors) -> dict[str, Tensor]:
     """Both sides, or the matrix alone where it stands beside an identity."""
     if pair.rank == min(pair.shape):
         eye, dense = (pair.B, pair.A) if pair.shape[0] <= pair.shape[1] else (pair.A, pair.B)
-        if torch.equal(eye, torch.eye(pair.rank, dtype=eye.dtype)):
+        if is_identity(eye):
             return {"dense": dense}
     return {"left": pair.B, "right": pair.A}
+
+
+def is_identity(side: Tensor) -> bool:
+    """Whether a matrix is one that changes nothing."""
+    return side.shape[0] == side.shape[1] and torch.equal(side, torch.eye(len(side), dtype=side.dtype))
 
 
 def _pair(module: str, sides: Mapping[str, Tensor]) -> Factors:

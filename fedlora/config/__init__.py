@@ -1,9 +1,9 @@
 """What a run is: typed, from YAML and dotted keys; the source of the command line, of overrides and of the docs."""
 
 from fedlora.config.data import DataConfig, PartitionConfig
+from fedlora.config.model import ModelConfig
 from fedlora.config.run import (
     EvaluationConfig,
-    ModelConfig,
     RunConfig,
     RunnerConfig,
     TrackingConfig,

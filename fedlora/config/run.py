@@ -27,6 +27,7 @@ from fedlora.config.channel import ChannelConfig
 from fedlora.config.data import DataConfig, PartitionConfig
 from fedlora.config.generate import GenerateConfig
 from fedlora.config.lora import LoraConfig
+from fedlora.config.model import ModelConfig
 from fedlora.errors import counted
 from fedlora.sections import Section
 from fedlora.strategies import registry
@@ -36,24 +37,6 @@ INSTEAD_OF = {
     "training.local_epochs": "training.local_steps",
 }
 """Keys that say the same in two ways: setting one unsets the other (`configfile.layered`)."""
-
-
-class ModelConfig(Section):
-    """The frozen base model."""
-
-    name: str = "bert-tiny"
-    """A packaged model (`fedlora models`), a Hugging Face id, or a local folder."""
-    pooling: Literal["auto", "mean", "cls", "head"] = "auto"
-    """How tokens become one vector: `mean` or `cls` (with a fresh linear classifier on top), or `head`, the
-    architecture's own classification head. `auto` takes what the model was trained with: the pooling a sentence encoder
-    declares, otherwise its own head."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the frozen base and its arithmetic. Adapters and heads are always trained and sent in fp32."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hugging Face id; empty for the default branch."""
-    trust_remote_code: bool = False
-    """Run the Python files that a model brings along, with all your rights, where it needs them. A model that does is
-    refused otherwise. Read them first, and set `revision` to the commit that you have read."""
 
 
 class TrainingConfig(Section):
@@ -234,6 +217,8 @@ class RunConfig(Section):
                 "runner.kind=threads trains one client at a time on each device (one random stream per device), "
                 "so runner.slots above 1 needs runner.kind=processes"
             )
+        if self.model.quantization == "int8" and self.lora.variant == "dora":
+            raise ValueError("lora.variant=dora does not train on model.quantization=int8; take nf4 or another variant")
         if isinstance(self.lora.ranks, list) and len(self.lora.ranks) != self.clients:
             raise ValueError(
                 f"lora.ranks lists {counted(len(self.lora.ranks), 'rank')} for clients={self.clients}; one per client"
@@ -293,6 +278,7 @@ _LATER = [
         "training.final_learning_rate",
         *("evaluation.generate", "evaluation.execute_code"),
         *("lora.exclude_modules", "lora.init"),
+        *("model.quantization", "model.gradient_checkpointing", "model.attention"),
         *("data.prompt", "data.response", "data.loss_on", "data.too_long", "partition.by"),
         *("data.template", "data.messages", "data.tests", "data.options", "data.empty"),
     )

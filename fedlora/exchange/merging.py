@@ -30,8 +30,9 @@ from fedlora.files.limits import UPLOAD, clean
 from fedlora.files.tensorfile import read_tensors, serialise
 from fedlora.files.tensorheader import read_header
 from fedlora.model import base as models
+from fedlora.model.arithmetic import is_packed
 from fedlora.model.heads import PooledClassifier
-from fedlora.model.resident import add_to_weight
+from fedlora.model.resident import add_to_weight, apply_beside
 from fedlora.model.targets import stores_transposed, tied_to
 
 _CLASSIFIER = "classifier.safetensors"
@@ -40,7 +41,7 @@ _APPLIED = "_fedlora_base_updates"
 
 def apply_base_update(model: Any, folder: str | Path) -> Any:
     """Add the base update in `folder` (`base_delta.safetensors`; none changes nothing) to a model's weights, in place,
-    once: a second time is refused.
+    once: a second time is refused. Beside layers that are quantised, whose weights stay as they are.
 
     Args:
         model: the base model, plain or with PEFT adapters on it.
@@ -79,7 +80,7 @@ def add_base_update(model: Any, update: BaseUpdate) -> None:
         layer = layer.get_base_layer() if layer is not None and hasattr(layer, "get_base_layer") else layer
         if layer is None or not hasattr(layer, "weight"):
             raise AdapterError(f"base update: the model has no module '{module}' with a weight")
-        shape = tuple(layer.weight.shape)
+        shape = (layer.out_features, layer.in_features) if is_packed(layer) else tuple(layer.weight.shape)
         expected = pair.shape[::-1] if stores_transposed(layer) else pair.shape
         if shape != expected:
             raise AdapterError(f"base update: module '{module}' is {pair.shape}, but the model's weight is {shape}")
@@ -89,7 +90,7 @@ def add_base_update(model: Any, update: BaseUpdate) -> None:
         found[module] = layer
     with torch.no_grad():
         for module, layer in found.items():
-            add_to_weight(layer, update.modules[module])
+            (apply_beside if is_packed(layer) else add_to_weight)(layer, update.modules[module])
 
 
 def _refuse_tied(layers: Mapping[str, nn.Module], module: str, layer: Any, apart: Collection[int] = ()) -> None:
@@ -127,7 +128,8 @@ def merge(folder: str | Path, out: str | Path, base: Any = None) -> None:
     its architecture's own head becomes a Transformers folder, which Transformers alone loads, head and label names
     included. A pooled sentence encoder becomes its encoder's folder with the classifier beside it, for which
     Transformers has no class: README.md in the folder has the lines that load it with Transformers, torch and
-    safetensors alone. `fedlora.load_merged` reads either.
+    safetensors alone. `fedlora.load_merged` reads either. An adapter of a quantised base is merged into the base as it
+    was before.
 
     Args:
         folder: the adapter.
@@ -303,7 +305,8 @@ def _base_of(folder: Path, base: Any) -> tuple[Any, Any, Description | None]:
     if (folder / DESCRIPTION).is_file():
         described = description(folder)
         if base is None or isinstance(base, str | Path):
-            config = described.model.model_copy(update={} if base is None else {"name": str(base)})
+            named = {} if base is None else {"name": str(base)}
+            config = described.model.model_copy(update={**named, "quantization": "none"})
             tokenizer = models.load_tokenizer(config)
             return described.network(config, tokenizer), tokenizer, described
         return base, None, described

@@ -17,6 +17,7 @@ from torch import nn
 from fedlora import seeds
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError, first_line
+from fedlora.model import arithmetic
 from fedlora.model.heads import PooledClassifier, head_modules, load_classifier
 from fedlora.model.known import KNOWN, not_installed, resolve
 
@@ -139,13 +140,15 @@ def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | No
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     location, pooling = resolve(config.name), pooling_of(config)
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     seeds.seed_torch(seed, "head")
-    common: dict[str, Any] = {**_source(config), "dtype": dtype, "use_safetensors": True}
+    common: dict[str, Any] = {**_source(config), "use_safetensors": True}
     try:
         if pooling != "head":
-            return PooledClassifier(AutoModel.from_pretrained(location, **common), len(labels), pooling)
+            body = AutoModel.from_pretrained(location, **common, **arithmetic.loading(config))
+            return PooledClassifier(body, len(labels), pooling)
         declared = AutoConfig.from_pretrained(location, **_source(config))
+        heads = _heads(declared) if config.quantization != "none" else ()
+        common |= arithmetic.loading(config, heads)
         model: Any = load_classifier(AutoModelForSequenceClassification, location, declared, labels, seed, **common)
     except ModelError:
         raise
@@ -159,6 +162,14 @@ def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | No
     return classifier
 
 
+def _heads(declared: Any) -> list[str]:
+    """The modules of a classifier's head, which is trained and therefore never quantised."""
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        return head_modules(AutoModelForSequenceClassification.from_config(declared))
+
+
 def load_writer(config: ModelConfig) -> nn.Module:
     """A network that predicts the next token, on the pre-trained weights, in the configured precision.
 
@@ -170,11 +181,9 @@ def load_writer(config: ModelConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     check_writer(config, load_declared(config))
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    how = {**_source(config), **arithmetic.loading(config), "use_safetensors": True}
     try:
-        network: nn.Module = AutoModelForCausalLM.from_pretrained(
-            resolve(config.name), **_source(config), dtype=dtype, use_safetensors=True
-        )
+        network: nn.Module = AutoModelForCausalLM.from_pretrained(resolve(config.name), **how)
     except Exception as error:
         raise cannot_load(config, "weights", error) from error
     return network

@@ -19,7 +19,7 @@ from torch import nn
 
 from fedlora.config import ModelConfig
 from fedlora.config.lora import LoraConfig
-from fedlora.errors import FedloraError, ModelError, RunFolderError, remembered
+from fedlora.errors import FedloraError, ModelError, RunFolderError, first_line, remembered
 from fedlora.files import home, limits
 from fedlora.files.atomic import write_json
 from fedlora.files.limits import FileStates
@@ -77,6 +77,8 @@ class Outline:
     """The highest id that the tokenizer gives to text, or pads and frames it with."""
     token: str
     """The token of that id."""
+    checkpoints: bool = True
+    """Whether its layers can be computed again for the gradients."""
 
     def targets(self, lora: LoraConfig) -> tuple[Layer, ...]:
         """The layers that an adapter is put on.
@@ -164,7 +166,7 @@ def _files(folder: Path) -> FileStates:
 @remembered(16)
 def _kept(config: ModelConfig, objective: Objective, files: FileStates) -> Outline | None:
     """The outline from the cache, or made and kept."""
-    content = [_FORMAT, objective.name, config.pooling, files, [version(name) for name in _DECIDING]]
+    content = [_FORMAT, objective.name, config.pooling, config.attention, files, [version(name) for name in _DECIDING]]
     file = home.cache() / "outlines" / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]}.json"
     try:
         return _from_json(limits.read_json(file))
@@ -198,6 +200,7 @@ def _make(config: ModelConfig, objective: Objective) -> Outline | None:
         rows=_rows(bare),
         highest_token=highest,
         token=str(tokenizer.convert_ids_to_tokens(highest)),
+        checkpoints=bool(getattr(_body(bare), "supports_gradient_checkpointing", True)),
     )
 
 
@@ -206,11 +209,18 @@ def _bare(config: ModelConfig, objective: Objective, declared: Any) -> Any | Non
     import torch
 
     try:
+        if config.attention not in ("auto", "flash_attention_2"):  # which `arithmetic.check` looks at
+            declared._attn_implementation = config.attention
         with torch.device("meta"):
             return objective.bare(config, declared)
     except ModelError:
         raise
     except Exception as error:
+        if config.attention != "auto" and "attention" in str(error).lower():
+            raise ModelError(
+                f"model.attention={config.attention} does not go with model.name={config.name}: {first_line(error)}; "
+                "leave it out"
+            ) from error
         if "Unrecognized configuration class" in str(error):
             raise cannot_load(config, "weights", error) from error
         return None
@@ -226,11 +236,14 @@ def _layers(model: Any) -> Iterator[Layer]:
         yield Layer(name, *sides, linear=linear, tied=tied_to(modules, module), ordinary=name in usual)
 
 
+def _body(model: Any) -> Any:
+    return model.encoder if isinstance(model, PooledClassifier) else model
+
+
 def _rows(model: Any) -> int | None:
     """Rows of the input embedding, where it is one of torch's."""
-    body = model.encoder if isinstance(model, PooledClassifier) else model
     try:
-        embedding = body.get_input_embeddings()
+        embedding = _body(model).get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
     return int(embedding.num_embeddings) if isinstance(embedding, nn.Embedding) else None

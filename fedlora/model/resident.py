@@ -16,13 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from fedlora import seeds
-from fedlora.adapter.base_update import BaseUpdate
+from fedlora.adapter.base_update import BaseUpdate, is_identity
 from fedlora.adapter.factors import fresh_factors
 from fedlora.adapter.weights import EVERY_PART, PEFT_PREFIX, Adapter, Factors, Part, full_core, parse_name
 from fedlora.config import ModelConfig
 from fedlora.config.lora import LoraConfig
 from fedlora.errors import ModelError
-from fedlora.model.heads import NOTE, head_modules
+from fedlora.model.arithmetic import (
+    DTYPES,
+    cannot_keep_less,
+    check_unpacking,
+    is_packed,
+    packed_inputs,
+    placed,
+    plain_weight,
+)
+from fedlora.model.heads import NOTE, PooledClassifier, head_modules
 from fedlora.model.targets import (
     check_sides,
     no_place_for_core,
@@ -50,6 +59,7 @@ class ResidentModel:
         self._cores: dict[str, _Core] = {}
         self._base: Hashable = None
         self._pristine: dict[str, Tensor] = {}
+        self._beside: list[Any] = []
 
     @classmethod
     def build(
@@ -70,12 +80,16 @@ class ResidentModel:
         """
         import peft
 
-        base: Any = objective.load(config, labels, pad_token_id, seed)
+        with placed(config, device):
+            base: Any = objective.load(config, labels, pad_token_id, seed)
+        check_unpacking(config, device.type, packed_inputs(base))
         peft_config = _peft_config(base, lora, objective.task_type(base))
         seeds.seed_torch(seed, "adapter")
         with warnings.catch_warnings():  # PEFT asks a decoder by a name that Transformers is about to give up
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
             adapted = peft.get_peft_model(base, peft_config)
+        if config.gradient_checkpointing:
+            _keep_less(base, config)
         resident = cls(objective, adapted, config, labels, device)
         resident._start_embeddings()
         resident._check_rank(lora)
@@ -83,14 +97,16 @@ class ResidentModel:
 
     @property
     def note(self) -> str:
-        """What a person should know: what was done about the checkpoint's own head, and that tied weights cannot be
-        merged; empty where there is neither."""
+        """What a person should know: what was done about the checkpoint's own head, that it will be slow, that tied
+        weights cannot be merged; empty where there is nothing."""
         tied = (
             f"{module} is adapted and shares its weight with {other}, which `fedlora merge` refuses: keep the adapter "
             "beside the base"
             for module, other in self._tied()
         )
-        return "; ".join(filter(None, (getattr(self.peft.get_base_model(), NOTE, ""), *tied)))
+        slow = self.dtype == "fp16" and self.device.type == "cpu"
+        half = "model.dtype=fp16 on a CPU is several times slower than fp32 and bf16" if slow else ""
+        return "; ".join(filter(None, (getattr(self.peft.get_base_model(), NOTE, ""), half, *tied)))
 
     def _start_embeddings(self) -> None:
         """A random and B zero, as for every other layer: PEFT has it the other way round for embeddings, and what
@@ -146,7 +162,7 @@ class ResidentModel:
     def base_weight(self, module: str) -> Tensor:
         """The base weight of a module as d_out × d_in, however the layer stores it, in fp32 on the CPU."""
         layer = self._layer(module).get_base_layer()
-        weight: Tensor = layer.weight.detach().to("cpu", torch.float32)
+        weight = plain_weight(layer).to("cpu", torch.float32)
         return weight.T if stores_transposed(layer) else weight
 
     def check_untied(self) -> None:
@@ -169,7 +185,7 @@ class ResidentModel:
         """Bring the frozen base to its pre-trained weights plus `update`; nothing is done if it is at `version`.
 
         An empty update is the pre-trained base. Layers of a bf16 base that change are in fp32 while they do, so that
-        small updates are not rounded away.
+        small updates are not rounded away. Of a quantised layer the weight stays, and the update is applied beside it.
         """
         wanted = version if update else None
         if wanted == self._base:
@@ -177,8 +193,13 @@ class ResidentModel:
         with torch.no_grad():
             for module in list(self._pristine):
                 self._layer(module).get_base_layer().weight.data = self._pristine.pop(module)
+            while self._beside:
+                self._beside.pop().remove()
             for module, pair in update.modules.items():
                 layer = self._layer(module).get_base_layer()
+                if is_packed(layer):
+                    self._beside.append(apply_beside(layer, pair))
+                    continue
                 self._pristine[module] = layer.weight.data
                 layer.weight.data = layer.weight.data.to(torch.float32, copy=True)
                 add_to_weight(layer, pair)
@@ -190,7 +211,7 @@ class ResidentModel:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of the configured precision."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16")
+        return torch.autocast(self.device.type, dtype=DTYPES[self.dtype], enabled=self.dtype != "fp32")
 
     def peft_config(self) -> dict[str, Any]:
         """The content of `adapter_config.json` for the attached adapter."""
@@ -241,6 +262,34 @@ def add_to_weight(layer: Any, pair: Factors) -> None:
     left, right = (side.to(layer.weight.device, torch.float32) for side in (pair.B, pair.A))
     delta = right.T @ left.T if stores_transposed(layer) else left @ right
     layer.weight.data.add_(delta.to(layer.weight.dtype))
+
+
+def apply_beside(layer: Any, pair: Factors) -> Any:
+    """Add `left @ right` (d_out × d_in) to what a linear layer computes, and leave its weight alone.
+
+    Returns a handle with `remove()`.
+    """
+    sides = [side.to(layer.weight.device, torch.float32) for side in (pair.A, pair.B) if not is_identity(side)]
+
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        change = inputs[0].to(sides[0].dtype)
+        for side in sides:
+            change = nn.functional.linear(change, side)
+        return output + change.to(output.dtype)
+
+    return layer.register_forward_hook(add)
+
+
+def _keep_less(base: Any, config: ModelConfig) -> None:
+    """Gradient checkpointing: layers keep what enters them, and are computed again for the gradients."""
+    body = base.encoder if isinstance(base, PooledClassifier) else base
+    try:
+        with warnings.catch_warnings():  # it has another name in the next Transformers
+            warnings.simplefilter("ignore", FutureWarning)
+            body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise cannot_keep_less(config.name) from error
+    body.config.use_cache = False
 
 
 def _peft_config(base: Any, lora: LoraConfig, task_type: str | None) -> Any:

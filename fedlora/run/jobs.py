@@ -20,7 +20,7 @@ from fedlora.data import questions, sources, tokens
 from fedlora.data.partition import Partition, Split, partition
 from fedlora.errors import DataError
 from fedlora.files import home
-from fedlora.model import outline, provenance
+from fedlora.model import arithmetic, outline, provenance
 from fedlora.model.base import check_length, load_tokenizer
 from fedlora.model.resident import ResidentModel
 from fedlora.objective import Scores
@@ -141,7 +141,7 @@ def initialise(bench: Workbench, folder: Path) -> str | None:
             "head": model.note,
             "adapter_parameters": sum(p.A.numel() + p.B.numel() for p in adapter.factors.values()),
             "head_parameters": sum(tensor.numel() for tensor in adapter.head.values()),
-            "base_parameters": sum(p.numel() for p in model.peft.get_base_model().parameters()),
+            "base_parameters": arithmetic.parameters(model.peft.get_base_model()),
         },
     )
     return model.note

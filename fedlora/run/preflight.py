@@ -87,6 +87,7 @@ def names(config: RunConfig) -> None:
     catalogue.check_owners(config.data, config.partition.name)
     check_rank(config)
     from fedlora import objective  # torch, which a mistake in the lines above need not wait for
+    from fedlora.model import arithmetic
     from fedlora.model.known import resolve
     from fedlora.run import warmstart
     from fedlora.training import workers
@@ -100,7 +101,7 @@ def names(config: RunConfig) -> None:
     found.check(config)
     warmstart.check(config)
     resolve(config.model.name)
-    workers.slot_devices(config.runner)
+    arithmetic.check(config.model, workers.slot_devices(config.runner))
 
 
 def check_rank(config: RunConfig) -> None:
@@ -163,8 +164,9 @@ def _surveyed(task: str, data: DataConfig, by: str | None, seed: int, files: Fil
 def _layers(config: RunConfig) -> tuple[Layer, ...] | None:
     """What the adapter is put on, after a look at whether it, the texts and the tokenizer fit the model."""
     from fedlora import objective
+    from fedlora.model import arithmetic, outline, targets
     from fedlora.model import base as model
-    from fedlora.model import outline, targets
+    from fedlora.training import workers
 
     found = outline.of(config.model, objective.find(config.task))
     if found is None:
@@ -172,6 +174,11 @@ def _layers(config: RunConfig) -> tuple[Layer, ...] | None:
     written = config.evaluation.generate.max_new_tokens if config.evaluation.generate.scorers else 0
     model.check_positions(config.model, found.positions, config.data.max_length, written)
     found.check_vocabulary(config.model.name)
+    if config.model.gradient_checkpointing and not found.checkpoints:
+        raise arithmetic.cannot_keep_less(config.model.name)
+    packed = {layer.name: layer.d_in for layer in found.layers if layer.ordinary}
+    for device in workers.slot_devices(config.runner):
+        arithmetic.check_unpacking(config.model, device, packed)
     layers = found.targets(config.lora)
     strategy = registry.find(config.strategy)
     for layer in layers:

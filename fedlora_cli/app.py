@@ -13,6 +13,7 @@ import typer
 from deployments.local import environment
 from fedlora.config import addresses
 from fedlora.errors import ConfigError, FedloraError, counted
+from fedlora_cli import datasets as cli_datasets
 from fedlora_cli import generate as cli_generate
 from fedlora_cli import output
 from fedlora_cli import run as cli_run
@@ -146,15 +147,7 @@ def strategies(
     print("\n".join(broken), end="\n" if broken else "")
 
 
-@app.command()
-def datasets() -> None:
-    """The data sets that have a name, a line each."""
-    from fedlora.data import sources
-    from fedlora_cli import tables
-
-    rows = [(known.name, known.origin, "yes" if known.available else "no", known.summary) for known in sources.known()]
-    tables.listing(("name", "origin", "here", "what it is"), rows, sys.stdout)
-    print("Also: a csv, jsonl or parquet file, a folder with train and test files, or a Hugging Face id (data.name=…).")
+app.add_typer(cli_datasets.app, name="datasets")
 
 
 @app.command()

@@ -128,6 +128,8 @@ def reader(folder, small_llama, monkeypatch):
 def parsed(words):
     """What our command line makes of the words, without doing it."""
     command = typer.main.get_command(cli.app).commands[words[0]]
+    if len(words) > 1 and words[1] in getattr(command, "commands", {}):
+        command, words = command.commands[words[1]], words[1:]
     with command.make_context(words[0], list(words[1:])) as context:
         return context.params
 

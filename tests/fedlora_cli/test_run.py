@@ -176,6 +176,17 @@ def test_lists(fedlora, command, words):
     assert all(word in out for word in words)
 
 
+def test_sums_are_written_to_a_file_once(fedlora, tmp_path):
+    words = ("datasets", "make", "--task", "chain_sum", "--size", 200, "--difficulty", 0, "--out", tmp_path / "s.jsonl")
+    code, out, _ = fedlora(*words)
+    assert code == 0
+    written = len((tmp_path / "s.jsonl").read_text().splitlines())
+    assert f"({written} problems)" in out
+    assert f"left out          {200 - written} questions that had been asked before" in out
+    code, _, err = fedlora(*words)
+    assert (code, err.count("\n")) == (2, 1)
+
+
 def test_all_about_one_strategy(fedlora):
     code, out, _ = fedlora("strategies", "flora-na")
     assert code == 0

@@ -117,7 +117,8 @@ def budgets(found: Measures) -> str:
     spent = ((found.megabytes, "MB"), (found.seconds, "s"))
     known = [f"{value:.3g} {unit}" for value, unit in spent if not math.isnan(value)]
     budget = f"Budget: {' or '.join(known)}. " if known else ""
-    return f"{budget}Target: {found.target:.3f}."
+    target = "" if math.isnan(found.target) else f"Target: {found.target:.3f}."
+    return f"{budget}{target}".strip()
 
 
 def _until(value: float, digits: int) -> Cell:

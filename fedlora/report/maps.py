@@ -215,7 +215,8 @@ def _cloud(look: Placed, own: pd.DataFrame, rho: str, score: Score) -> Trace:
 
 
 def partitions(comparison: Comparison) -> Figure | None:
-    """Training examples by client and label, for one partition at a time."""
+    """Training examples by client and label (or group, where labels are not what is learned), for one partition at a
+    time."""
     traces: list[Trace] = []
     choices: list[str] = []
     clipped = False
@@ -238,12 +239,13 @@ def partitions(comparison: Comparison) -> Figure | None:
         choices.append(f"{seeds}: {summary.get('partitioner', 'partition')}, hash {digest}")
     if not traces:
         return None
-    caption = "Training examples of each client by label; white: none." + (
+    kind = "label" if comparison.labelled else "group"
+    caption = f"Training examples of each client by {kind}; white: none." + (
         f" Of more clients the first {_MOST_CLIENTS} are shown." if clipped else ""
     )
     rows = max(len(trace["y"]) for trace in traces)
     axes = marks.layout(
-        marks.axis("label", type="category", showgrid=False),
+        marks.axis(kind, type="category", showgrid=False),
         marks.axis("client", type="category", autorange="reversed", showgrid=False),
     )
     return Figure("partition", "The partition", caption, traces, axes, choices, True, _height(rows) + 60)

@@ -41,9 +41,9 @@ class Curve:
         return float(self.score[within[-1]]) if len(within) else math.nan
 
     def until(self, target: float, spent: np.ndarray) -> float:
-        """What was spent when the score first reached a target; infinite where it never did."""
+        """What was spent when the score first reached a target; infinite where it never did, NaN without a target."""
         reached = np.flatnonzero(self.sign * self.score >= self.sign * target)
-        return float(spent[reached[0]]) if len(reached) else math.inf
+        return float(spent[reached[0]]) if len(reached) else math.nan if math.isnan(target) else math.inf
 
     @property
     def area(self) -> float:

@@ -56,27 +56,23 @@ def colour(strategy: str) -> str:
 def rounds_figure(
     runs: Mapping[str, Sequence[RoundRecord]],
     path: Path,
+    score: Score,
     colours: Mapping[str, str] | None = None,
     title: str = "",
     legend: Mapping[str, str] | None = None,
-    score: Score | None = None,
 ) -> None:
     """Global score and divergence against rounds, one line per run (key: its label).
 
     Args:
         runs: the rounds' records of each run.
         path: the PNG to write.
+        score: the one that decides.
         colours: by label; the strategy's colour where the label is a strategy.
         title: above both panels.
         legend: by label, the words shown for it; runs with the same words (seeds of one setting) share an entry.
-        score: the one that decides. None: accuracy.
     """
     from matplotlib.figure import Figure
 
-    from fedlora import objective
-    from fedlora.config import RunConfig
-
-    score = score or objective.score_of(RunConfig())
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for label, records in runs.items():

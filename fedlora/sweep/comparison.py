@@ -169,7 +169,7 @@ def figures(results: Sequence[Result], folder: Path, title: str) -> None:
     runs = {result.label: result.records for result in results}
     colours = {result.label: plots.colour(str(result.settings.get("strategy", result.label))) for result in results}
     legend = {result.label: label(_without_seed(result.settings)) or "all seeds" for result in results}
-    plots.rounds_figure(runs, folder / "comparison.png", colours, title, legend, results[0].scores[0])
+    plots.rounds_figure(runs, folder / "comparison.png", results[0].scores[0], colours, title, legend)
     plots.conditions_figure(runs, folder / "conditions.png", colours, legend)
 
 

@@ -16,9 +16,11 @@ from mlflow import MlflowClient, artifacts
 
 import fedlora
 from fedlora.errors import ConfigError, TrackingError
+from fedlora.objective.classification import ACCURACY
 from fedlora.run import preflight
 from mlflow_tracking import beginning, champion, store, tracker
 from mlflow_tracking.candidates import Candidate, Score
+from mlflow_tracking.judged import USUAL
 
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "promote-an-adapter.md"
 NAMES = map("fedlora-{}".format, itertools.count())
@@ -63,7 +65,7 @@ def name():
 def candidate(run, *accuracies, data="d1", seeds=None, examples=1000, strategy="svd"):
     digests = [data] * len(accuracies) if isinstance(data, str) else data
     scores = map(Score, seeds or range(len(accuracies)), accuracies, digests)
-    return Candidate(run, "1", "mine", strategy, strategy, tuple(scores), examples, "p1")
+    return Candidate(run, "1", "mine", strategy, strategy, tuple(scores), examples, USUAL, ACCURACY, "p1")
 
 
 def versions(uri, name):

@@ -17,7 +17,7 @@ def recalled(told: Mapping[str, str]) -> RunConfig:
     """The configuration that parameters tell of, as far as it goes.
 
     Nothing is checked, and what this version does not know is left out: a run of another version, or of a plug-in that
-    is not installed here, can be read, too.
+    is not installed here, can be read, too. A key without a value has its default.
 
     Args:
         told: values by dotted key: text as it is, everything else as JSON.

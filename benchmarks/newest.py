@@ -56,7 +56,7 @@ def demo() -> float:
         from fedlora.run.runfolder import RunFolder
 
         *_, last = rounds.records(RunFolder(Path(home, "run")))
-        return last.metrics[metrics.GLOBAL_ACCURACY]
+        return last.metrics[f"{metrics.GLOBAL}accuracy"]
 
 
 def tests(words: list[str]) -> int:

@@ -12,13 +12,11 @@ if TYPE_CHECKING:  # torch: who asks for a name need not wait for it
     from fedlora.adapter.divergence import Divergence
     from fedlora.objective import Score, Scores
 
-GLOBAL_ACCURACY = "global/accuracy"
-GLOBAL_LOSS = "global/loss"
-GLOBAL_MACRO_F1 = "global/macro_f1"
-LOCAL_ACCURACY = "local/accuracy"
-LOCAL_ACCURACY_P10 = "local/accuracy_p10"
-LOCAL_ACCURACY_WORST = "local/accuracy_worst"
-GAP_ACCURACY = "gap/accuracy"
+GLOBAL, LOCAL, GAP = "global/", "local/", "gap/"
+"""What the names of scores begin with: of the broadcast model on all test examples, means of the clients' own models on
+their own, and the second minus the first."""
+WORST, TENTH = "_worst", "_p10"
+"""How the names of the worst client's local score and of the worst tenth's end."""
 RHO_MODEL = "rho/model"
 RHO_FLOOR = "rho/floor"
 RHO_EXCESS = "rho/excess"
@@ -47,8 +45,6 @@ TIME_RESUMED = "time/resumed"
 
 FINAL = "final/"
 """What the names of a run's results begin with."""
-FINAL_ACCURACY = f"{FINAL}accuracy"
-FINAL_MACRO_F1 = f"{FINAL}macro_f1"
 FINAL_GAP = f"{FINAL}gap"
 FINAL_SECONDS = f"{FINAL}seconds"
 _FINALS = {RHO_MODEL: f"{FINAL}rho", RHO_FLOOR: f"{FINAL}rho_floor", BYTES_TOTAL: f"{FINAL}bytes"}
@@ -82,7 +78,7 @@ BYTES = {each.name: f"bytes/{each.name}" for each in fields(Bytes)}
 
 def of_global(scores: Scores) -> dict[str, float]:
     """Scores of the broadcast model on the full test set."""
-    return {f"global/{name}": value for name, value in scores.values().items()}
+    return {f"{GLOBAL}{name}": value for name, value in scores.values().items()}
 
 
 def of_local(clients: Sequence[Scores], score: Score) -> dict[str, float]:
@@ -93,18 +89,18 @@ def of_local(clients: Sequence[Scores], score: Score) -> dict[str, float]:
     if not found:
         return {}
     tenth, worst = (10, np.min) if score.higher_is_better else (90, np.max)
-    name = f"local/{score.name}"
+    name = f"{LOCAL}{score.name}"
     return {
         name: float(np.mean(found)),
-        f"{name}_p10": float(np.percentile(found, tenth)),
-        f"{name}_worst": float(worst(found)),
+        f"{name}{TENTH}": float(np.percentile(found, tenth)),
+        f"{name}{WORST}": float(worst(found)),
     }
 
 
 def gap(metrics: Metrics, score: Score) -> dict[str, float]:
     """Local minus global score, where both were measured."""
-    of_clients, of_all = (metrics.get(f"{where}/{score.name}") for where in ("local", "global"))
-    return {} if of_clients is None or of_all is None else {f"gap/{score.name}": of_clients - of_all}
+    of_clients, of_all = (metrics.get(f"{where}{score.name}") for where in (LOCAL, GLOBAL))
+    return {} if of_clients is None or of_all is None else {f"{GAP}{score.name}": of_clients - of_all}
 
 
 def of_divergence(divergence: Divergence) -> dict[str, float]:
@@ -151,8 +147,8 @@ def of_participation(counts: Mapping[str, int]) -> dict[str, float]:
 def finals(last: Metrics, score: Score) -> dict[str, float]:
     """The last round's metrics that are repeated as a run's results, by their names there: every global score, the mean
     local one that decides and its gap, ρ, its floor, and the bytes."""
-    names = {name: name.replace("global/", FINAL) for name in last if name.startswith("global/")}
-    names |= {f"local/{score.name}": f"{FINAL}local_{score.name}", f"gap/{score.name}": FINAL_GAP, **_FINALS}
+    names = {name: name.replace(GLOBAL, FINAL) for name in last if name.startswith(GLOBAL)}
+    names |= {f"{LOCAL}{score.name}": f"{FINAL}local_{score.name}", f"{GAP}{score.name}": FINAL_GAP, **_FINALS}
     return {final: last[name] for name, final in names.items() if name in last}
 
 

@@ -171,6 +171,10 @@ def report(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to. Without it: the sweep's folder.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="TASK", help="Its runs alone, where an experiment holds runs of several tasks."),
+    ] = None,
     only_verdict: Annotated[
         bool, typer.Option("--verdict", help="Print what the comparison comes to, and write nothing.")
     ] = False,
@@ -184,18 +188,18 @@ def report(
     from fedlora_cli import tables
 
     if other is not None:
-        _changes(source, other, out, only_verdict)
+        _changes(source, other, out, only_verdict, task)
         return
     if only_verdict:
         from fedlora.report import verdict
         from fedlora.report.decision import decide
         from mlflow_tracking import compare
 
-        tables.verdict(verdict.sentences(decide(compare.gather(source))), sys.stdout)
+        tables.verdict(verdict.sentences(decide(compare.gather(source, task=task))), sys.stdout)
         return
     from flows.report import write_report
 
-    written = write_report(source, out)
+    written = write_report(source, out, task=task)
     tables.verdict(written.sentences, sys.stdout)
     print(f"{written.comparison.title}: {counted(len(written.comparison.runs), 'run')}")
     print(f"report            {written.page}\ntables            {written.page.parent}/*.csv")
@@ -203,16 +207,16 @@ def report(
         print(f"MLflow            {written.link}")
 
 
-def _changes(before: str, after: str, out: Path | None, only_verdict: bool) -> None:
+def _changes(before: str, after: str, out: Path | None, only_verdict: bool, task: str | None) -> None:
     """What changed from one to the other, in words and as a table; and as a page unless only words are wanted."""
     from fedlora.report import changewords
     from fedlora_cli import tables
     from flows import changes
 
     if only_verdict:
-        tables.verdict(changewords.sentences(changes.between(before, after)[0]), sys.stdout)
+        tables.verdict(changewords.sentences(changes.between(before, after, task=task)[0]), sys.stdout)
         return
-    written = changes.write(before, after, out)
+    written = changes.write(before, after, out, task=task)
     tables.changed(written.changes, sys.stdout)
     tables.verdict(written.sentences, sys.stdout)
     print(f"changes           {written.page}\ntables            {written.page.parent}/changes.*")

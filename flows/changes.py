@@ -45,17 +45,18 @@ class Since:
 
     @property
     def regression(self) -> bool:
-        """Whether a score fell beyond noise."""
-        return self.written is not None and bool(self.written.changes.fallen)
+        """Whether a score is worse beyond noise."""
+        return self.written is not None and bool(self.written.changes.worse)
 
 
-def between(before: str, after: str, uri: str | None = None) -> tuple[Changes, Source]:
+def between(before: str, after: str, uri: str | None = None, task: str | None = None) -> tuple[Changes, Source]:
     """What changed from one sweep or experiment to another, and what the other is.
 
     Args:
         before: a sweep's name or execution, `previous` (the finished execution before the other), or an experiment.
         after: a sweep's name or execution, `latest`, or an experiment.
         uri: the tracking store. None: as everywhere.
+        task: the runs of it alone, where one of them holds several.
 
     Raises:
         TrackingError: the store does not answer, or there is no such sweep or experiment.
@@ -70,11 +71,13 @@ def between(before: str, after: str, uri: str | None = None) -> tuple[Changes, S
             f"'{before}' and '{after}' are both {later.instance}; name two executions, or `fedlora report {PREVIOUS} "
             f"{after}` for what changed since the one before"
         )
-    one, other = (replace(compare.gather(each, resolved), title=each.instance) for each in (earlier, later))
+    one, other = (replace(compare.gather(each, resolved, task), title=each.instance) for each in (earlier, later))
     return compared(one, other), later
 
 
-def write(before: str, after: str, out: str | Path | None = None, uri: str | None = None) -> Written:
+def write(
+    before: str, after: str, out: str | Path | None = None, uri: str | None = None, task: str | None = None
+) -> Written:
     """Write what changed beside the later one's report, and log it to its run in MLflow. As `between`.
 
     Args:
@@ -82,14 +85,15 @@ def write(before: str, after: str, out: str | Path | None = None, uri: str | Non
         after: the later one.
         out: a folder. None: that of the later one's report.
         uri: the tracking store.
+        task: the runs of it alone.
 
     Raises:
         RunFolderError: the folder cannot be written.
         FedloraError: as `between`.
     """
     resolved = store.resolve_uri(uri)
-    changes, later = between(before, after, resolved)
-    folder = Path(out).expanduser().absolute() if out else default_folder(later)
+    changes, later = between(before, after, resolved, task)
+    folder = Path(out).expanduser().absolute() if out else default_folder(later, task)
     page = report.write_changes(changes, folder)
     log(later, resolved, [folder / name for name in report.CHANGES])
     return Written(page, changes, logged(later, resolved, page))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 from prefect.artifacts import create_markdown_artifact
 
 from fedlora.errors import FedloraError, counted
+from fedlora.objective import Score
 from fedlora.report import frames
 from fedlora.sweep import comparison
 from fedlora.sweep.comparison import Result
@@ -35,8 +37,8 @@ SHOWN = {
 CHANGES = "report/changes.json"
 """What changed since the last execution, where there was one."""
 FILES = (STATE, "comparison.csv", "comparison.png", "conditions.png")
-_COLUMNS = ("accuracy", "ρ first", "ρ last", "ρ floor", "MB")
-"""As many as fit beside a run's facts in MLflow; the report has the others."""
+_BESIDE = ("ρ first", "ρ last", "ρ floor", "MB")
+"""Beside the score; as many as fit beside a run's facts in MLflow; the report has the others."""
 _SPACE = "&nbsp;"
 """Where a cell is not to be broken, and between cells: MLflow sets them without a gap."""
 
@@ -84,7 +86,7 @@ def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> Since | None:
     changed = since.written.page.name if since and since.written else None
     board = Board(
         pages=[store.run_page(parent.experiment, result.run) for result in found],
-        ways=_ways(folder, parent, written is not None, changed),
+        ways=_ways(folder, parent, found, written is not None, changed),
         models={each.model: each.page for each in chosen if each.version},
         said=[*(written.sentences if written else ()), *([f"Since the last: {since.line}."] if since else ())],
     )
@@ -105,7 +107,9 @@ def _since(plan: Sweep, folder: SweepFolder, parent: Parent, told: Progress) -> 
     return since
 
 
-def _ways(folder: SweepFolder, parent: Parent, reported: bool, changed: str | None) -> dict[str, str]:
+def _ways(
+    folder: SweepFolder, parent: Parent, found: Sequence[Result], reported: bool, changed: str | None
+) -> dict[str, str]:
     """What a sweep's page leads to, by their words: report, charts, what changed (the name of its page), pictures."""
 
     def file(name: str) -> str:
@@ -115,7 +119,8 @@ def _ways(folder: SweepFolder, parent: Parent, reported: bool, changed: str | No
     ways["charts"] = store.view_page(parent.experiment, parent.run)
     if changed:
         ways["what changed"] = file(f"report/{changed}")
-    for words, name in (("accuracy and ρ", SHOWN["picture"]), ("conditions R, P, Q", SHOWN["conditions"])):
+    score = found[0].scores[0].title if found else "score"
+    for words, name in ((f"{score} and ρ", SHOWN["picture"]), ("conditions R, P, Q", SHOWN["conditions"])):
         if (folder.path / name).is_file():
             ways[words] = file(f"{parents.COMPARISON}/{name}")
     return ways
@@ -162,7 +167,7 @@ def description(plan: Sweep, folder: SweepFolder, found: Sequence[Result] = (), 
     ]
     if found:
         table = comparison.frame(found).assign(page=list(board.pages))
-        lines += ["", *_leaderboards(plan, table), comparison.shared(table), ""]
+        lines += ["", *_leaderboards(plan, table, found[0].scores[0]), comparison.shared(table), ""]
     for status in ("failed", "skipped"):
         lines += [f"* {status}: {state.label}: {state.reason}" for state in folder.having(status)]
     lines += [f"\n{report.plain(reason)}" for reason in (folder.champion or "").splitlines()]
@@ -173,29 +178,30 @@ def _linked(pages: Mapping[str, str]) -> str:
     return " · ".join(f"[{words}]({page})" for words, page in pages.items())
 
 
-def _leaderboards(plan: Sweep, table: pd.DataFrame) -> Iterator[str]:
+def _leaderboards(plan: Sweep, table: pd.DataFrame, criterion: Score) -> Iterator[str]:
     """A leaderboard per condition: places mean something within one only."""
     varied = [key for key in plan.varied if key not in plan.world]
     groups = table.groupby(plan.world, sort=False, dropna=False) if plan.world else [((), table)]
     for values, rows in groups:
         if plan.world:
             yield from (f"**{report.plain(frames.words(dict(zip(plan.world, values, strict=True))))}**", "")
-        yield from (*_leaderboard(varied, rows), "")
+        yield from (*_leaderboard(varied, rows, criterion), "")
 
 
-def _leaderboard(varied: Sequence[str], table: pd.DataFrame) -> list[str]:
-    means, spreads = comparison.over_seeds(table, varied)
+def _leaderboard(varied: Sequence[str], table: pd.DataFrame, criterion: Score) -> list[str]:
+    columns = (criterion.title, *_BESIDE)
+    means, spreads = comparison.over_seeds(table, varied, columns)
     keys = [str(name) for name in means.index.names]
-    titles = ["", *keys, "runs", *_COLUMNS]
+    titles = ["", *keys, "runs", *columns]
     rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    accuracy = means["accuracy"].fillna(-1.0).tolist()
-    best_first = sorted(range(len(accuracy)), key=lambda position: -accuracy[position])  # equals stay as they are
+    merits = (criterion.sign * means[criterion.title]).fillna(-math.inf).tolist()
+    best_first = sorted(range(len(merits)), key=lambda position: -merits[position])  # equals stay as they are
     for place, position in enumerate(best_first, start=1):
         index = means.index[position]
         names = index if isinstance(index, tuple) else (index,)
         values = [
             comparison.cell(name, means[name].iloc[position], spreads[name].iloc[position]).replace(" ", _SPACE)
-            for name in _COLUMNS
+            for name in columns
         ]
         links = _links(table, keys, names)
         words = [str(name).replace("|", "\\|") for name in names]

@@ -56,7 +56,9 @@ class Written:
         return logged(self.source, self.uri, self.page)
 
 
-def write_report(source: str = LATEST, out: str | Path | None = None, uri: str | None = None) -> Written:
+def write_report(
+    source: str = LATEST, out: str | Path | None = None, uri: str | None = None, task: str | None = None
+) -> Written:
     """Write the report of a sweep or experiment; a sweep's also goes to its MLflow run, with places, means and verdict
     (`arrange.decided`). Needs no flow.
 
@@ -64,16 +66,17 @@ def write_report(source: str = LATEST, out: str | Path | None = None, uri: str |
         source: a sweep's name or execution, `latest` (the sweep that ended last), or an experiment.
         out: its folder. None: `report/` in the sweep's folder, or `$FEDLORA_HOME/reports/EXPERIMENT`.
         uri: the tracking store. None: as everywhere.
+        task: the runs of it alone, where an experiment holds several.
 
     Raises:
         TrackingError: the store does not answer, or there is no such sweep or experiment.
-        FedloraError: no run has finished.
+        FedloraError: no run has finished, or no one score compares those that have.
         RunFolderError: the folder cannot be written.
     """
     resolved = store.resolve_uri(uri)
     found = compare.find(source, resolved)
-    comparison = compare.gather(found, resolved)
-    folder = Path(out).expanduser().absolute() if out else default_folder(found)
+    comparison = compare.gather(found, resolved, task)
+    folder = Path(out).expanduser().absolute() if out else default_folder(found, task)
     decided = decide(comparison)
     page = report.write(comparison, folder, decided)
     log(found, resolved, [page, folder / report.VERDICT, *(folder / f"{name}.csv" for name in report.TABLES)])
@@ -104,23 +107,29 @@ def logged(source: Source, uri: str, page: Path) -> str:
     return where.mlflow_page(uri, artifact)
 
 
-def default_folder(source: Source) -> Path:
-    """Where a report goes unless told otherwise."""
-    name = re.sub(r"[^\w.-]+", "-", source.instance).strip(".-") or "report"
+def default_folder(source: Source, task: str | None = None) -> Path:
+    """Where a report goes unless told otherwise: those of an experiment's tasks beside each other."""
+    called = source.instance if task is None or source.parent is not None else f"{source.instance}-{task}"
+    name = re.sub(r"[^\w.-]+", "-", called).strip(".-") or "report"
     return home.home() / "reports" / name if source.parent is None else home.sweeps() / name / _FOLDER
 
 
 @form.left_empty
 @flow(name="report", validate_parameters=True)
 @refusals.told
-def make_report(source: str = LATEST, out: Annotated[str | None, form.empty("string")] = None) -> str:
+def make_report(
+    source: str = LATEST,
+    out: Annotated[str | None, form.empty("string")] = None,
+    task: Annotated[str | None, form.empty("string")] = None,
+) -> str:
     """Compare the runs of a sweep or experiment on one HTML page; returns its path.
 
     Args:
         source: A sweep's name or execution, "latest" (the sweep that ended last), or an MLflow experiment.
         out: Folder for the page and its tables. Empty: the sweep's own folder.
+        task: The runs of this task alone, where an experiment holds runs of several.
     """
-    written = write_report(source, out)
+    written = write_report(source, out, task=task)
     names.replace_generated(f"report {written.source.instance}")
     progress.current().results(written.link, written.page.parent)
     create_markdown_artifact(summary(written), key="report", description=written.comparison.title)

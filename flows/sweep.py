@@ -20,6 +20,7 @@ from pydantic import Field  # noqa: E402
 from deployments import form  # noqa: E402
 from deployments.shipped import DEPLOYMENTS, PRESETS, SWEEPS  # noqa: E402
 from deployments.states import REGRESSION  # noqa: E402
+from fedlora import objective  # noqa: E402
 from fedlora.config import configfile  # noqa: E402
 from fedlora.errors import FedloraError, counted  # noqa: E402
 from fedlora.files import home, lock  # noqa: E402
@@ -84,7 +85,7 @@ def run_sweep(
 
 def ended(folder: SweepFolder, since: Since | None) -> str:
     """The folder, as the result of a state that says what changed since the last execution: `Regression`, of type
-    Completed, where a score fell beyond noise. Who calls the flow gets the folder."""
+    Completed, where a score is worse beyond noise. Who calls the flow gets the folder."""
     name = REGRESSION if since and since.regression else None
     return cast(str, Completed(name=name, message=since.line, data=str(folder.path))) if since else str(folder.path)
 
@@ -127,7 +128,8 @@ def open_parent(plan: Sweep, folder: SweepFolder) -> Parent:
         tracking = plan.cells[0].config.tracking
         parent = parents.start(tracking, plan.name, folder.instance, outcome.description(plan, folder))
         folder.parent = vars(parent)
-    arrange.begun(parent, folder.instance, {"base": Path(plan.base).name, **plan.common}, swept(plan))
+    criterion, fixed = objective.score_of(plan.cells[0].config), {"base": Path(plan.base).name, **plan.common}
+    arrange.begun(parent, folder.instance, criterion, fixed, swept(plan))
     take_over(folder, parents.finished(parent))
     folder.save(plan)
     return parent

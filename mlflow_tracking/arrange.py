@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedlora import metrics
+from fedlora.objective import Score
 from fedlora.report import verdict
 from fedlora.report.decision import Condition, Decision, Standing
 from fedlora.report.frames import Comparison, plain
@@ -24,7 +25,6 @@ VERDICT = "verdict"
 CHOICE = "choice/"
 """What the names of a sweep's own metrics begin with."""
 
-_MEANS = {"accuracy": metrics.GLOBAL_ACCURACY, "rho": metrics.RHO_MODEL}
 _AT_ONCE = 1000
 """Metrics that MLflow takes in a request."""
 _LONGEST = 250
@@ -33,12 +33,15 @@ _BETWEEN = ", "
 """Stands between the values of a parameter."""
 
 
-def begun(parent: Parent, title: str, fixed: Mapping[str, Any], swept: Mapping[str, Sequence[Any]]) -> None:
+def begun(
+    parent: Parent, title: str, criterion: Score, fixed: Mapping[str, Any], swept: Mapping[str, Sequence[Any]]
+) -> None:
     """Write to a sweep's run what it is, and save the view in which its page opens.
 
     Args:
         parent: the sweep's run.
         title: what the view is called.
+        criterion: the score that decides.
         fixed: settings of all runs, by dotted key.
         swept: by dotted key, the values of a setting that varies.
 
@@ -50,12 +53,12 @@ def begun(parent: Parent, title: str, fixed: Mapping[str, Any], swept: Mapping[s
     with store.errors(parent.uri):
         client = store.client(parent.uri)
         _log_settings(client, parent, told)
-        views.save(client, parent.experiment, parent.run, title, list(swept))
+        views.save(client, parent.experiment, parent.run, title, criterion, list(swept))
 
 
 def decided(parent: Parent, title: str, comparison: Comparison, decision: Decision) -> None:
     """Write what came of a sweep: each run's place, by which the view is sorted; on the sweep's run the means over
-    seeds of accuracy and ρ by round, a metric per condition and choice, and the verdict. Again it changes nothing.
+    seeds of score and ρ by round, a metric per condition and choice, and the verdict. Again it changes nothing.
 
     Args:
         parent: the sweep's run.
@@ -74,7 +77,8 @@ def decided(parent: Parent, title: str, comparison: Comparison, decision: Decisi
         for start in range(0, len(points), _AT_ONCE):
             client.log_batch(parent.run, metrics=points[start : start + _AT_ONCE])
         client.set_tag(parent.run, VERDICT, " ".join(verdict.sentences(decision)))
-        views.save(client, parent.experiment, parent.run, title, [*decision.choices, *decision.world, "seed"])
+        varied = [*decision.choices, *decision.world, "seed"]
+        views.save(client, parent.experiment, parent.run, title, decision.criterion, varied)
 
 
 def places(decision: Decision) -> dict[str, str]:
@@ -96,13 +100,15 @@ def _means(comparison: Comparison, decision: Decision) -> Iterator[Metric]:
     later where a seed was added, so that the new mean is the one that counts."""
     from mlflow.entities import Metric
 
+    score = comparison.criterion.name
+    means = {score: f"{metrics.GLOBAL}{score}", "rho": metrics.RHO_MODEL}
     started = comparison.runs.set_index("run_id")["started"]
     for condition in decision.conditions:
         for standing in _all(condition):
             own = list(standing.setting.seeds.values())
             stamp = int(started[own].max().timestamp() * 1000)
             by_round = comparison.rounds[comparison.rounds["run_id"].isin(own)].groupby("round")
-            for measure, metric in _MEANS.items():
+            for measure, metric in means.items():
                 if metric in comparison.rounds:
                     name = _name(measure, condition, standing, decision)
                     for number, mean in by_round[metric].mean().dropna().items():

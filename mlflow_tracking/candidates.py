@@ -9,11 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+from fedlora import objective
 from fedlora.errors import FedloraError, counted
-from fedlora.metrics import FINAL_ACCURACY
+from fedlora.metrics import FINAL
 from fedlora.report import roles
 from fedlora.strategies import registry
-from mlflow_tracking import store
+from mlflow_tracking import judged, store
 
 LEVEL = 0.05
 """How likely a promotion may be where there is no difference (one-sided)."""
@@ -26,7 +27,7 @@ class Score:
     """What one seed reached, and the digest of the data that it was trained and tested on."""
 
     seed: int
-    accuracy: float
+    value: float
     data: str
 
 
@@ -40,6 +41,9 @@ class Entrant:
     settings: Mapping[str, Any]
     score: Score
     examples: int
+    task: str
+    criterion: objective.Score
+    """The score that decides."""
     partition: str = ""
 
     @property
@@ -60,13 +64,20 @@ class Candidate:
     label: str
     scores: tuple[Score, ...]
     examples: int
+    task: str
+    criterion: objective.Score
+    """The score that decides."""
     partition: str = ""
     condition: str = ""
     """Under which it was compared, like `alpha=0.1`; empty where the sweep has only one."""
 
+    def judged_like(self, other: Candidate) -> bool:
+        """Whether both learned the same, and are judged by the same score."""
+        return (self.task, self.criterion.name) == (other.task, other.criterion.name)
+
     def on(self, data: Set[str]) -> list[float]:
-        """The accuracies that were measured on some of these data."""
-        return [score.accuracy for score in self.scores if score.data in data]
+        """The scores that were measured on some of these data."""
+        return [score.value for score in self.scores if score.data in data]
 
     @property
     def data(self) -> frozenset[str]:
@@ -74,8 +85,8 @@ class Candidate:
         return frozenset(score.data for score in self.scores)
 
     @property
-    def accuracy(self) -> float:
-        """The mean over seeds."""
+    def mean(self) -> float:
+        """Over seeds."""
         return _mean(self.on(self.data))
 
     @property
@@ -85,10 +96,10 @@ class Candidate:
 
     @property
     def reached(self) -> str:
-        """Its accuracy in words."""
+        """Its score in words."""
         if self.spread is None:
-            return f"{self.accuracy:.4f}, one seed" if self.scores else "no accuracy"
-        return f"{self.accuracy:.4f} ± {self.spread:.4f}, {len(self.scores)} seeds"
+            return f"{self.mean:.4f}, one seed" if self.scores else f"no {self.criterion.title}"
+        return f"{self.mean:.4f} ± {self.spread:.4f}, {len(self.scores)} seeds"
 
     def __str__(self) -> str:
         return f"{self.label} ({self.reached})"
@@ -96,7 +107,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference of mean accuracies, whether it is beyond noise, and how that was judged."""
+    """A difference of mean scores, whether ours is better beyond noise, and how that was judged."""
 
     difference: float
     better: bool
@@ -129,7 +140,7 @@ def by_condition(found: Iterable[Entrant], world: Sequence[str]) -> dict[str, li
 
 
 def best(found: Iterable[Entrant], sweep: str) -> Candidate:
-    """The setting (everything but the seed) with the highest mean accuracy, and its run with the highest accuracy.
+    """The setting (everything but the seed) with the best mean score, and its run with the best score.
 
     Settings of which fewer seeds finished than of others do not compete: their means would be of other runs.
 
@@ -145,7 +156,7 @@ def best(found: Iterable[Entrant], sweep: str) -> Candidate:
     settings = [as_candidate(group, sweep) for group in groups.values() if len(group) == most]
     if len({setting.data for setting in settings}) > 1:
         raise FedloraError(f"the runs of sweep {sweep} had different data or partitions, so none of them is the best")
-    return max(settings, key=lambda setting: setting.accuracy)
+    return max(settings, key=lambda setting: setting.criterion.sign * setting.mean)
 
 
 def judge(candidate: Candidate, standing: Candidate) -> Comparison:
@@ -154,40 +165,50 @@ def judge(candidate: Candidate, standing: Candidate) -> Comparison:
     The best of several settings is flattered by chance; but so was the champion when it was chosen, so no correction.
     """
     shared = candidate.data & standing.data
-    return compare(candidate.on(shared), standing.on(shared), (candidate.examples, standing.examples))
+    examples = candidate.examples, standing.examples
+    return compare(candidate.on(shared), standing.on(shared), examples, candidate.criterion)
 
 
-def compare(ours: Sequence[float], theirs: Sequence[float], examples: tuple[int, int]) -> Comparison:
-    """Whether our mean accuracy is above theirs beyond noise, at `LEVEL`, one-sided.
+def compare(
+    ours: Sequence[float], theirs: Sequence[float], examples: tuple[int, int], criterion: objective.Score
+) -> Comparison:
+    """Whether our mean score is better than theirs beyond noise, at `LEVEL`, one-sided.
 
     With two or more seeds on both sides by Welch's t-test over seeds. Otherwise, and where seeds make no difference, by
-    the binomial standard error of both accuracies on so many `examples`: it ignores that both were judged on the same
-    ones, which makes it cautious, and knows nothing of the spread between seeds.
+    the binomial standard error of both where the score is a share of so many `examples`: it ignores that both were
+    judged on the same ones, which makes it cautious, and knows nothing of the spread between seeds. Of another score
+    one value does not tell its error, so that nothing is better by it.
     """
     difference = _mean(ours) - _mean(theirs)
     if min(len(ours), len(theirs)) > 1 and (statistics.stdev(ours) or statistics.stdev(theirs)):
         from scipy import stats  # type: ignore[import-untyped,unused-ignore]
 
-        p = float(stats.ttest_ind_from_stats(*_summary(ours), *_summary(theirs), False, "greater").pvalue)
+        side = "greater" if criterion.higher_is_better else "less"
+        p = float(stats.ttest_ind_from_stats(*_summary(ours), *_summary(theirs), False, side).pvalue)
         return Comparison(difference, p < LEVEL, f"Welch's t-test over seeds: p = {p:.2g}, below {LEVEL:g} needed")
+    if not criterion.proportion:
+        how = f"how much of that is chance, one {criterion.title} cannot tell: two seeds of each that differ are needed"
+        return Comparison(difference, False, how)
     squares = (mean * (1 - mean) / n for mean, n in zip((_mean(ours), _mean(theirs)), examples, strict=True))
     margin = statistics.NormalDist().inv_cdf(1 - LEVEL) * math.sqrt(sum(squares))
     how = f"up to {margin:.4f} may be chance on {counted(examples[0], 'test example')}"
-    return Comparison(difference, difference > margin, how)
+    return Comparison(difference, criterion.sign * difference > margin, how)
 
 
 def entrant_of(run: Any, settings: Mapping[str, Any]) -> Entrant | None:
-    """A run of MLflow as it competes; None where it says no accuracy or not what it was tested on."""
+    """A run of MLflow as it competes; None where it has no score or says not what it was tested on."""
     metrics, tags = run.data.metrics, run.data.tags
     datasets = run.inputs.dataset_inputs if run.inputs else []
-    if FINAL_ACCURACY not in metrics or _DATA not in tags or not datasets:
+    by = judged.of(run)
+    if by is None or f"{FINAL}{by.criterion.name}" not in metrics or _DATA not in tags or not datasets:
         return None
     examples = json.loads(datasets[0].dataset.profile)["examples"]["test"]
     # Of another partition of the same data an adapter may be better because the task was easier.
     tested = " ".join(filter(None, (tags[_DATA], tags.get("partition.hash"))))
-    score = Score(int(run.data.params["seed"]), float(metrics[FINAL_ACCURACY]), tested)
+    score = Score(int(run.data.params["seed"]), float(metrics[f"{FINAL}{by.criterion.name}"]), tested)
     found = run.info.run_id, str(run.info.experiment_id), tags["strategy"]
-    return Entrant(*found, dict(settings), score, int(examples), tags.get("partition.hash", ""))
+    judged_by = by.task, by.criterion
+    return Entrant(*found, dict(settings), score, int(examples), *judged_by, tags.get("partition.hash", ""))
 
 
 def may_compete(strategy: str) -> bool:
@@ -199,11 +220,12 @@ def may_compete(strategy: str) -> bool:
 
 
 def as_candidate(group: Sequence[Entrant], sweep: str) -> Candidate:
-    """Runs of one setting as one, which the run with the highest accuracy stands for."""
+    """Runs of one setting as one, which the run with the best score stands for."""
     ordered = sorted(group, key=lambda entrant: entrant.score.seed)
-    top = max(ordered, key=lambda entrant: entrant.score.accuracy)
+    top = max(ordered, key=lambda entrant: entrant.criterion.sign * entrant.score.value)
     scores = tuple(entrant.score for entrant in ordered)
-    return Candidate(top.run, top.experiment, sweep, top.strategy, top.label, scores, top.examples, top.partition)
+    about = top.examples, top.task, top.criterion, top.partition
+    return Candidate(top.run, top.experiment, sweep, top.strategy, top.label, scores, *about)
 
 
 def _summary(values: Sequence[float]) -> tuple[float, float, int]:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import FedloraError, TrackingError, counted
+from fedlora.report import wording
 from fedlora.strategies import registry
-from mlflow_tracking import candidates, store
+from mlflow_tracking import candidates, judged, store
 from mlflow_tracking.candidates import Candidate, Entrant, Score, judge
 
 if TYPE_CHECKING:
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-_SETTING, _EXAMPLES, _SEEDS, _ACCURACIES, _DATA = "setting", "test.examples", "seeds", "accuracies", "data.digest"
+_SETTING, _EXAMPLES, _SEEDS, _DATA = "setting", "test.examples", "seeds", "data.digest"
+_TASK, _SCORE = "task", "score"
 """Tags of a version that people read and the next comparison, too: what holds of every seed stands once, else one
 after the other."""
 _CANDIDATE = "fedlora.candidate"
 """The same in one tag, as JSON: on versions that were registered before."""
 _BETWEEN = ", "
+_ACCURACY = "accuracy"
+"""The score of versions that name none."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,15 @@ def after_sweep(
     return [_of_condition(uri, sweep, condition, entrants) for condition, entrants in (found or {"": []}).items()]
 
 
-def model_name(sweep: str, condition: str = "") -> str:
-    """What the registered model of a sweep is called, or that of one of its conditions: `fedlora-demo-alpha-0.1`."""
-    return "-".join(["fedlora", sweep, *re.findall(r"[\w.]+", condition)])
+def model_name(sweep: str, condition: str = "", task: str = judged.USUAL) -> str:
+    """What the registered model of a sweep is called, or that of one of its conditions: `fedlora-demo-alpha-0.1`, of
+    another task than classification `fedlora-demo-generation-alpha-0.1`."""
+    named = [] if task == judged.USUAL else [task]
+    return "-".join(["fedlora", sweep, *named, *re.findall(r"[\w.]+", condition)])
 
 
 def _of_condition(uri: str, sweep: str, condition: str, found: Sequence[Entrant]) -> Decision:
-    model = model_name(sweep, condition)
+    model = model_name(sweep, condition, *{entrant.task for entrant in found})
     try:
         return consider(uri, model, replace(candidates.best(found, sweep), condition=condition))
     except FedloraError as error:
@@ -157,12 +163,16 @@ class _Registry:
         if current is None:
             version = self._register(candidate)
             return self._promote(version, None, f"{candidate} is the first champion of {self.model}, version {version}")
-        standing, version = self._standing(current), int(current.version)
+        standing, version = self._standing(current, candidate), int(current.version)
         if current.run_id == candidate.run:
             self._learn_scores(current, standing, candidate)
             return self._decide(version, f"{candidate} is the champion of {self.model} already, version {version}")
+        if not candidate.judged_like(standing):
+            how = f"that is judged by its {standing.criterion.title}, this by its {candidate.criterion.title}"
+            return self._undecided(candidate, f"{self.model}'s champion {standing}, version {version}", how)
         if not candidate.data & standing.data:
-            return self._of_other_data(candidate, f"{self.model}'s champion {standing}, version {version}")
+            how = "they had different data or partitions"
+            return self._undecided(candidate, f"{self.model}'s champion {standing}, version {version}", how)
         judged = judge(candidate, standing)
         against = f"{self.model}'s champion {standing}, version {version}: {judged.difference:+.4f}; {judged.how}"
         if not judged.better:
@@ -170,14 +180,14 @@ class _Registry:
         new = self._register(candidate)
         return self._promote(new, version, f"{candidate}, version {new}, replaces {against}")
 
-    def _of_other_data(self, candidate: Candidate, champion: str) -> Decision:
-        """Test sets that differ tell no champion, and nightly runs on other data must not pile up versions either."""
-        said = f"{candidate} cannot be compared with {champion}: they had different data or partitions"
+    def _undecided(self, candidate: Candidate, champion: str, why: str) -> Decision:
+        """Tests that differ tell no champion, and nightly runs on other data must not pile up versions either."""
+        said = f"{candidate} cannot be compared with {champion}: {why}"
         known = self._version_of(candidate)
         if known:
             return self._decide(known, f"{said}; it is version {known} already")
-        others = (self._standing(version) for version in self._versions())
-        rival = next((other for other in others if other.data & candidate.data), None)
+        others = (self._standing(version, candidate) for version in self._versions())
+        rival = next((each for each in others if each.data & candidate.data and each.judged_like(candidate)), None)
         if rival and not judge(candidate, rival).better:
             return self._decide(None, f"{said}; not registered, for it does not beat {rival} on its data")
         new = self._register(candidate)
@@ -243,16 +253,21 @@ class _Registry:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _standing(self, version: ModelVersion) -> Candidate:
+    def _standing(self, version: ModelVersion, rival: Candidate) -> Candidate:
         """A version as it can be compared; without scores where neither it nor its run tells them."""
         tags, run = version.tags, version.run_id or ""
+        task, by = tags.get(_TASK, judged.USUAL), rival.criterion
+        if (name := tags.get(_SCORE, _ACCURACY)) != by.name:
+            by = replace(by, name=name, title=name)
         if _CANDIDATE in tags:
             label, examples, scores = json.loads(tags[_CANDIDATE])
-            return Candidate(run, "", "", "", label, tuple(Score(*score) for score in scores), examples)
-        if _ACCURACIES in tags:
-            return Candidate(run, "", "", "", tags[_SETTING], _scores(tags), int(tags[_EXAMPLES]))
+            return Candidate(run, "", "", "", label, tuple(Score(*score) for score in scores), examples, task, by)
+        if _each(name) in tags:
+            return Candidate(run, "", "", "", tags[_SETTING], _scores(tags, name), int(tags[_EXAMPLES]), task, by)
         found = self._registered_by_hand(run)
-        return candidates.as_candidate([found], "") if found else Candidate(run, "", "", "", "of unknown origin", (), 0)
+        if found:
+            return candidates.as_candidate([found], "")
+        return Candidate(run, "", "", "", "of unknown origin", (), 0, rival.task, rival.criterion)
 
     def _registered_by_hand(self, run: str) -> Entrant | None:
         from mlflow.exceptions import MlflowException
@@ -272,42 +287,49 @@ class _Registry:
 
 def _tags(candidate: Candidate) -> dict[str, str]:
     """What a version says of itself, to people and to the next comparison."""
-    scores = candidate.scores
+    scores, name = candidate.scores, candidate.criterion.name
     data = [score.data for score in scores]
     tags = {
         "sweep": candidate.sweep,
         "strategy": candidate.strategy,
         _SETTING: candidate.label,
-        "accuracy": f"{candidate.accuracy:.4f}",
+        name: f"{candidate.mean:.4f}",
         _SEEDS: _BETWEEN.join(str(score.seed) for score in scores),
-        _ACCURACIES: _BETWEEN.join(str(score.accuracy) for score in scores),
+        _each(name): _BETWEEN.join(str(score.value) for score in scores),
         _EXAMPLES: str(candidate.examples),
         "partition.hash": candidate.partition,
         _DATA: _BETWEEN.join(data if len(set(data)) > 1 else data[:1]),
     }
-    optional = {"condition": candidate.condition, "accuracy.sd": candidate.spread and f"{candidate.spread:.4f}"}
+    optional = {"condition": candidate.condition, f"{name}.sd": candidate.spread and f"{candidate.spread:.4f}"}
+    if (candidate.task, name) != (judged.USUAL, _ACCURACY):
+        optional |= {_TASK: candidate.task, _SCORE: name}
     return tags | {name: text for name, text in optional.items() if text}
 
 
-def _scores(tags: Mapping[str, str]) -> tuple[Score, ...]:
+def _each(score: str) -> str:
+    """The tag with a score by seed."""
+    return "accuracies" if score == _ACCURACY else f"{score}.each"
+
+
+def _scores(tags: Mapping[str, str], score: str) -> tuple[Score, ...]:
     """What `_tags` wrote of the seeds."""
-    seeds, accuracies, data = (tags[name].split(_BETWEEN) for name in (_SEEDS, _ACCURACIES, _DATA))
+    seeds, values, data = (tags[name].split(_BETWEEN) for name in (_SEEDS, _each(score), _DATA))
     data = data * len(seeds) if len(data) == 1 else data
-    every = zip(map(int, seeds), map(float, accuracies), data, strict=True)
+    every = zip(map(int, seeds), map(float, values), data, strict=True)
     return tuple(Score(*each) for each in every)
 
 
 def _description(candidate: Candidate) -> str:
-    """The version in Markdown, its accuracy first (a list shows a few words), with a link to the page of its run."""
+    """The version in Markdown, its score first (a list shows a few words), with a link to the page of its run."""
     page = store.run_page(candidate.experiment, candidate.run)
     where = f" at {candidate.condition}" if candidate.condition else ""
     lines = [
-        f"Accuracy {candidate.reached}: {candidate.label}, the best of sweep `{candidate.sweep}`{where}. The adapter "
-        f"is that of [this run]({page}).",
+        f"{wording.title(candidate.criterion)} {candidate.reached}: {candidate.label}, "
+        f"the best of sweep `{candidate.sweep}`{where}. The adapter is that of [this run]({page}).",
         "",
-        f"| seed | accuracy on {counted(candidate.examples, 'test example')} |",
+        f"| seed | {candidate.criterion.title} on {counted(candidate.examples, 'test example')} |",
         "|---|---|",
-        *(f"| {score.seed} | {score.accuracy:.4f} |" for score in candidate.scores),
+        *(f"| {score.seed} | {score.value:.4f} |" for score in candidate.scores),
     ]
     if registry.find(candidate.strategy).traits.changes_base:
         lines += ["", "The base was changed too (`base_delta.safetensors`): load it with `fedlora.load_adapter`."]

@@ -15,12 +15,13 @@ import pandas as pd
 import yaml
 
 from fedlora import metrics
-from fedlora.config import configfile
+from fedlora.config import RunConfig, configfile
 from fedlora.errors import ConfigError, TrackingError, did_you_mean
 from fedlora.report import frames
 from fedlora.report.frames import RUN_COLUMNS, Comparison, Excluded
 from fedlora.report.roles import Roles
-from mlflow_tracking import history, store
+from mlflow_tracking import history, judged, store
+from mlflow_tracking.judged import Judged
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -137,14 +138,20 @@ def find(source: str, uri: str) -> Source:
         raise TrackingError(f"no sweep or experiment '{source}' in {uri}.{did_you_mean(source, names)}{_listed(names)}")
 
 
-def gather(source: str | Source, uri: str | None = None) -> Comparison:
+def gather(source: str | Source, uri: str | None = None, task: str | None = None) -> Comparison:
     """Everything a report needs of a sweep (name, execution, or `latest`) or an experiment.
 
     Only finished runs are compared; of several with the same configuration the latest. The others are named in
     `excluded`, as are the failed and skipped cells of a sweep.
 
+    Args:
+        source: which.
+        uri: the tracking store. None: as everywhere.
+        task: the runs of it alone, where an experiment holds several (`judged.groups`).
+
     Raises:
         TrackingError: the store does not answer, or there is no such sweep or experiment.
+        FedloraError: it holds runs that no one score compares and `task` chooses none, or no run of it.
     """
     where = store.resolve_uri(uri)
     found = find(source, where) if isinstance(source, str) else source
@@ -158,15 +165,19 @@ def gather(source: str | Source, uri: str | None = None) -> Comparison:
         else:
             parents = [found.parent]
             every = _members(client, found.parent, cells)
-        finished, excluded = _finished(every)
-        runs = table(finished, parents)
+        known, excluded = _finished(every)
+        kinds = judged.groups(known.values())
+        finished = judged.one_kind(kinds, task, found.title)
+        by = known[finished[0].info.run_id][1] if finished else Judged.by(RunConfig())
         comparison = Comparison(
             title=found.title,
-            note=_note(found, state),
-            runs=runs,
+            note=_note(found, state, task if len(kinds) > 1 else None),
+            runs=table(finished, parents),
             rounds=_rounds(client, finished),
             excluded=excluded,
             roles=_roles(state),
+            scores=by.scores,
+            labelled=by.labelled,
         )
         comparison = _with_artifacts(client, comparison, finished)
     present = {run.info.run_id for run in every}
@@ -277,9 +288,10 @@ def _members(client: MlflowClient, parent: Any, cells: Sequence[_Cell]) -> list[
     return store.search_runs(client, [parent.info.experiment_id], store.children_of(parent.info.run_id))
 
 
-def _finished(runs: Sequence[Any]) -> tuple[list[Any], list[Excluded]]:
-    """The finished runs, of equal configurations the latest, the first made first; and why others are left out."""
-    kept: dict[str, Any] = {}
+def _finished(runs: Sequence[Any]) -> tuple[dict[str, tuple[Any, Judged]], list[Excluded]]:
+    """The finished runs by id with what they are judged by, of equal configurations the latest, the first made first;
+    and why others are left out."""
+    kept: dict[str, tuple[Any, Judged]] = {}
     excluded = []
     for run in sorted(runs, key=lambda run: run.info.start_time, reverse=True):
         tags = run.data.tags
@@ -288,13 +300,13 @@ def _finished(runs: Sequence[Any]) -> tuple[list[Any], list[Excluded]]:
             excluded.append(Excluded(name, run.info.status.lower(), _UNFINISHED.get(run.info.status, "")))
         elif "strategy" not in tags:
             excluded.append(Excluded(name, "foreign", "it is no federated run: it has no tag 'strategy'"))
-        elif f"{metrics.FINAL}loss" in run.data.metrics and metrics.FINAL_ACCURACY not in run.data.metrics:
-            excluded.append(Excluded(name, "no accuracy", "another score decides; reports compare accuracies so far"))
+        elif (by := judged.of(run)) is None:
+            excluded.append(Excluded(name, "unknown task", f"task={run.data.params['task']} is not installed here"))
         elif digest in kept:
             excluded.append(Excluded(name, "repeated", f"the same configuration ran again later ({digest})"))
         else:
-            kept[digest] = run
-    return list(reversed(kept.values())), excluded
+            kept[digest] = (run, by)
+    return {run.info.run_id: (run, by) for run, by in reversed(kept.values())}, excluded
 
 
 def _excluded(cell: _Cell) -> Excluded:
@@ -365,10 +377,11 @@ def _roles(state: Mapping[str, Any]) -> Roles:
     return Roles(*(tuple(map(str, keys)) if isinstance(keys, list) else () for keys in lists))
 
 
-def _note(source: Source, state: Mapping[str, Any]) -> str:
+def _note(source: Source, state: Mapping[str, Any], task: str | None) -> str:
     """A sentence or two on what was asked for."""
     if source.parent is None:
-        return f"The finished runs of the MLflow experiment {source.title}."
+        of_task = f" with task={task}" if task else ""
+        return f"The finished runs of the MLflow experiment {source.title}{of_task}."
     said = []
     for key, values in _mapping(state, "grid").items():
         listed = ", ".join(_plain(value) for value in values) if isinstance(values, list) else _plain(values)

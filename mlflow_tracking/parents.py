@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config import TrackingConfig
+from fedlora.config.recalled import recalled
 from fedlora.sweep.comparison import Result
 from mlflow_tracking import history, store
+from mlflow_tracking.judged import Judged
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -103,13 +105,20 @@ def results(parent: Parent, settings: dict[str, dict[str, Any]]) -> list[Result]
 
     Raises:
         TrackingError: the store does not answer.
+        ConfigError: the task of a run is not installed here.
     """
     with store.errors(parent.uri):
         client = store.client(parent.uri)
         runs = {run_id: client.get_run(run_id) for run_id in settings}
         rounds = history.many(client, runs.values())
     return [
-        Result(settings[run_id], rounds[run_id], run.data.tags.get("partition.hash", ""), run_id)
+        Result(
+            settings[run_id],
+            rounds[run_id],
+            run.data.tags.get("partition.hash", ""),
+            run_id,
+            Judged.by(recalled(run.data.params)).scores,
+        )
         for run_id, run in runs.items()
     ]
 

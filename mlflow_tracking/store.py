@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from fedlora.config import addresses
 from fedlora.errors import TrackingError, first_line
 from fedlora.files import home
-from fedlora.metrics import FINAL_ACCURACY
+from fedlora.metrics import FINAL
 
 if TYPE_CHECKING:
     import requests
     from mlflow import MlflowClient
+
+    from fedlora.objective import Score
 
 _ANSWER_WITHIN_S = 5
 _CHEAP = "/api/2.0/mlflow/experiments/search?max_results=1"
@@ -275,15 +277,15 @@ def view_page(experiment: str, parent: str) -> str:
     return f"#/experiments/{experiment}/runs?{_query({'viewStateShareKey': parent, 'compareRunsMode': 'CHART'})}"
 
 
-def sweep_page(experiment: str, parent: str) -> str:
+def sweep_page(experiment: str, parent: str, criterion: Score) -> str:
     """The same for a sweep without a view: ten of its runs, best first.
 
     Sorted by a metric, because MLflow folds children under their parent (and shows no chart) while it sorts by date.
     """
     query = {
         "searchFilter": children_of(parent),
-        "orderByKey": f"metrics.`{FINAL_ACCURACY}`",
-        "orderByAsc": "false",
+        "orderByKey": f"metrics.`{FINAL}{criterion.name}`",
+        "orderByAsc": "false" if criterion.higher_is_better else "true",
         "compareRunsMode": "CHART",
     }
     return f"#/experiments/{experiment}/runs?{_query(query)}"

@@ -1,8 +1,8 @@
-"""How a sweep opens in MLflow: a view saved in its experiment, with every run of it visible, accuracy and ρ first.
+"""How a sweep opens in MLflow: a view saved in its experiment, with every run of it visible, score and ρ first.
 
-Without one MLflow shows ten runs, and its sections by name: R, P, Q and bytes before accuracy. A saved view is a tag of
-the experiment that MLflow's page reads when an address names it (`viewStateShareKey`), and lists under *Views*. The
-metrics keep their names and their own sections; only those of `FIRST` move to the top.
+Without one MLflow shows ten runs, and its sections by name: R, P, Q and bytes before the score. A saved view is a tag
+of the experiment that MLflow's page reads when an address names it (`viewStateShareKey`), and lists under *Views*. The
+metrics keep their names and their own sections; only those of `first` move to the top.
 """
 
 from __future__ import annotations
@@ -15,24 +15,32 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedlora import metrics
-from mlflow_tracking import store
+from fedlora.config import RunConfig
+from fedlora.objective import Score
+from mlflow_tracking import judged, store
+from mlflow_tracking.judged import Judged
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PLACE = "fedlora.place"
 """Tag of a run by which a view is sorted: condition, place of the setting in it, seed; set when a sweep ends."""
-FIRST = "accuracy and ρ"
-"""The section at the top."""
 
 _TAG = "mlflow.sharedViewState."
-_SECTIONS = (FIRST, "global", "rho", "final")
-"""In this order; MLflow adds those of the other metrics below."""
-_SHOWN = (metrics.FINAL_ACCURACY, f"{metrics.FINAL}rho", f"{metrics.FINAL}bytes")
-"""Results beside the runs' names where they are listed as a table."""
+_SECTIONS = ("global", "rho", "final")
+"""In this order below the first; MLflow adds those of the other metrics below."""
+_SHOWN = (f"{metrics.FINAL}rho", f"{metrics.FINAL}bytes")
+"""Results beside the runs' names and scores where they are listed as a table."""
 
 
-def save(client: MlflowClient, experiment: str, parent: str, name: str, varied: Sequence[str] = ()) -> None:
+def first(criterion: Score) -> str:
+    """The section at the top."""
+    return f"{criterion.title} and ρ"
+
+
+def save(
+    client: MlflowClient, experiment: str, parent: str, name: str, criterion: Score, varied: Sequence[str] = ()
+) -> None:
     """Save the view of a sweep's runs in their experiment, or renew it.
 
     Args:
@@ -40,10 +48,11 @@ def save(client: MlflowClient, experiment: str, parent: str, name: str, varied: 
         experiment: its id.
         parent: MLflow run id of the sweep.
         name: what the view is called in MLflow's list.
+        criterion: the score that decides.
         varied: the settings (dotted keys) that differ between runs: columns of the table.
     """
     now = int(time.time() * 1000)
-    packed = base64.b64encode(zlib.compress(json.dumps(_state(parent, varied)).encode())).decode()
+    packed = base64.b64encode(zlib.compress(json.dumps(_state(parent, criterion, varied)).encode())).decode()
     view = {"name": name, "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"}
     client.set_experiment_tag(experiment, f"{_TAG}{parent}", json.dumps(view, ensure_ascii=False))
 
@@ -56,12 +65,18 @@ def page(uri: str, experiment: str, run: str) -> str:
         TrackingError: the store does not answer.
     """
     with store.errors(uri):
-        tags = store.client(uri).get_experiment(experiment).tags
-    return store.view_page(experiment, run) if f"{_TAG}{run}" in tags else store.sweep_page(experiment, run)
+        client = store.client(uri)
+        if f"{_TAG}{run}" in client.get_experiment(experiment).tags:
+            return store.view_page(experiment, run)
+        known = map(judged.of, client.search_runs([experiment], store.children_of(run), max_results=1))
+    by = next(filter(None, known), None) or Judged.by(RunConfig())
+    return store.sweep_page(experiment, run, by.criterion)
 
 
-def _state(parent: str, varied: Sequence[str]) -> dict[str, Any]:
+def _state(parent: str, criterion: Score, varied: Sequence[str]) -> dict[str, Any]:
     """What MLflow's page keeps of a view."""
+    top = first(criterion)
+    final = f"{metrics.FINAL}{criterion.name}"
     columns = [f"params.`{key}`" for key in varied if key != "strategy"]  # with which a run's name begins
     return {
         "searchFilter": store.children_of(parent),
@@ -69,14 +84,14 @@ def _state(parent: str, varied: Sequence[str]) -> dict[str, Any]:
         "orderByAsc": True,
         "runsHiddenMode": "SHOW_ALL",
         "isAccordionReordered": True,  # or sections are sorted by name again
-        "compareRunSections": [_section(name) for name in _SECTIONS],
+        "compareRunSections": [_section(name) for name in (top, *_SECTIONS)],
         "compareRunCharts": [
-            _chart("LINE", metrics.GLOBAL_ACCURACY),
-            _chart("LINE", metrics.RHO_MODEL),
+            _chart("LINE", f"{metrics.GLOBAL}{criterion.name}", top),
+            _chart("LINE", metrics.RHO_MODEL, top),
             # As bars: of one point MLflow would draw a line.
-            _chart("BAR", metrics.FINAL_ACCURACY, isGenerated=False, runsCountToCompare=100),
+            _chart("BAR", final, top, isGenerated=False, runsCountToCompare=100),
         ],
-        "selectedColumns": [*columns, *(f"metrics.`{name}`" for name in _SHOWN)],
+        "selectedColumns": [*columns, *(f"metrics.`{name}`" for name in (final, *_SHOWN))],
     }
 
 
@@ -84,9 +99,9 @@ def _section(name: str) -> dict[str, Any]:
     return {"uuid": name, "name": name, "display": True, "isReordered": True, "deleted": False, "isGenerated": True}
 
 
-def _chart(kind: str, metric: str, **changes: Any) -> dict[str, Any]:
-    """A chart of the first section."""
-    shared = {"uuid": metric, "type": kind, "metricSectionId": FIRST, "metricKey": metric, "displayName": metric}
+def _chart(kind: str, metric: str, section: str, **changes: Any) -> dict[str, Any]:
+    """A chart of a section."""
+    shared = {"uuid": metric, "type": kind, "metricSectionId": section, "metricKey": metric, "displayName": metric}
     of_kind = _LINE if kind == "LINE" else {}
     return {**shared, "deleted": False, "isGenerated": True, **of_kind, **changes}
 

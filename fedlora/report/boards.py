@@ -7,38 +7,43 @@ from typing import Any
 
 import pandas as pd
 
-from fedlora.report import frames, views
+from fedlora.report import frames, views, wording
 from fedlora.report.costs import COSTS, HIDDEN
 from fedlora.report.decision import Condition, Decision, Standing
 from fedlora.report.measures import Measures
 from fedlora.report.views import Cell, Table, p_value, shown, spread
 
 _NOTHING = Cell(views.NONE, math.inf)
-SECOND_VIEW = ("accuracy, bootstrap", "clients' own accuracy, bootstrap")
-"""Columns of the second view of the interval: over seeds drawn again, and over seeds and clients drawn again."""
 _MOST_CONDITIONS = 8
 """Of more conditions the scores in each are hidden until asked for: places and regrets say what they come to."""
 _RESULTS = {"gap": "gap", "rho_first": "ρ round 1", "rho_last": "ρ last", "rho_floor": "ρ floor"}
 
 
 def leaderboard(condition: Condition) -> Table:
-    """The choices of a condition, the highest score first; below them the controls, which are no candidates.
+    """The choices of a condition, the best score first; below them the controls, which are no candidates.
 
     What is bold in the first column is the best and what is not told apart from it.
     """
-    titles = ["choice", "accuracy", "below the best", "p (Holm)", "seeds to tell"]
+    score, second = condition.criterion.title, second_view(condition)
+    titles = ["choice", score, f"{wording.below(condition.criterion)} the best", "p (Holm)", "seeds to tell"]
     titles += [
         *(cost.title for cost in COSTS.values()),
         "worst client",
         *_RESULTS.values(),
-        *SECOND_VIEW,
+        *second,
         "of the possible",
     ]
     lines = [_line(each, each in condition.alike) for each in (*condition.standings, *condition.controls)]
     if all(line[-1] is _NOTHING for line in lines):  # the two that tell what is possible did not run
         titles, lines = titles[:-1], [line[:-1] for line in lines]
-    hidden = (*SECOND_VIEW, *HIDDEN)
-    return Table(titles, lines, "leaderboard", hidden=hidden, narrow=("accuracy", "MB"))
+    hidden = (*second, *HIDDEN)
+    return Table(titles, lines, "leaderboard", hidden=hidden, narrow=(score, "MB"))
+
+
+def second_view(condition: Condition) -> tuple[str, str]:
+    """Columns of the second view of the interval: over seeds drawn again, and over seeds and clients drawn again."""
+    score = condition.criterion.title
+    return f"{score}, bootstrap", f"clients' own {score}, bootstrap"
 
 
 def _line(each: Standing, alike: bool) -> list[Cell]:
@@ -92,9 +97,10 @@ def across(decision: Decision) -> Table:
 
 def measured(found: Measures) -> Table:
     """Scores at a budget, what the target costs, and the area under the curve, a row per choice."""
-    titles = ["choice", "accuracy at the MB", "accuracy at the seconds"]
+    score = found.criterion
+    titles = ["choice", f"{score.title} at the MB", f"{score.title} at the seconds"]
     titles += [f"{what} to the target" for what in ("rounds", "MB", "seconds")]
-    titles += ["mean over rounds", "worst client", "10th percentile"]
+    titles += ["mean over rounds", "worst client", f"{10 if score.higher_is_better else 90}th percentile"]
     body = []
     for each in found.choices:
         results = each.standing.results
@@ -111,7 +117,8 @@ def budgets(found: Measures) -> str:
     spent = ((found.megabytes, "MB"), (found.seconds, "s"))
     known = [f"{value:.3g} {unit}" for value, unit in spent if not math.isnan(value)]
     budget = f"Budget: {' or '.join(known)}. " if known else ""
-    return f"{budget}Target: {found.target:.3f}."
+    target = "" if math.isnan(found.target) else f"Target: {found.target:.3f}."
+    return f"{budget}{target}".strip()
 
 
 def _until(value: float, digits: int) -> Cell:
@@ -120,7 +127,7 @@ def _until(value: float, digits: int) -> Cell:
 
 def leaderboard_frame(decision: Decision) -> pd.DataFrame:
     """All conditions as they are written to CSV: place, mean and interval of every result, costs."""
-    table = []
+    table, score = [], decision.criterion.name
     for condition, each in _standings(decision):
         entry: dict[str, Any] = {"condition": condition.label, "place": each.place, "choice": each.choice}
         entry |= {"setting": each.setting.label, **each.setting.values}
@@ -129,11 +136,11 @@ def leaderboard_frame(decision: Decision) -> pd.DataFrame:
             entry |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
         extra = {name: each.costs[name] for name in COSTS if name not in entry}
         second = {
-            "accuracy_bootstrap_low": each.redrawn.low,
-            "accuracy_bootstrap_high": each.redrawn.high,
-            "clients_accuracy": each.clients.mean,
-            "clients_accuracy_low": each.clients.low,
-            "clients_accuracy_high": each.clients.high,
+            f"{score}_bootstrap_low": each.redrawn.low,
+            f"{score}_bootstrap_high": each.redrawn.high,
+            f"clients_{score}": each.clients.mean,
+            f"clients_{score}_low": each.clients.low,
+            f"clients_{score}_high": each.clients.high,
         }
         table.append(entry | extra | {"regret": each.regret, "of_the_possible": each.possible} | second)
     return pd.DataFrame(table)

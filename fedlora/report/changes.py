@@ -15,9 +15,10 @@ from typing import Any
 import pandas as pd
 
 from fedlora.errors import FedloraError
+from fedlora.objective import Score
 from fedlora.report import frames, statistics, tables
 from fedlora.report.costs import COSTS
-from fedlora.report.decision import ALPHA, SCORE
+from fedlora.report.decision import ALPHA
 from fedlora.report.frames import Comparison, Setting
 from fedlora.report.statistics import Interval, Paired
 
@@ -104,6 +105,8 @@ class Differing:
 class Changes:
     """Two comparisons side by side."""
 
+    criterion: Score
+    """The score that decides."""
     before: str
     """What it is called."""
     after: str
@@ -123,14 +126,14 @@ class Changes:
         return found if len(found) > 1 else []
 
     @property
-    def fallen(self) -> list[Cell]:
-        """The regression: cells whose score fell beyond chance."""
-        return [cell for cell in self.cells if cell.fell]
+    def worse(self) -> list[Cell]:
+        """The regression: cells whose score is worse beyond chance."""
+        return [cell for cell in self.cells if (cell.fell if self.criterion.higher_is_better else cell.rose)]
 
     @property
-    def risen(self) -> list[Cell]:
-        """Cells whose score rose beyond chance."""
-        return [cell for cell in self.cells if cell.rose]
+    def better(self) -> list[Cell]:
+        """Cells whose score is better beyond chance."""
+        return [cell for cell in self.cells if (cell.rose if self.criterion.higher_is_better else cell.fell)]
 
     @property
     def tests(self) -> int:
@@ -144,11 +147,17 @@ def compare(before: Comparison, after: Comparison) -> Changes:
     What is a choice and what a condition is as `after` says.
 
     Raises:
-        FedloraError: one has no finished run, or they have no cell in common.
+        FedloraError: one has no finished run, they are judged by different scores, or have no cell in common.
     """
     for each in (before, after):
         if each.runs.empty:
             raise FedloraError(f"{each.title}: no run has finished, so there is nothing to compare")
+    criterion = after.criterion
+    if before.criterion != criterion:
+        raise FedloraError(
+            f"{before.title} is judged by its {before.criterion.title}, {after.title} by its {criterion.title}: there "
+            "is nothing to compare"
+        )
     both = {*frames.varied(before.runs), *frames.varied(after.runs)}
     keys = ["strategy", *sorted(both - {"strategy"})]
     old, new = _Side.of(before, keys), _Side.of(after, keys)
@@ -158,15 +167,20 @@ def compare(before: Comparison, after: Comparison) -> Changes:
             f"{before.title} and {after.title} have no choice under the same condition in common (the first: "
             f"{_first(old)}, and {_first(new)}), so there is nothing to compare"
         )
-    found = {name: _tested([_one(old, new, identity, name) for identity in common]) for name in (SCORE, *COSTS)}
+    ends = tables.bounds(after)
+    found = {
+        name: _tested([_one(old, new, identity, name, ends.get(name, tables.UNBOUNDED)) for identity in common])
+        for name in (criterion.name, *COSTS)
+    }
     roles = [[key for key in keys if after.roles.is_choice(key) is chosen] for chosen in (True, False)]
     cells = [
-        _cell(new.settings[identity], roles, {name: changes[place] for name, changes in found.items()})
+        _cell(new.settings[identity], roles, found[criterion.name][place], {key: found[key][place] for key in COSTS})
         for place, identity in enumerate(common)
     ]
     order = list(dict.fromkeys(cell.condition for cell in cells))
     cells = sorted(cells, key=lambda cell: order.index(cell.condition))
     return Changes(
+        criterion,
         before.title,
         after.title,
         cells,
@@ -191,7 +205,7 @@ class _Side:
     @classmethod
     def of(cls, comparison: Comparison, keys: Sequence[str]) -> _Side:
         found = {frames.identity(each): each for each in frames.settings(comparison.runs, keys)}
-        results = tables.results(comparison)[[SCORE]].join(tables.spent(comparison))
+        results = tables.results(comparison)[[comparison.criterion.name]].join(tables.spent(comparison))
         partitions = dict(
             zip(comparison.runs["run_id"], comparison.runs["partition"].map(frames.comparable), strict=True)
         )
@@ -207,9 +221,10 @@ class _Side:
         return {seed: self.partitions[run] for seed, run in self.settings[identity].seeds.items()}
 
 
-def _one(old: _Side, new: _Side, identity: Identity, result: str) -> tuple[Interval, Interval, Paired, str]:
+def _one(
+    old: _Side, new: _Side, identity: Identity, result: str, bounds: tuple[float, float]
+) -> tuple[Interval, Interval, Paired, str]:
     before, after = old.values(identity, result), new.values(identity, result)
-    bounds = tables.BOUNDS.get(result, tables.UNBOUNDED)
     ends = [statistics.interval(list(each.values()), bounds=bounds) for each in (before, after)]
     if _alike(old.dealt(identity), new.dealt(identity)):
         return *ends, statistics.paired(after, before), PAIRED  # type: ignore[return-value]
@@ -228,11 +243,11 @@ def _tested(found: Sequence[tuple[Interval, Interval, Paired, str]]) -> list[Cha
     return [Change(*each, holm) for each, holm in zip(found, corrected, strict=True)]
 
 
-def _cell(setting: Setting, roles: Sequence[Sequence[str]], changes: Mapping[str, Change]) -> Cell:
+def _cell(setting: Setting, roles: Sequence[Sequence[str]], score: Change, costs: Mapping[str, Change]) -> Cell:
     choice, condition = (frames.words({key: setting.values[key] for key in keys}) for keys in roles)
     rest = frames.words({key: setting.values[key] for key in roles[0] if key != "strategy"})
-    costs = {name: changes[name] for name in COSTS if not math.isnan(changes[name].difference)}
-    return Cell(condition, choice, setting.strategy, rest, changes[SCORE], costs)
+    known = {name: cost for name, cost in costs.items() if not math.isnan(cost.difference)}
+    return Cell(condition, choice, setting.strategy, rest, score, known)
 
 
 def _differing(before: pd.DataFrame, after: pd.DataFrame, varied: Sequence[str]) -> list[Differing]:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from fedlora.errors import counted
-from fedlora.report import marks, plots, views
+from fedlora.report import marks, plots, views, wording
 from fedlora.report.changes import PAIRED, Cell, Change, Changes
 from fedlora.report.costs import COSTS, HIDDEN
 from fedlora.report.decision import ALPHA
@@ -24,10 +24,9 @@ TERMINAL = ("choice", "before", "after", "difference", "test", "p (Holm)", "MB",
 
 
 def sentences(changes: Changes) -> list[str]:
-    """What changed: scores that fell and rose beyond noise, what else differs between the two, what only one has."""
-    fallen, risen = changes.fallen, changes.risen
-    said = [_moved("fell", fallen, changes), _moved("rose", risen, changes)]
-    if not fallen and not risen:
+    """What changed: scores that are worse or better beyond noise, what else differs, what only one of the two has."""
+    said = [_moved(words, cells, changes) for words, cells in _directions(changes)]
+    if not changes.worse and not changes.better:
         said = [_nothing(changes)]
     said += [_settings(changes), _dealt(changes), _costs(changes)]
     for name, only in ((changes.before, changes.only_before), (changes.after, changes.only_after)):
@@ -38,9 +37,17 @@ def sentences(changes: Changes) -> list[str]:
 def headline(changes: Changes) -> str:
     """One line: how many fell and rose beyond noise since when."""
     since = f"since {changes.before}"
-    moved = [(changes.fallen, "fell"), (changes.risen, "rose")]
-    known = [f"{_listed([cell.label for cell in cells])} {word} beyond noise" for cells, word in moved if cells]
+    moved = _directions(changes)
+    known = [f"{_listed([cell.label for cell in cells])} {words} beyond noise" for words, cells in moved if cells]
     return f"{'; '.join(known) if known else 'no score changed beyond noise'} {since}"
+
+
+def _directions(changes: Changes) -> list[tuple[str, list[Cell]]]:
+    """The cells that are worse beyond noise and those that are better, each with the word for it; where lower is
+    better, it says which is which."""
+    by = changes.criterion
+    said = ("", "") if by.higher_is_better else (", which is worse,", ", which is better,")
+    return [(f"{wording.worse(by)}{said[0]}", changes.worse), (f"{wording.better(by)}{said[1]}", changes.better)]
 
 
 def _moved(word: str, cells: Sequence[Cell], changes: Changes) -> str:
@@ -209,8 +216,9 @@ def to_json(changes: Changes) -> dict[str, Any]:
         "before": changes.before,
         "after": changes.after,
         "verdict": sentences(changes),
-        "regression": bool(changes.fallen),
-        "score": "final accuracy",
+        "regression": bool(changes.worse),
+        "score": f"final {changes.criterion.title}",
+        "higher_is_better": changes.criterion.higher_is_better,
         "alpha": ALPHA,
         "tests": changes.tests,
         "cells": cells,
@@ -228,15 +236,17 @@ def figure(changes: Changes) -> Figure | None:
     if not known:
         return None
     rows = max(sum(cell.condition == other.condition for _, cell in known) for _, other in known)
-    x = marks.axis("change of final test accuracy (share)", zeroline=True, zerolinecolor="#8a94a0")
+    by = changes.criterion
+    x = marks.axis(wording.axis(by, "change of final test"), zeroline=True, zerolinecolor="#8a94a0")
     axes = marks.layout(x, marks.axis("", autorange="reversed", type="category"), hovermode="closest")
     caption = (
-        "After minus before with the 95 % interval of the difference, where there is one; right of the line is better."
+        "After minus before with the 95 % interval of the difference, where there is one; "
+        f"{'right' if by.higher_is_better else 'left'} of the line is better."
     )
     traces = [_change(look, cell) for look, cell in known]
     return Figure(
         "changes",
-        "Change of accuracy",
+        f"Change of {by.title}",
         caption,
         traces,
         axes,

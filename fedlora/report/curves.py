@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from fedlora import metrics
-from fedlora.report import frames, marks, statistics, tables
+from fedlora.report import frames, marks, statistics, tables, wording
 from fedlora.report.decision import Decision
 from fedlora.report.frames import Comparison
 from fedlora.report.marks import Figure, Look, Placed, Trace
@@ -26,22 +26,35 @@ _RHO = "ρ (relative error, no unit)"
 
 def all_curves(comparison: Comparison, decided: Decision) -> list[Figure]:
     """Everything against rounds and megabytes that was measured."""
-    against_rounds = [
-        ("accuracy-rounds", "Accuracy against rounds", metrics.GLOBAL_ACCURACY, "test accuracy (share)", _ACCURACY),
-        ("gap", "Local–global gap", metrics.GAP_ACCURACY, "local − global accuracy (share)", _GAP),
+    by, title = comparison.criterion, f"{wording.title(comparison.criterion)} against rounds"
+    score = (f"{by.name}-rounds", title, f"{metrics.GLOBAL}{by.name}", wording.axis(by, "test"), _SCORE)
+    gap = ("gap", "Local–global gap", f"{metrics.GAP}{by.name}", wording.axis(by, "local − global"), _gap(comparison))
+    found = [
+        _of_metric(comparison, decided, *score),
+        _score_megabytes(comparison, decided),
+        _rho(comparison, decided),
+        _of_metric(comparison, decided, *gap),
     ]
-    found = [_of_metric(comparison, decided, *words) for words in against_rounds]
-    found.insert(1, _accuracy_megabytes(comparison, decided))
-    found.insert(2, _rho(comparison, decided))
     found += [_of_metric(comparison, decided, *words, log=True) for words in _CONDITIONS]
     return [figure for figure in found if figure is not None]
 
 
-_ACCURACY = "The broadcast model on the whole test set, after each round; round 0 is before training."
-_GAP = (
-    "Mean accuracy of the clients' own models on their own test examples, minus the broadcast model's on all. With "
-    "label skew it is above zero by nature: a client that holds three labels needs to know three."
-)
+_SCORE = "The broadcast model on the whole test set, after each round; round 0 is before training."
+
+
+def _gap(comparison: Comparison) -> str:
+    """How to read the gap."""
+    score, side = comparison.criterion.title, wording.above(comparison.criterion)
+    why = (
+        f"With label skew it is {side} zero by nature: a client that holds three labels needs to know three."
+        if comparison.labelled
+        else f"Where clients' examples differ it is {side} zero by nature: each has trained on such as its own."
+    )
+    return (
+        f"Mean {score} of the clients' own models on their own test examples, minus the broadcast model's on all. {why}"
+    )
+
+
 _CONDITIONS = [
     (
         f"condition-{letter}",
@@ -80,23 +93,25 @@ def _of_metric(
     return Figure(key, title, caption, traces, marks.layout(_rounds_axis(points), y), panels=decided.labels)
 
 
-def _accuracy_megabytes(comparison: Comparison, decided: Decision) -> Figure | None:
+def _score_megabytes(comparison: Comparison, decided: Decision) -> Figure | None:
     if metrics.BYTES_TOTAL not in comparison.rounds:
         return None
-    points = _points(comparison, metrics.GLOBAL_ACCURACY, metrics.BYTES_TOTAL)
+    criterion = comparison.criterion
+    metric = f"{metrics.GLOBAL}{criterion.name}"
+    points = _points(comparison, metric, metrics.BYTES_TOTAL)
     if points.empty:
         return None
     points = points.assign(megabytes=points[metrics.BYTES_TOTAL] / 1e6)
     traces: list[Trace] = []
     for look in marks.looks(decided):
-        traces += _lines(look, points, "megabytes", metrics.GLOBAL_ACCURACY, len(comparison.runs))
+        traces += _lines(look, points, "megabytes", metric, len(comparison.runs))
     caption = (
-        "The same accuracy against everything sent so far by all clients, up and down (1 MB is 10⁶ bytes): adapters, "
-        "heads and base updates. What sends nothing stands at zero."
+        f"The same {criterion.title} against everything sent so far by all clients, up and down (1 MB is 10⁶ bytes): "
+        "adapters, heads and base updates. What sends nothing stands at zero."
     )
-    axes = marks.layout(marks.axis("sent so far (MB)", rangemode="tozero"), marks.axis("test accuracy (share)"))
-    title = "Accuracy against megabytes"
-    return Figure("accuracy-megabytes", title, caption, traces, axes, panels=decided.labels, free=True)
+    axes = marks.layout(marks.axis("sent so far (MB)", rangemode="tozero"), marks.axis(wording.axis(criterion, "test")))
+    title = f"{wording.title(criterion)} against megabytes"
+    return Figure(f"{criterion.name}-megabytes", title, caption, traces, axes, panels=decided.labels, free=True)
 
 
 def _rho(comparison: Comparison, decided: Decision) -> Figure | None:
@@ -193,13 +208,13 @@ SCALED = {"lora.rank": ("rank", "rank r of the adapters"), "clients": ("clients"
 
 
 def scaling(comparison: Comparison) -> list[Figure]:
-    """Accuracy, ρ and megabytes against rank and against the number of clients, where several were compared."""
-    found = []
+    """Score, ρ and megabytes against rank and against the number of clients, where several were compared."""
+    found, by = [], comparison.criterion
     keys = frames.varied(comparison.runs)
     for setting, (short, title) in SCALED.items():
         if setting in keys:
             for result, unit, words in (
-                ("accuracy", "final test accuracy (share)", "Accuracy"),
+                (by.name, wording.axis(by), wording.title(by)),
                 ("rho_last", "ρ in the last round (no unit)", "ρ"),
                 ("megabytes", "sent in all rounds (MB)", "Megabytes"),
             ):
@@ -210,13 +225,13 @@ def scaling(comparison: Comparison) -> list[Figure]:
 def _scaling(
     comparison: Comparison, key: str, names: tuple[str, str], result: str, words: tuple[str, str]
 ) -> Figure | None:
-    values = tables.results(comparison)
+    values, ends = tables.results(comparison), tables.bounds(comparison)[result]
     groups: dict[tuple[str, str], list[tuple[float, statistics.Interval]]] = {}
     for setting in frames.settings(comparison.runs):
         if frames.is_missing(setting.values[key]):
             continue
         others = {name: value for name, value in setting.values.items() if name != key}
-        found = tables.over_seeds(values, setting, result)
+        found = tables.over_seeds(values, setting, result, ends)
         if not math.isnan(found.mean):
             rest = frames.words({name: value for name, value in others.items() if name != "strategy"})
             groups.setdefault((setting.strategy, rest), []).append((float(setting.values[key]), found))

@@ -2,7 +2,7 @@
 
 A comparison of runs answers a question only where the world is the same for all: what the user chose is compared within
 a condition (`roles`), seed by seed. Across conditions choices are ranked by places and by regret, which do not mix a
-hard condition's accuracy with an easy one's: a mean over all would turn the order round where a choice is missing in
+hard condition's score with an easy one's: a mean over all would turn the order round where a choice is missing in
 the hard one (Simpson's paradox).
 """
 
@@ -17,6 +17,7 @@ import pandas as pd
 from scipy import stats  # type: ignore[import-untyped]
 
 from fedlora.errors import ConfigError, FedloraError
+from fedlora.objective import Score
 from fedlora.report import frames, statistics, tables
 from fedlora.report.costs import COSTS
 from fedlora.report.frames import Comparison, Setting
@@ -24,7 +25,6 @@ from fedlora.report.statistics import Interval, Paired
 from fedlora.strategies import registry
 from fedlora.strategies.base import Family
 
-SCORE = "accuracy"
 ALPHA = 0.05
 """p-values below it are called a difference."""
 ENDS = ("local", "oracle")
@@ -38,13 +38,15 @@ class Standing:
     choice: str
     setting: Setting
     results: Mapping[str, Interval]
-    """Every result (`tables.RESULTS`) over its seeds."""
+    """Every result (`tables.names`) over its seeds."""
+    score: Interval
+    """The result that decides."""
     by_seed: Mapping[Any, float]
-    """Its score in each seed."""
+    """The same in each seed."""
     place: float
-    """1 for the highest mean score; equal ones share the mean of their places."""
+    """1 for the best mean score; equal ones share the mean of their places."""
     regret: float
-    """How much the best choice of the condition has more, in the seeds that both have."""
+    """How much better the best choice of the condition is, in the seeds that both have."""
     paired: Paired | None
     """Against the best; None for the best itself."""
     holm: float
@@ -58,12 +60,7 @@ class Standing:
     redrawn: Interval
     """The score again, with the bootstrap interval over its seeds."""
     clients: Interval
-    """Mean accuracy of the clients' own models in the last round; the bootstrap interval over seeds and clients."""
-
-    @property
-    def score(self) -> Interval:
-        """The result that decides."""
-        return self.results[SCORE]
+    """Mean score of the clients' own models in the last round; the bootstrap interval over seeds and clients."""
 
     @property
     def apart(self) -> bool:
@@ -73,15 +70,17 @@ class Standing:
 
 @dataclass(frozen=True)
 class Condition:
-    """What is the same for all its choices; the first standing has the highest mean."""
+    """What is the same for all its choices; the first standing has the best mean."""
 
+    criterion: Score
+    """The score that decides."""
     label: str
     """In words; empty where no condition varies."""
     values: Mapping[str, Any]
     standings: Sequence[Standing]
     controls: Sequence[Standing] = ()
     """Strategies that nobody can choose (`oracle`) or that do not aggregate (`local`): a scale, not candidates. Their
-    regret is negative where they have more than the best candidate."""
+    regret is negative where they are better than the best candidate."""
 
     @property
     def best(self) -> Standing:
@@ -128,6 +127,11 @@ class Decision:
     """The keys that tell the conditions apart."""
 
     @property
+    def criterion(self) -> Score:
+        """The score that decides."""
+        return self.conditions[0].criterion
+
+    @property
     def labels(self) -> list[str]:
         """The conditions to choose from, in words; none where there is only one."""
         return [condition.label for condition in self.conditions] if len(self.conditions) > 1 else []
@@ -151,7 +155,7 @@ def decide(comparison: Comparison) -> Decision:
     keys = frames.varied(comparison.runs)
     choices = [key for key in keys if comparison.roles.is_choice(key)]
     world = [key for key in keys if key not in choices]
-    measured = _Tables(tables.results(comparison), tables.spent(comparison), tables.client_scores(comparison))
+    measured = _Tables.of(comparison)
     by_condition: dict[str, list[Setting]] = {}
     for setting in frames.settings(comparison.runs):
         by_condition.setdefault(_words(setting, world), []).append(setting)
@@ -167,15 +171,15 @@ def _condition(
     label: str, settings: Sequence[Setting], keys: tuple[Sequence[str], Sequence[str]], found: _Tables
 ) -> Condition:
     choices, world = keys
-    every = sorted((_Scored.of(setting, found) for setting in settings), key=lambda each: -_or_lowest(each.mean))
+    every = sorted((_Scored.of(setting, found) for setting in settings), key=lambda each: -_or_lowest(each.merit))
     candidates = [each for each in every if not is_control(each.setting.strategy)] or every
     most = max(len(each.setting.seeds) for each in candidates)
     best = next(each for each in candidates if len(each.setting.seeds) == most)
     differences = [None if each is best else statistics.paired(each.by_seed, best.by_seed) for each in candidates]
     corrected = statistics.holm([each.p if each else math.nan for each in differences])
     tests = max(1, sum(not math.isnan(p) for p in corrected))
-    places = stats.rankdata([-_or_lowest(each.mean) for each in candidates])
-    ends = {each.setting.strategy: each.mean for each in reversed(every) if each.setting.strategy in ENDS}
+    places = stats.rankdata([-_or_lowest(each.merit) for each in candidates])
+    ends = {each.setting.strategy: each.merit for each in reversed(every) if each.setting.strategy in ENDS}
 
     def standing(each: _Scored, place: float, paired: Paired | None, p: float) -> Standing:
         """The setting as it stands beside the best."""
@@ -183,13 +187,14 @@ def _condition(
             choice=_words(each.setting, choices),
             setting=each.setting,
             results=each.results,
+            score=each.score,
             by_seed=each.by_seed,
             place=float(place),
-            regret=-paired.difference.mean if paired else 0.0,
+            regret=-found.criterion.sign * paired.difference.mean if paired else 0.0,
             paired=paired,
             holm=p,
             more=statistics.more_seeds(paired, tests) if paired else None,
-            possible=_share(each.mean, ends),
+            possible=_share(each.merit, ends),
             costs=each.costs,
             redrawn=each.redrawn,
             clients=each.clients,
@@ -201,14 +206,29 @@ def _condition(
         for each in every
         if each not in candidates
     ]
-    return Condition(label, {key: settings[0].values[key] for key in world}, standings, controls)
+    values = {key: settings[0].values[key] for key in world}
+    return Condition(found.criterion, label, values, standings, controls)
 
 
 @dataclass(frozen=True)
 class _Tables:
+    """What was measured of runs, and what each result cannot leave."""
+
+    criterion: Score
     results: pd.DataFrame
     costs: pd.DataFrame
     clients: Mapping[str, Sequence[float]]
+    bounds: Mapping[str, tuple[float, float]]
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> _Tables:
+        return cls(
+            comparison.criterion,
+            tables.results(comparison),
+            tables.spent(comparison),
+            tables.client_scores(comparison),
+            tables.bounds(comparison),
+        )
 
 
 @dataclass(frozen=True)
@@ -217,22 +237,25 @@ class _Scored:
 
     setting: Setting
     results: Mapping[str, Interval]
+    score: Interval
+    merit: float
+    """The mean score, turned so that the highest is the best."""
     by_seed: Mapping[Any, float]
     costs: Mapping[str, float]
     redrawn: Interval
     clients: Interval
 
-    @property
-    def mean(self) -> float:
-        return self.results[SCORE].mean
-
     @classmethod
     def of(cls, setting: Setting, found: _Tables) -> _Scored:
         own = found.costs.loc[list(setting.seeds.values())]
-        scores = tables.of_runs(found.results, setting, SCORE)
+        criterion = found.criterion
+        scores = tables.of_runs(found.results, setting, criterion.name)
+        results = {name: tables.over_seeds(found.results, setting, name, ends) for name, ends in found.bounds.items()}
         return cls(
             setting,
-            {name: tables.over_seeds(found.results, setting, name) for name in tables.RESULTS},
+            results,
+            results[criterion.name],
+            criterion.sign * results[criterion.name].mean,
             dict(zip(setting.seeds, scores, strict=True)),
             {name: float(own[name].mean()) for name in COSTS},
             statistics.redrawn([[score] for score in scores]),
@@ -252,10 +275,10 @@ def _or_lowest(value: float) -> float:
     return -math.inf if math.isnan(value) else value
 
 
-def _share(score: float, ends: Mapping[str, float]) -> float:
+def _share(merit: float, ends: Mapping[str, float]) -> float:
     """(score − local) / (oracle − local); NaN unless both ran and the oracle is the better one."""
     low, high = (ends.get(name, math.nan) for name in ENDS)
-    return (score - low) / (high - low) if high > low else math.nan
+    return (merit - low) / (high - low) if high > low else math.nan
 
 
 def _across(conditions: Sequence[Condition]) -> list[Overall]:
@@ -281,6 +304,7 @@ def _met(condition: Condition) -> dict[tuple[str, str], int]:
     tests = [statistics.paired(scores[one], scores[other]) for one, other in pairs]
     signs: dict[tuple[str, str], int] = {}
     for (one, other), found, p in zip(pairs, tests, statistics.holm([each.p for each in tests]), strict=True):
-        sign = 0 if math.isnan(p) or p >= ALPHA else (1 if found.difference.mean > 0 else -1)
+        ahead = condition.criterion.sign * found.difference.mean > 0
+        sign = 0 if math.isnan(p) or p >= ALPHA else (1 if ahead else -1)
         signs[one, other], signs[other, one] = sign, -sign
     return signs

@@ -9,11 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from fedlora import metrics
-from fedlora.config.run import NEUTRAL
+from fedlora import metrics, objective
+from fedlora.config.run import NEUTRAL, RunConfig
+from fedlora.objective import Score
 from fedlora.report.roles import Roles
-
-ACCURACY = metrics.FINAL_ACCURACY
 
 RUN_COLUMNS = ("run_id", "name", "status", "sweep", "strategy", "seed", "partition", "digest", "started")
 """The columns of `Comparison.runs` that are neither settings nor results."""
@@ -54,6 +53,15 @@ class Comparison:
     excluded: Sequence[Excluded] = ()
     roles: Roles = field(default_factory=Roles)
     """Which of the settings that vary are choices; the others are conditions."""
+    scores: Sequence[Score] = field(default_factory=lambda: objective.scores_of(RunConfig()))
+    """What all its runs are judged by: the score that decides, then others."""
+    labelled: bool = True
+    """Whether labels are what is learned."""
+
+    @property
+    def criterion(self) -> Score:
+        """The score that decides."""
+        return self.scores[0]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Figures without a time axis: final accuracy, ρ by layer, ρ against accuracy, the partition."""
+"""Figures without a time axis: final scores, ρ by layer, ρ against the score, the partition."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from fedlora.report import frames, marks, tables, verdict
+from fedlora.objective import Score
+from fedlora.report import frames, marks, tables, verdict, wording
 from fedlora.report.decision import Decision
 from fedlora.report.frames import Comparison
 from fedlora.report.marks import Figure, Placed, Trace
@@ -27,20 +28,21 @@ _MOST_GAPS = 30
 _SCALE = "Viridis"
 
 
-def final_accuracy(decided: Decision) -> Figure | None:
-    """Final accuracy with its interval, a line per choice and a panel per condition, the best of the first on top."""
+def final_scores(decided: Decision) -> Figure | None:
+    """The final score with its interval, a line per choice and a panel per condition, the best of the first on top."""
     known = [look for look in marks.looks(decided) if not math.isnan(look.standing.score.mean)]
     if not known:
         return None
     rows = max(Counter(look.panel for look in known).values())
     y = marks.axis("", autorange="reversed", type="category")
-    caption = "Mean over seeds with its 95 % interval (Student t, cut at 0 and 1); of two seeds the bar ends at both."
+    cut = wording.cut(decided.criterion)
+    caption = f"Mean over seeds with its 95 % interval (Student t{cut}); of two seeds the bar ends at both."
     if decided.labels:
         caption += " In the order of the first condition; of one alone in its own."
-    axes = marks.layout(marks.axis("final test accuracy (share)"), y, hovermode="closest")
+    axes = marks.layout(marks.axis(wording.axis(decided.criterion)), y, hovermode="closest")
     return Figure(
-        "final-accuracy",
-        "Final accuracy",
+        f"final-{decided.criterion.name}",
+        f"Final {decided.criterion.title}",
         caption,
         [_final(look) for look in known],
         axes,
@@ -180,40 +182,41 @@ def short(modules: Sequence[str]) -> dict[str, str]:
     return {name: ".".join(words[common:]) or name for name, words in zip(modules, parts, strict=True)}
 
 
-def rho_accuracy(comparison: Comparison, decided: Decision) -> list[Figure]:
-    """Final accuracy against ρ, a point per run: ρ of round one, and of the last."""
-    values = tables.results(comparison)
+def rho_score(comparison: Comparison, decided: Decision) -> list[Figure]:
+    """The final score against ρ, a point per run: ρ of round one, and of the last."""
+    values, by = tables.results(comparison), comparison.criterion
     found = []
     for name, words in (("rho_first", "round 1"), ("rho_last", "the last round")):
-        points = values.dropna(subset=[name, "accuracy"])
+        points = values.dropna(subset=[name, by.name])
         if len(points):
             traces = [
-                _cloud(look, own, name)
+                _cloud(look, own, name, by)
                 for look in marks.looks(decided)
                 for own in [points[points.index.isin(look.runs)]]
                 if len(own)
             ]
-            axes = marks.layout(marks.axis(f"ρ in {words} (no unit)"), marks.axis("final test accuracy (share)"))
-            key, title = name.replace("_", "-"), f"ρ in {words} against accuracy"
+            axes = marks.layout(marks.axis(f"ρ in {words} (no unit)"), marks.axis(wording.axis(by)))
+            key, title = name.replace("_", "-"), f"ρ in {words} against {by.title}"
             found.append(Figure(key, title, "A point per run.", traces, axes, panels=decided.labels))
     return found
 
 
-def _cloud(look: Placed, own: pd.DataFrame, rho: str) -> Trace:
+def _cloud(look: Placed, own: pd.DataFrame, rho: str, score: Score) -> Trace:
     seeds = {run: frames.plain(seed) for seed, run in look.standing.setting.seeds.items()}
     return look.line(
         each="seed",
         x=marks.numbers(own[rho]),
-        y=marks.numbers(own["accuracy"]),
+        y=marks.numbers(own[score.name]),
         mode="markers",
         marker={"color": look.colour, "symbol": look.symbol, "size": 9, "opacity": 0.85},
         customdata=[marks.safe(seeds[str(run)]) for run in own.index],
-        hovertemplate=f"{look.words}, seed %{{customdata}}<br>ρ %{{x:.4g}}, accuracy %{{y:.4g}}<extra></extra>",
+        hovertemplate=f"{look.words}, seed %{{customdata}}<br>ρ %{{x:.4g}}, {score.title} %{{y:.4g}}<extra></extra>",
     )
 
 
 def partitions(comparison: Comparison) -> Figure | None:
-    """Training examples by client and label, for one partition at a time."""
+    """Training examples by client and label (or group, where labels are not what is learned), for one partition at a
+    time."""
     traces: list[Trace] = []
     choices: list[str] = []
     clipped = False
@@ -236,12 +239,13 @@ def partitions(comparison: Comparison) -> Figure | None:
         choices.append(f"{seeds}: {summary.get('partitioner', 'partition')}, hash {digest}")
     if not traces:
         return None
-    caption = "Training examples of each client by label; white: none." + (
+    kind = "label" if comparison.labelled else "group"
+    caption = f"Training examples of each client by {kind}; white: none." + (
         f" Of more clients the first {_MOST_CLIENTS} are shown." if clipped else ""
     )
     rows = max(len(trace["y"]) for trace in traces)
     axes = marks.layout(
-        marks.axis("label", type="category", showgrid=False),
+        marks.axis(kind, type="category", showgrid=False),
         marks.axis("client", type="category", autorange="reversed", showgrid=False),
     )
     return Figure("partition", "The partition", caption, traces, axes, choices, True, _height(rows) + 60)

@@ -27,6 +27,7 @@ from fedlora.report import (
     tables,
     verdict,
     views,
+    wording,
 )
 from fedlora.report.changes import Changes
 from fedlora.report.decision import Decision, decide
@@ -100,7 +101,7 @@ def render_changes(changes: Changes) -> str:
     return _render(
         "changes.html", f"{changes.before} → {changes.after}", found, changewords.looks(changes), changes.conditions,
         changes=changes, told=changewords, conditions_of=list(dict.fromkeys(cell.condition for cell in changes.cells)),
-        drawn=found,
+        drawn=found, by=changes.criterion, wording=wording,
     )  # fmt: skip
 
 
@@ -112,7 +113,8 @@ def render(comparison: Comparison, decided: Decision) -> str:
         "report.html", comparison.title, every, marks.looks(decided), decided.labels,
         comparison=comparison, figures=sections, views=views, decided=decided, verdict=verdict, boards=boards,
         measures=[measures.of(condition, known) for condition in decided.conditions],
-        sharing=tables.sharing(comparison),
+        sharing=tables.sharing(comparison), by=comparison.criterion, wording=wording,
+        target=measures.target_words(comparison.criterion),
     )  # fmt: skip
 
 
@@ -156,10 +158,10 @@ def _render(
 
 def _figures(comparison: Comparison, decided: Decision) -> dict[str, list[Figure]]:
     by_key = {figure.key: figure for figure in curves.all_curves(comparison, decided)}
-    final = maps.final_accuracy(decided)
+    final = maps.final_scores(decided)
     partition = maps.partitions(comparison)
     chosen = {
-        "accuracy": ("accuracy-rounds", "accuracy-megabytes"),
+        "score": (f"{comparison.criterion.name}-rounds", f"{comparison.criterion.name}-megabytes"),
         "rho": ("rho-rounds",),
         "local": ("gap", "condition-R", "condition-P", "condition-Q"),
     }
@@ -169,7 +171,7 @@ def _figures(comparison: Comparison, decided: Decision) -> dict[str, list[Figure
         "pareto": pareto.figures(decided),
         **sections,
         "layers": maps.layers(comparison, decided),
-        "related": maps.rho_accuracy(comparison, decided),
+        "related": maps.rho_score(comparison, decided),
         "scaling": curves.scaling(comparison),
         "partition": [partition] if partition else [],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fedlora.report import marks, measures, verdict
+from fedlora.report import marks, measures, verdict, wording
 from fedlora.report.costs import COSTS
 from fedlora.report.decision import Decision
 from fedlora.report.marks import Figure, Placed, Trace
@@ -22,20 +22,21 @@ def _figure(decided: Decision, cost: str) -> Figure | None:
     traces: list[Trace] = []
     for panel, condition in enumerate(decided.conditions):
         known = [look for look in looks if look.panel == panel and look.standing in condition.standings]
-        traces += _condition(known, cost) if len(known) > 1 else []
+        traces += _condition(known, cost, decided.criterion.sign) if len(known) > 1 else []
     if not traces:
         return None
-    title, words = f"Accuracy against {COSTS[cost].figure}", COSTS[cost].axis
-    caption = "Means over seeds. The line joins those that no other choice beats in both: less cost or a higher score."
+    title, words = f"{wording.title(decided.criterion)} against {COSTS[cost].figure}", COSTS[cost].axis
+    front = f"less cost or a {'higher' if decided.criterion.higher_is_better else 'lower'} score"
+    caption = f"Means over seeds. The line joins those that no other choice beats in both: {front}."
     axes = marks.layout(
-        marks.axis(words, rangemode="tozero"), marks.axis("final test accuracy (share)"), hovermode="closest"
+        marks.axis(words, rangemode="tozero"), marks.axis(wording.axis(decided.criterion)), hovermode="closest"
     )
     return Figure(f"pareto-{cost}", title, caption, traces, axes, panels=decided.labels, free=True)
 
 
-def _condition(known: Sequence[Placed], cost: str) -> list[Trace]:
+def _condition(known: Sequence[Placed], cost: str, sign: int) -> list[Trace]:
     points = [(look.standing.costs[cost], look.standing.score.mean) for look in known]
-    front = measures.front(points)
+    front = measures.front(points, sign)
     drawn = known[0].line(
         mode="lines",
         name="front",

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 from fedlora import metrics
 from fedlora.metrics import RoundRecord
+from fedlora.report import wording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from fedlora.objective import Score
 
 _COLOURS = {
     "fedit": "#4c78a8",
@@ -53,20 +56,20 @@ def colour(strategy: str) -> str:
 def rounds_figure(
     runs: Mapping[str, Sequence[RoundRecord]],
     path: Path,
+    score: Score,
     colours: Mapping[str, str] | None = None,
     title: str = "",
     legend: Mapping[str, str] | None = None,
-    score: str = "accuracy",
 ) -> None:
     """Global score and divergence against rounds, one line per run (key: its label).
 
     Args:
         runs: the rounds' records of each run.
         path: the PNG to write.
+        score: the one that decides.
         colours: by label; the strategy's colour where the label is a strategy.
         title: above both panels.
         legend: by label, the words shown for it; runs with the same words (seeds of one setting) share an entry.
-        score: the name of the one that decides.
     """
     from matplotlib.figure import Figure
 
@@ -74,11 +77,11 @@ def rounds_figure(
     left, right = figure.subplots(1, 2)
     for label, records in runs.items():
         shade = (colours or {}).get(label) or colour(label)
-        _line(left, records, f"global/{score}", (legend or {}).get(label, label), shade)
+        _line(left, records, f"{metrics.GLOBAL}{score.name}", (legend or {}).get(label, label), shade)
         _line(right, records, metrics.RHO_MODEL, label, shade)
         _line(right, records, metrics.RHO_FLOOR, None, shade, ":")
-    left.set(xlabel="round", ylabel=f"global test {score}", title=score.capitalize())
-    if score == "accuracy":
+    left.set(xlabel="round", ylabel=f"global test {score.title}", title=wording.title(score))
+    if (score.low, score.high) == (0, 1):
         left.set_ylim(0, 1)
     right.set(
         xlabel="round", ylabel="ρ  (relative error of the aggregate)", title="Divergence; dotted: floor of rank r"

@@ -15,19 +15,17 @@ from fedlora.report import frames, statistics
 from fedlora.report.frames import Comparison, Setting
 from fedlora.report.statistics import Correlation, Interval
 
-RESULTS = (
-    *("accuracy", "macro_f1", "gap", "worst_client", "p10_client", "rho_first", "rho_mean", "rho_last", "rho_floor"),
+_BESIDE = (
+    *("gap", "worst_client", "p10_client", "rho_first", "rho_mean", "rho_last", "rho_floor"),
     *("clients_used", "megabytes", "seconds"),
 )
-"""A run's results: accuracy and macro-F1 after the last round; local minus global accuracy; the worst client's local
-accuracy and the 10th percentile of all; ρ in round one, its mean
+"""A run's results beside its scores after the last round: local minus global score; the worst client's local score and
+the worst tenth's (the 10th percentile of all, or the 90th where lower is better); ρ in round one, its mean
 over rounds and in the last round, with that round's floor (blank where one client took part); mean number of clients
 whose updates a round used; 10⁶ bytes both ways; seconds of wall time in rounds."""
 
 UNBOUNDED = (-math.inf, math.inf)
-BOUNDS = {**dict.fromkeys(("accuracy", "macro_f1", "worst_client", "p10_client"), (0.0, 1.0)), "gap": (-1.0, 1.0)}
-"""What a result cannot leave, and so its interval neither; of the others ρ and costs are not negative."""
-BOUNDS |= dict.fromkeys(("rho_first", "rho_mean", "rho_last", "rho_floor", "megabytes", "seconds"), (0.0, math.inf))
+_NOT_NEGATIVE = ("rho_first", "rho_mean", "rho_last", "rho_floor", "megabytes", "seconds")
 
 COSTS = {
     **metrics.BYTES,
@@ -41,22 +39,38 @@ COSTS = {
 """Metrics that are summed over a run's rounds: bytes by kind, seconds by phase."""
 
 
+def names(comparison: Comparison) -> tuple[str, ...]:
+    """What the results of a run are called: its scores, the deciding one first, and the others."""
+    return (*(score.name for score in comparison.scores), *_BESIDE)
+
+
+def bounds(comparison: Comparison) -> dict[str, tuple[float, float]]:
+    """What each result cannot leave, and so its interval neither."""
+    criterion = comparison.criterion
+    ends, width = (criterion.low, criterion.high), criterion.high - criterion.low
+    return {
+        **dict.fromkeys(names(comparison), UNBOUNDED),
+        **dict.fromkeys(_NOT_NEGATIVE, (0.0, math.inf)),
+        **{score.name: (score.low, score.high) for score in comparison.scores},
+        **dict.fromkeys(("worst_client", "p10_client"), ends),
+        "gap": (-width, width),
+    }
+
+
 def results(comparison: Comparison) -> pd.DataFrame:
-    """A row per run (index: run id) with `RESULTS`; what was not measured is NaN."""
+    """A row per run (index: run id) with the results of `names`; what was not measured is NaN."""
     runs = comparison.runs.set_index("run_id")
     found = pd.DataFrame(index=runs.index)
-    for name, metric in (
-        ("accuracy", frames.ACCURACY),
-        ("macro_f1", metrics.FINAL_MACRO_F1),
-        ("gap", metrics.FINAL_GAP),
-    ):
-        found[name] = runs.get(metric, math.nan)
+    for name in (score.name for score in comparison.scores):
+        found[name] = runs.get(f"{metrics.FINAL}{name}", math.nan)
+    found["gap"] = runs.get(metrics.FINAL_GAP, math.nan)
     trained = comparison.rounds[comparison.rounds["round"] > 0].sort_values("round")
     by_run = trained.groupby("run_id")
     # Not first() and last(): these skip what is blank, and would show another round's.
     first, last = (rows.set_index("run_id") for rows in (by_run.head(1), by_run.tail(1)))
-    found["worst_client"] = last.get(metrics.LOCAL_ACCURACY_WORST, math.nan)
-    found["p10_client"] = last.get(metrics.LOCAL_ACCURACY_P10, math.nan)
+    local = f"{metrics.LOCAL}{comparison.criterion.name}"
+    found["worst_client"] = last.get(f"{local}{metrics.WORST}", math.nan)
+    found["p10_client"] = last.get(f"{local}{metrics.TENTH}", math.nan)
     rho, used = metrics.RHO_MODEL, metrics.CLIENTS_COMPLETED
     found["rho_first"] = first.get(rho, math.nan)
     found["rho_mean"] = by_run[rho].mean() if rho in trained else math.nan
@@ -103,23 +117,23 @@ def of_runs(values: pd.DataFrame, setting: Setting, result: str) -> list[float]:
     return [float(value) for value in values.loc[list(setting.seeds.values()), result]]
 
 
-def over_seeds(values: pd.DataFrame, setting: Setting, result: str) -> Interval:
-    """A result's mean over a setting's seeds, with its interval."""
-    return statistics.interval(of_runs(values, setting, result), bounds=BOUNDS.get(result, UNBOUNDED))
+def over_seeds(values: pd.DataFrame, setting: Setting, result: str, ends: tuple[float, float]) -> Interval:
+    """A result's mean over a setting's seeds, with its interval within what it cannot leave (`bounds`)."""
+    return statistics.interval(of_runs(values, setting, result), bounds=ends)
 
 
 def client_scores(comparison: Comparison) -> dict[str, list[float]]:
-    """By run, the accuracy of each client's own model on its own test examples in the run's last round."""
-    clients = comparison.clients
-    if clients.empty or "accuracy" not in clients:
+    """By run, the score of each client's own model on its own test examples in the run's last round."""
+    clients, name = comparison.clients, comparison.criterion.name
+    if clients.empty or name not in clients:
         return {}
     last = clients[clients["round"] == clients.groupby("run_id")["round"].transform("max")]
-    return {str(run): rows.astype(float).dropna().tolist() for run, rows in last.groupby("run_id")["accuracy"]}
+    return {str(run): rows.astype(float).dropna().tolist() for run, rows in last.groupby("run_id")[name]}
 
 
 @dataclass(frozen=True)
 class Related:
-    """How ρ goes with accuracy: which ρ, over which points."""
+    """How ρ goes with the score: which ρ, over which points."""
 
     rho: str
     points: str
@@ -130,7 +144,7 @@ _WHICH_RHO = {"rho_first": "ρ in round 1", "rho_mean": "mean ρ over rounds", "
 
 
 def correlations(comparison: Comparison) -> list[Related]:
-    """ρ against final accuracy: over settings (means over their seeds), and over runs.
+    """ρ against the final score: over settings (means over their seeds), and over runs.
 
     Where some have a ρ of 1 or more (an error as large as what should have been sent), also over the others alone.
     """
@@ -141,18 +155,18 @@ def correlations(comparison: Comparison) -> list[Related]:
     several = len(values) > len(means)
     tables = [("settings, means over seeds" if several else "settings", means)]
     tables += [("runs", values)] if several else []
-    found = []
+    found, score = [], comparison.criterion.name
     for points, table in tables:
         for name, words in _WHICH_RHO.items():
             within = table[~(table[name] >= 1)]
-            found.append(Related(words, points, _correlated(table, name)))
+            found.append(Related(words, points, _correlated(table, name, score)))
             if len(within) < len(table):
-                found.append(Related(f"{words}, where below 1", points, _correlated(within, name)))
+                found.append(Related(f"{words}, where below 1", points, _correlated(within, name, score)))
     return found
 
 
-def _correlated(table: pd.DataFrame, name: str) -> Correlation:
-    return statistics.correlation(table[name].tolist(), table["accuracy"].tolist())
+def _correlated(table: pd.DataFrame, name: str, score: str) -> Correlation:
+    return statistics.correlation(table[name].tolist(), table[score].tolist())
 
 
 def costs(comparison: Comparison) -> list[tuple[Setting, dict[str, float]]]:

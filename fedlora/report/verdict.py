@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedlora.errors import counted
-from fedlora.report import frames, views
+from fedlora.report import frames, views, wording
 from fedlora.report.costs import COSTS
 from fedlora.report.decision import ALPHA, Condition, Decision, Overall, Standing
 from fedlora.report.statistics import FEWEST, Interval
@@ -36,28 +36,30 @@ def _of_condition(condition: Condition) -> str:
 
 
 def _recommended(condition: Condition, others: Sequence[Standing]) -> str:
-    """What has the highest score, and by how much it leads."""
+    """What has the best score, and by how much it leads."""
     best, tested = condition.best, [each for each in others if not math.isnan(each.holm)]
-    reached = f"accuracy {score(best.score)}"
+    criterion = condition.criterion
+    reached, above = f"{criterion.title} {score(best.score)}", wording.above(criterion)
+    first = f"{best.choice} has the {wording.best(criterion)} score, {reached}"
     nearest = min(others, key=lambda each: each.regret if not math.isnan(each.regret) else math.inf)
     if best.score.n < 2:
-        lead = "equal to" if nearest.regret == 0 else f"{amount(nearest.regret)} above"
+        lead = "equal to" if nearest.regret == 0 else f"{amount(nearest.regret)} {above}"
         return (
-            f"{best.choice} has the highest score, {reached}, {lead} {nearest.choice}, in one seed each: how much of "
+            f"{first}, {lead} {nearest.choice}, in one seed each: how much of "
             f"that is the seed cannot be told; {FEWEST} seeds of each would begin to."
         )
     if not tested:
         why = next((each.paired.why for each in others if each.paired and each.paired.why), "no common seeds")
-        return f"{best.choice} has the highest score, {reached}; nothing could be tested ({why})."
+        return f"{first}; nothing could be tested ({why})."
     if not condition.equals:
         worst = views.p_value(max(each.holm for each in others)).text
         return (
-            f"take {best.choice}: {reached}, {amount(nearest.regret)} above {nearest.choice}, the next "
+            f"take {best.choice}: {reached}, {amount(nearest.regret)} {above} {nearest.choice}, the next "
             f"(p {worst if worst.startswith('<') else f'= {worst}'} against every other)."
         )
     beaten = len(others) - len(condition.equals)
     rest = f", better than {beaten} of {len(others)}" if beaten else ""
-    return f"{best.choice} has the highest score, {reached}{rest}."
+    return f"{first}{rest}."
 
 
 def _equals(condition: Condition) -> list[str]:
@@ -65,7 +67,10 @@ def _equals(condition: Condition) -> list[str]:
     equals = condition.equals
     if not equals or condition.best.score.n < 2:
         return []
-    named = [f"{each.choice} ({views.shown(-each.regret, sign=True).text}{_settled(each)})" for each in equals[:_SHOWN]]
+    sign = -condition.criterion.sign
+    named = [
+        f"{each.choice} ({views.shown(sign * each.regret, sign=True).text}{_settled(each)})" for each in equals[:_SHOWN]
+    ]
     more = f" and {len(equals) - _SHOWN} more" if len(equals) > _SHOWN else ""
     said = [f"With {counted(condition.best.score.n, 'seed')} it cannot be told apart from {', '.join(named)}{more}."]
     cheapest = min(condition.alike, key=lambda each: _or_highest(each.costs["megabytes"]))
@@ -96,7 +101,8 @@ def _scale(condition: Condition) -> list[str]:
         said.append(f"That is {condition.best.possible:.0%} of the way from local training to the oracle.")
     for control in condition.controls:
         if control.setting.strategy == "local" and control.regret <= 0:
-            said.append(f"Without aggregation (local) clients reach no less: {score(control.score)}.")
+            least = wording.less(condition.criterion)
+            said.append(f"Without aggregation (local) clients reach no {least}: {score(control.score)}.")
     return said
 
 
@@ -106,15 +112,16 @@ def _across(decision: Decision) -> str:
         return "No choice ran in every condition, so none can be recommended for all of them."
     first = whole[0]
     count = len(decision.conditions)
-    said = f"For {'both' if count == 2 else f'all {count}'} conditions: {first.choice}, {_regret(first)}"
+    said = f"For {'both' if count == 2 else f'all {count}'} conditions: {first.choice}, {_regret(first, decision)}"
     alike = [each for each in whole[1:] if each.mean_regret - first.mean_regret <= 0.001]
     return f"{said}; much the same: {', '.join(each.choice for each in alike[:_SHOWN])}." if alike else f"{said}."
 
 
-def _regret(found: Overall) -> str:
+def _regret(found: Overall, decision: Decision) -> str:
     if found.worst_regret == 0:
         return "the best in each of them"
-    return f"on average {amount(found.mean_regret)} below the best of each, at worst {amount(found.worst_regret)}"
+    below = wording.below(decision.criterion)
+    return f"on average {amount(found.mean_regret)} {below} the best of each, at worst {amount(found.worst_regret)}"
 
 
 def _missing(decision: Decision) -> list[str]:
@@ -148,7 +155,8 @@ def to_json(decision: Decision) -> dict[str, Any]:
     """The verdict for machines: words, conditions with their standings, choices across conditions; NaN as null."""
     return {
         "verdict": sentences(decision),
-        "score": "final accuracy",
+        "score": f"final {decision.criterion.title}",
+        "higher_is_better": decision.criterion.higher_is_better,
         "alpha": ALPHA,
         "choices": list(decision.choices),
         "conditions": [

@@ -100,7 +100,7 @@ def _listed(labels: Sequence[str], most: int = 12) -> str:
 
 
 def correlations(comparison: Comparison) -> Table:
-    """ρ against accuracy: coefficients, number of points, p-values."""
+    """ρ against the score: coefficients, number of points, p-values."""
     titles = ("ρ", "points", "n", "Pearson r", "p (Pearson)", "Spearman r", "p (Spearman)", "note")
     body = []
     for entry in tables.correlations(comparison):

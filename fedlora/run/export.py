@@ -33,7 +33,7 @@ def final(run: RunFolder) -> None:
             run.write_json(f"tables/{name}.json", [row for record in closed[1:] for row in record["rows"][name]])
         answers(run, run.config.rounds)
         records = {run.config.strategy: [RoundRecord.from_json(record) for record in closed]}
-        plots.rounds_figure(records, run.path / "figures" / "rounds.png", score=run.score.name)
+        plots.rounds_figure(records, run.path / "figures" / "rounds.png", run.score)
         plots.conditions_figure(records, run.path / "figures" / "conditions.png")
 
 

@@ -167,7 +167,10 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
     data, model = _data(run, bench), _model(run, bench, state, number - 1)
     own = rounds.examples_of(strategy, _partition(run, bench), client_id)
     rows, held_out = ranks.hold_out(config.lora, number, own.train, config.seed, client_id)
-    examples, training = tokens.examples(data.train, rows), own.training(config.training).in_round(number, config.rounds)
+    examples, training = (
+        tokens.examples(data.train, rows),
+        own.training(config.training).in_round(number, config.rounds),
+    )
     with memory.watched(bench.device) as peak:
         trained = client.train(model, start, examples, training, turn, plan.trains, data.padding, strategy.penalty)
     upload = strategy.after_training(start, trained.adapter)

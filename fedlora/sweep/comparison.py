@@ -164,12 +164,12 @@ def _by_dealing(table: pd.DataFrame) -> list[Any]:
 
 
 def figures(results: Sequence[Result], folder: Path, title: str) -> None:
-    """`comparison.png` (accuracy and ρ against rounds) and `conditions.png` (R, and P + Q), a line per run in its
+    """`comparison.png` (score and ρ against rounds) and `conditions.png` (R, and P + Q), a line per run in its
     strategy's colour where that tells runs apart."""
     runs = {result.label: result.records for result in results}
     colours = {result.label: plots.colour(str(result.settings.get("strategy", result.label))) for result in results}
     legend = {result.label: label(_without_seed(result.settings)) or "all seeds" for result in results}
-    plots.rounds_figure(runs, folder / "comparison.png", colours, title, legend)
+    plots.rounds_figure(runs, folder / "comparison.png", results[0].scores[0], colours, title, legend)
     plots.conditions_figure(runs, folder / "conditions.png", colours, legend)
 
 

@@ -213,16 +213,20 @@ def _check_roles(source: str, compare: Compare) -> None:
 
 
 def _check_scores(source: str, cells: Sequence[Cell]) -> None:
-    """Comparisons go by accuracy; of a task that is judged by something else they would be empty."""
-    usual = RunConfig.model_fields["task"].default  # of which this is known, without importing torch
-    for task in {cell.config.task for cell in cells} - {usual}:
+    """Refuse runs that no one score compares."""
+    tasks = sorted({cell.config.task for cell in cells})
+    if len(tasks) > 1:
+        raise ConfigError(
+            f"{source}: runs of task={' and task='.join(tasks)} in one sweep, which no score compares; make a sweep of "
+            "each"
+        )
+    if tasks != [RunConfig.model_fields["task"].default]:  # of which it is known, without importing torch
         from fedlora import objective
 
-        scores = {objective.score_of(cell.config).name for cell in cells if cell.config.task == task}
-        for score in scores - {"accuracy"}:
+        scores = sorted({objective.score_of(cell.config).title for cell in cells})
+        if len(scores) > 1:
             raise ConfigError(
-                f"{source}: task={task} is judged by its {score}, and sweeps compare accuracies so far; run it by "
-                "itself (`fedlora run`) and look at the runs in MLflow"
+                f"{source}: some runs are judged by {' and others by '.join(scores)}; make a sweep of each"
             )
 
 

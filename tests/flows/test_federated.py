@@ -231,8 +231,8 @@ def test_a_run_that_is_interrupted_is_marked_killed_and_can_be_continued(
     folder = run_flow({"strategy": "fedit"}, run_dir=tmp_path / "run")
     assert tracker.load(folder).run == tracked.run
     assert MlflowClient(tracked.uri).get_run(tracked.run).info.status == "FINISHED"
-    same = rounds.records(folder)[-1].metrics[metrics.GLOBAL_LOSS]
-    assert same == rounds.records(finished_flow)[-1].metrics[metrics.GLOBAL_LOSS]
+    same = rounds.records(folder)[-1].metrics["global/loss"]
+    assert same == rounds.records(finished_flow)[-1].metrics["global/loss"]
 
 
 def test_flat_parameters_change_that_value_and_nothing_else(run_flow, tiny):

@@ -22,6 +22,7 @@ from fedlora import report
 from fedlora.config import configfile
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.files import home
+from fedlora.objective.classification import ACCURACY
 from fedlora.sweep import comparison
 from fedlora.sweep import plan as sweeps
 from fedlora.sweep.folder import SweepFolder
@@ -303,7 +304,7 @@ def test_of_equals_on_the_leaderboard_the_first_stays_first_and_each_links_to_it
     names = ["fedit", "svd", "svd", "a|b"]
     rows = {name: [0.5, 0.7, 0.3, 0.9] for name in comparison.COLUMNS}
     table = pd.DataFrame({"strategy": names, "seed": [0, 0, 1, 0], **rows, "page": ["#a", "#b", "#c", "#d"]})
-    lines = outcome._leaderboard(["strategy", "seed"], table)[2:]
+    lines = outcome._leaderboard(["strategy", "seed"], table, ACCURACY)[2:]
     assert [line.split(" | ")[:3] for line in lines] == [
         ["| 1", "a\\|b", "[0](#d)"], ["| 2", "fedit", "[0](#a)"], ["| 3", "svd", "[0](#b) [1](#c)"]
     ]  # fmt: skip
@@ -319,7 +320,7 @@ def test_places_are_those_within_a_condition(tmp_path):
     plan = sweeps.load(str(file), None, PRESETS, SWEEPS)
     rows = {name: [0.1, 0.2, 0.9, 0.8] for name in comparison.COLUMNS}
     table = pd.DataFrame([cell.settings for cell in plan.cells]).assign(**rows, page="#")
-    lines = list(outcome._leaderboards(plan, table))
+    lines = list(outcome._leaderboards(plan, table, ACCURACY))
     assert [line for line in lines if line.startswith("**")] == ["**partition.alpha=0.1**", "**partition.alpha=100**"]
     assert [line[:9] for line in lines if line.startswith(("| 1", "| 2"))] == [
         "| 1 | svd", "| 2 | fed", "| 1 | fed", "| 2 | svd"

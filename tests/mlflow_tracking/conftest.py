@@ -25,7 +25,10 @@ class Shelf:
     def experiment(self, name):
         return store.experiment_id(self.client, self.uri, name)
 
-    def run(self, experiment, strategy, seed, accuracy=0.5, status="FINISHED", parent=None, files=True, **params):
+    def run(
+        self, experiment, strategy, seed, accuracy=0.5, status="FINISHED", parent=None, files=True, score="accuracy",
+        **params,
+    ):  # fmt: skip
         tags = {"strategy": strategy, "fedlora.config": f"{strategy}-{seed}-{params}", "partition.hash": f"hash{seed}"}
         tags |= {"mlflow.parentRunId": parent} if parent else {}
         run = self.client.create_run(
@@ -34,9 +37,9 @@ class Shelf:
         for key, value in {"strategy": strategy, "seed": seed, **params}.items():
             self.client.log_param(run, key, value)
         for number in range(2):
-            self.client.log_metric(run, "global/accuracy", accuracy * number, timestamp=number, step=number)
+            self.client.log_metric(run, f"global/{score}", accuracy * number, timestamp=number, step=number)
         if status == "FINISHED":
-            self.client.log_metric(run, "final/accuracy", accuracy)
+            self.client.log_metric(run, f"final/{score}", accuracy)
             if files:
                 self.file(run, "partition.json", COUNTS)
                 self.file(run, "config.yaml", {"strategy": strategy, "lora": {"rank": 4}})

@@ -6,6 +6,7 @@ import zlib
 
 import pytest
 
+from fedlora.objective.classification import ACCURACY
 from fedlora.report.decision import decide
 from mlflow_tracking import arrange, compare, parents, store, views
 from mlflow_tracking.parents import Parent
@@ -35,20 +36,24 @@ def state(uri, parent):
 
 
 def test_the_view_shows_every_run_of_the_sweep_with_accuracy_and_rho_first(uri, parent):
-    views.save(store.client(uri), parent.experiment, parent.run, "mine", ["strategy", "partition.alpha", "seed"])
+    views.save(
+        store.client(uri), parent.experiment, parent.run, "mine", ACCURACY, ["strategy", "partition.alpha", "seed"]
+    )
     name, found = state(uri, parent)
     assert name == "mine"
     assert (found["runsHiddenMode"], found["isAccordionReordered"]) == ("SHOW_ALL", True)
     assert found["searchFilter"] == f"tags.`mlflow.parentRunId` = '{parent.run}'"
-    first = [chart["metricKey"] for chart in found["compareRunCharts"] if chart["metricSectionId"] == views.FIRST]
+    first = [
+        chart["metricKey"] for chart in found["compareRunCharts"] if chart["metricSectionId"] == views.first(ACCURACY)
+    ]
     assert first == ["global/accuracy", "rho/model", "final/accuracy"]
-    assert found["compareRunSections"][0]["uuid"] == views.FIRST
+    assert found["compareRunSections"][0]["uuid"] == views.first(ACCURACY)
     assert found["selectedColumns"][:2] == ["params.`partition.alpha`", "params.`seed`"]
 
 
 def test_the_page_of_a_sweep_without_a_view_is_a_filtered_list(uri, parent):
-    assert views.page(uri, parent.experiment, parent.run) == store.sweep_page(parent.experiment, parent.run)
-    views.save(store.client(uri), parent.experiment, parent.run, "mine")
+    assert views.page(uri, parent.experiment, parent.run) == store.sweep_page(parent.experiment, parent.run, ACCURACY)
+    views.save(store.client(uri), parent.experiment, parent.run, "mine", ACCURACY)
     assert views.page(uri, parent.experiment, parent.run) == store.view_page(parent.experiment, parent.run)
 
 
@@ -94,11 +99,11 @@ def test_the_settings_of_a_sweep_are_its_parameters_and_what_is_added_later_stan
         return store.client(uri).get_run(parent.run).data.params
 
     swept = {"strategy": ["svd", "svd", "fedit"], "lora.ranks": ["[2, 4]", "null", "null"], "seed": [0, 1, 0]}
-    arrange.begun(parent, "mine", {"base": "demo", "clients": 4, "seed": 7}, swept)
+    arrange.begun(parent, "mine", ACCURACY, {"base": "demo", "clients": 4, "seed": 7}, swept)
     first = {"base": "demo", "clients": "4", "strategy": "svd, fedit", "lora.ranks": "[2,4], null", "seed": "0, 1"}
     assert told() == first
     for seeds in ([0, 1], [0, 1, 10], [0, 1, 10, 2]):
-        arrange.begun(parent, "mine", {"base": "demo", "clients": 4}, {**swept, "seed": seeds})
+        arrange.begun(parent, "mine", ACCURACY, {"base": "demo", "clients": 4}, {**swept, "seed": seeds})
     assert told() == {**first, "seed.added": "10", "seed.added.added": "2"}
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,12 @@ from mlflow import MlflowClient, artifacts
 
 import fedlora
 from fedlora.errors import ConfigError, TrackingError
+from fedlora.objective.classification import ACCURACY
+from fedlora.objective.generation import LOSS
 from fedlora.run import preflight
 from mlflow_tracking import beginning, champion, store, tracker
 from mlflow_tracking.candidates import Candidate, Score
+from mlflow_tracking.judged import USUAL
 
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "promote-an-adapter.md"
 NAMES = map("fedlora-{}".format, itertools.count())
@@ -60,10 +64,15 @@ def name():
     return next(NAMES)
 
 
-def candidate(run, *accuracies, data="d1", seeds=None, examples=1000, strategy="svd"):
+def candidate(run, *accuracies, data="d1", seeds=None, examples=1000, strategy="svd", task=USUAL, criterion=ACCURACY):
     digests = [data] * len(accuracies) if isinstance(data, str) else data
     scores = map(Score, seeds or range(len(accuracies)), accuracies, digests)
-    return Candidate(run, "1", "mine", strategy, strategy, tuple(scores), examples, "p1")
+    return Candidate(run, "1", "mine", strategy, strategy, tuple(scores), examples, task, criterion, "p1")
+
+
+def written(run, *losses, criterion=LOSS, **more):
+    """A candidate of another task, on the same data."""
+    return candidate(run, *losses, task="generation", criterion=criterion, **more)
 
 
 def versions(uri, name):
@@ -102,6 +111,53 @@ def test_a_better_one_is_promoted_and_the_champion_is_kept_as_challenger(uri, ru
         r"below 0\.05 needed; version 2 is kept as challenger\.",
         found.reason,
     )
+
+
+def test_of_losses_the_lower_one_is_promoted_and_both_say_what_they_are(uri, runs, name):
+    champion.consider(uri, name, written(runs[0], *HIGH))
+    assert not champion.consider(uri, name, written(runs[1], *[value + 0.2 for value in HIGH])).promoted
+    found = champion.consider(uri, name, written(runs[2], *LOW))
+    assert found.promoted
+    assert f"replaces {name}'s champion svd (0.7100 ± 0.0100, 3 seeds), version 1: -0.1000; Welch" in found.reason
+    version = versions(uri, name)[2]
+    shown = {
+        "task": "generation",
+        "score": "loss",
+        "loss": "0.6100",
+        "loss.sd": "0.0100",
+        "loss.each": "0.6, 0.62, 0.61",
+    }
+    assert shown.items() <= version.tags.items()
+    assert not {"accuracy", "accuracies"} & version.tags.keys()
+    assert version.description.startswith("Loss 0.6100 ± 0.0100, 3 seeds: svd, the best of sweep `mine`.")
+    assert "| seed | loss on 1000 test examples |" in version.description
+
+
+def test_a_champion_of_one_task_never_beats_one_of_another(uri, runs, name):
+    """On the same data, and ahead in either direction."""
+    champion.consider(uri, name, candidate(runs[0], *LOW))
+    for run, values in ((runs[1], [value + 0.3 for value in LOW]), (runs[2], [value - 0.3 for value in LOW])):
+        found = champion.consider(uri, name, written(run, *values))
+        assert not found.promoted
+        assert f"cannot be compared with {name}'s champion" in found.reason
+        assert "that is judged by its accuracy, this by its loss" in found.reason
+    assert aliases(uri, name) == {"champion": 1}
+    MlflowClient(uri).set_registered_model_alias(name, "champion", "2")
+    back = champion.consider(uri, name, candidate(runs[3], *HIGH))
+    assert not back.promoted
+    assert "that is judged by its loss, this by its accuracy" in back.reason
+
+
+def test_neither_does_one_of_the_same_task_that_is_judged_otherwise(uri, runs, name):
+    exact = replace(ACCURACY, name="exact", title="exact match")
+    champion.consider(uri, name, written(runs[0], *LOW, criterion=exact))
+    for values in (HIGH, [value - 0.3 for value in LOW]):
+        assert not champion.consider(uri, name, written(runs[1], *values)).promoted
+
+
+def test_a_registered_model_of_another_task_than_classification_is_called_after_it():
+    assert champion.model_name("mine", "alpha=0.1") == "fedlora-mine-alpha-0.1"
+    assert champion.model_name("mine", "alpha=0.1", "generation") == "fedlora-mine-generation-alpha-0.1"
 
 
 @pytest.mark.parametrize("accuracies", [(0.615, 0.625, 0.62), (0.5, 0.5, 0.5), LOW], ids=["noise", "worse", "equal"])

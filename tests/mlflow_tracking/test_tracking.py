@@ -9,9 +9,9 @@ from urllib.parse import parse_qs
 import pytest
 from mlflow import MlflowClient
 
-from fedlora import metrics
 from fedlora.config import addresses
 from fedlora.errors import TrackingError
+from fedlora.objective.classification import ACCURACY
 from fedlora.run import rounds
 from mlflow_tracking import history, parents, store, tracker
 
@@ -30,13 +30,13 @@ def run(finished, as_new, tmp_path, uri, monkeypatch):
     return as_new(finished(), tmp_path / "run")
 
 
-def points(uri, tracked, name=metrics.GLOBAL_ACCURACY):
+def points(uri, tracked, name="global/accuracy"):
     return [(p.step, p.value, p.timestamp) for p in MlflowClient(uri).get_metric_history(tracked.run, name)]
 
 
 def test_rounds_are_delivered_once_with_the_values_and_times_of_their_records(run, uri):
     tracked = tracker.deliver(run, tracker.start(run, "a run"))
-    expected = [(r.round, r.metrics[metrics.GLOBAL_ACCURACY], r.timestamp_ms) for r in rounds.records(run)]
+    expected = [(r.round, r.metrics["global/accuracy"], r.timestamp_ms) for r in rounds.records(run)]
     assert points(uri, tracked) == expected
     assert tracker.deliver(run, tracked) == tracked
     again = tracker.deliver(run, replace(tracked, logged=-1))  # as if the note of what was logged had been lost
@@ -218,7 +218,7 @@ def test_a_server_that_answers_passes_and_one_that_does_not_is_named():
 
 def test_the_page_of_a_sweep_is_not_sorted_by_date():
     """Sorted by date MLflow folds children under their parent, and its chart page is empty."""
-    page = store.sweep_page("1", "abc")
+    page = store.sweep_page("1", "abc", ACCURACY)
     assert "orderByKey=metrics.%60final%2Faccuracy%60" in page
     assert "parentRunId%60%20%3D%20%27abc%27" in page
 
@@ -226,7 +226,7 @@ def test_the_page_of_a_sweep_is_not_sorted_by_date():
 def test_every_page_opens_in_model_training():
     """On a first visit MLflow's side bar is that of traces and prompts, and an experiment looks empty."""
     pages = [store.run_page("1", "abc"), store.artifact_page("1", "abc", "report/a.html")]
-    pages += [store.sweep_page("1", "abc"), store.view_page("1", "abc"), store.model_page("fedlora-x")]
+    pages += [store.sweep_page("1", "abc", ACCURACY), store.view_page("1", "abc"), store.model_page("fedlora-x")]
     assert [page.partition("?")[0] for page in pages] == [
         "#/experiments/1/runs/abc",
         "#/experiments/1/runs/abc/artifacts/report/a.html",

@@ -57,8 +57,8 @@ def test_the_same_seeds_are_pairs_and_holm_is_over_what_could_be_tested(nights):
     assert cells["fedit"].score.holm == pytest.approx(ps[1])
     assert found.tests == 2
     assert (cells["svd"].score.difference, cells["svd"].score.before.mean) == (pytest.approx(-0.1), pytest.approx(0.7))
-    assert [cell.choice for cell in found.fallen] == ["svd"]
-    assert found.risen == []
+    assert [cell.choice for cell in found.worse] == ["svd"]
+    assert found.better == []
     assert cells["local"].score.found.why == "equal in every seed"
 
 
@@ -71,7 +71,7 @@ def test_unpaired_the_same_drop_is_within_noise(nights):
         wanted = stats.ttest_ind(list(SECOND["svd"].values()), list(FIRST["svd"].values()), equal_var=False)
         assert score.test == WELCH
         assert score.found.p == pytest.approx(wanted.pvalue)
-        assert found.fallen == []
+        assert found.worse == []
     assert dealt.dealt == ["0", "1", "2"]
     assert "The partition is another one in seeds 0, 1, 2" in " ".join(changewords.sentences(dealt))
 
@@ -87,7 +87,7 @@ def test_a_seed_that_is_missing_tonight_leaves_pairs(nights):
 
 def test_a_rise_is_told_and_is_no_regression(nights):
     found = nights(FIRST, SECOND)
-    assert [cell.choice for cell in found.risen] == ["svd"]
+    assert [cell.choice for cell in found.better] == ["svd"]
     assert changewords.to_json(found)["regression"] is False
     assert changewords.headline(found) == "svd rose beyond noise since s-1"
     assert (
@@ -109,7 +109,7 @@ def test_the_same_night_twice_says_so(nights):
 
 def test_one_seed_each_cannot_be_tested(nights):
     found = nights({"svd": {0: 0.1}}, {"svd": {0: 0.9}})
-    assert found.fallen == []
+    assert found.worse == []
     assert "1 could not be tested (one common seed: two are needed)" in changewords.sentences(found)[0]
 
 
@@ -158,7 +158,7 @@ def test_conditions_keep_apart(make):
 
     found = changes.compare(night(FIRST["svd"]), night(SECOND["svd"]))
     assert found.conditions == ["partition.alpha=0.1", "partition.alpha=100"]
-    assert [cell.label for cell in found.fallen] == ["svd at partition.alpha=100"]
+    assert [cell.label for cell in found.worse] == ["svd at partition.alpha=100"]
     figure = changewords.figure(found)
     assert figure.panels == found.conditions
     assert [trace["meta"]["panel"] for trace in figure.traces] == [0, 1]

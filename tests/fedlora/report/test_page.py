@@ -211,7 +211,7 @@ def test_the_data_of_a_line_is_a_row_per_point(make):
 
 def test_the_data_of_an_interval_has_its_ends_and_that_of_a_map_its_cells(comparison):
     decided = decide(comparison)
-    svd = table_of(maps.final_accuracy(decided))[0]
+    svd = table_of(maps.final_scores(decided))[0]
     score = decided.conditions[0].best.score
     assert {key: svd[key] for key in ("choice", "of")} == {"choice": "svd", "of": "mean of 3 seeds"}
     numbers = [float(svd[key]) for key in ("final test accuracy (share)", "low", "high")]
@@ -231,7 +231,7 @@ def test_every_figure_has_its_data_and_pictures_to_take(text):
 
 def test_the_data_holds_what_users_wrote(make):
     made = make({"a<b&c": {0: 0.5}})
-    assert table_of(maps.final_accuracy(decide(made)))[0]["choice"] == "a<b&c"
+    assert table_of(maps.final_scores(decide(made)))[0]["choice"] == "a<b&c"
 
 
 def test_the_second_view_is_hidden_until_asked_for_and_in_the_csv(make, written):
@@ -252,9 +252,9 @@ def test_the_second_view_is_hidden_until_asked_for_and_in_the_csv(make, written)
     assert math.isnan(fedit.clients.mean)
     board = boards.leaderboard(condition)
     looks = {title: board.look(column) for column, title in enumerate(board.titles)}
-    assert {looks[title] for title in boards.SECOND_VIEW} == {"off"}
+    assert {looks[title] for title in boards.second_view(condition)} == {"off"}
     assert [title for title, look in looks.items() if not look] == ["choice", "accuracy", "MB"]  # on a phone
-    assert not set(boards.SECOND_VIEW) & set(board.shown.titles)
+    assert not set(boards.second_view(condition)) & set(board.shown.titles)
     assert len(board.shown.rows[0]) == len(board.shown.titles)
     columns = pd.read_csv(written.parent / "leaderboard.csv").set_index("choice").loc["svd"]
     assert columns["accuracy_bootstrap_low"] == pytest.approx(0.6, abs=0.02)

@@ -22,7 +22,7 @@ from fedlora.data import tokens
 from fedlora.errors import AdapterError
 from fedlora.exchange.peftfolder import read_peft_folder
 from fedlora.model import base as model
-from fedlora.objective.classification import OBJECTIVE, Confusion
+from fedlora.objective.classification import ACCURACY, OBJECTIVE, Confusion
 from fedlora.report import plots
 from fedlora.run import export, rounds
 from fedlora.run.loop import train
@@ -144,8 +144,8 @@ def test_each_strategy_has_a_colour_of_its_own_and_unknown_ones_a_fixed_one():
 
 def test_a_run_without_a_metric_leaves_its_line_out(pictures, finished, tmp_path):
     records = rounds.records(RunFolder(finished({"rounds": 3, "evaluation.every": 2})))
-    plots.rounds_figure({"a": records}, tmp_path / "deep" / "a.png", {"a": "#ff0000"}, "A title")
-    plots.rounds_figure({"a": records[:1]}, tmp_path / "b.png", {"a": "#ff0000"})
+    plots.rounds_figure({"a": records}, tmp_path / "deep" / "a.png", ACCURACY, {"a": "#ff0000"}, "A title")
+    plots.rounds_figure({"a": records[:1]}, tmp_path / "b.png", ACCURACY, {"a": "#ff0000"})
     assert has_colour(tmp_path / "deep/a.png", "#ff0000") > has_colour(tmp_path / "b.png", "#ff0000")
 
 

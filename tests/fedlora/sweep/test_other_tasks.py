@@ -1,4 +1,4 @@
-"""Runs of a task that is judged by another score than accuracy: their own table, and why they are not swept yet."""
+"""Runs of a task that is judged by another score than accuracy: their own table, and what is swept together."""
 
 import pytest
 
@@ -21,8 +21,46 @@ def test_the_table_of_a_run_shows_the_scores_of_its_task(writing, shared):
     assert means["gap"].notna().all()
 
 
-def test_a_sweep_of_it_is_refused_with_the_reason(tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text("name: mine\nbase: demo\nset: {task: generation}\ngrid: {strategy: [fedit, svd]}\n")
-    with pytest.raises(ConfigError, match="task=generation is judged by its loss, and sweeps compare accur"):
-        plan.load(str(file), {}, PRESETS, tmp_path)
+@pytest.fixture
+def load(tmp_path):
+    """`load(text)`: the plan of a sweep in a file."""
+
+    def loaded(text):
+        file = tmp_path / "mine.yaml"
+        file.write_text(f"name: mine\nbase: demo\n{text}")
+        return plan.load(str(file), {}, PRESETS, tmp_path)
+
+    return loaded
+
+
+def test_a_sweep_of_another_task_is_planned(load):
+    found = load("set: {task: generation}\ngrid: {strategy: [fedit, svd]}\n")
+    assert {cell.config.task for cell in found.cells} == {"generation"}
+
+
+def test_tasks_are_not_mixed_in_a_sweep(load):
+    with pytest.raises(ConfigError, match="runs of task=classification and task=generation in one sweep, which no"):
+        load("grid: {task: [classification, generation]}\n")
+
+
+def test_nor_scores_of_one_task(load, tmp_path, monkeypatch):
+    from fedlora import objective
+
+    (tmp_path / "chosen.py").write_text(MINE)
+    monkeypatch.setattr(objective, "__path__", [*objective.__path__, str(tmp_path)])
+    with pytest.raises(ConfigError, match="some runs are judged by exact match and others by loss; make a sweep of"):
+        load("set: {task: chosen, data.prompt: q}\ngrid: {data.response: [null, a]}\n")
+
+
+MINE = """
+from dataclasses import replace
+from fedlora.objective.generation import Generation, LOSS
+
+class Chosen(Generation):
+    name = "chosen"
+
+    def score_of(self, config):
+        return replace(LOSS, name="exact", title="exact match") if config.data.response else LOSS
+
+OBJECTIVE = Chosen()
+"""

@@ -574,5 +574,5 @@ def test_the_learning_rate_falls_along_a_cosine_over_the_rounds():
 
 
 def test_a_learning_rate_that_rises_is_refused():
-    with pytest.raises(ConfigError, match="final_learning_rate=0.1 is above learning_rate=0.005"):
+    with pytest.raises(ConfigError, match=r"final_learning_rate=0.1 is above learning_rate=0.005"):
         configfile.build({"training.final_learning_rate": 0.1})

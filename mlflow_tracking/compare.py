@@ -35,10 +35,12 @@ _UNFINISHED = {
     "FAILED": "it failed: its page in Prefect says why",
     "KILLED": "it was stopped",
 }
+_LOGGED = "mlflow.loggedArtifacts"
 _AT_ONCE = 8
-_DIVERGENCE, _CLIENTS, _PARTITION, _CONFIG = (
+_DIVERGENCE, _CLIENTS, _ANSWERS, _PARTITION, _CONFIG = (
     "tables/divergence.json",
     "tables/clients.json",
+    "tables/answers.json",
     "partition.json",
     "config.yaml",
 )
@@ -329,6 +331,7 @@ def _with_artifacts(client: MlflowClient, comparison: Comparison, runs: Sequence
     holders = {run.data.tags.get("partition.hash"): run.info.run_id for run in runs}
     wanted = [(run.info.run_id, path) for run in runs for path in (_DIVERGENCE, _CLIENTS, _CONFIG)]
     wanted += [(run_id, _PARTITION) for digest, run_id in holders.items() if digest]
+    wanted += [(run.info.run_id, _ANSWERS) for run in runs if _ANSWERS in run.data.tags.get(_LOGGED, "")]
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         contents = dict(zip(wanted, threads.map(lambda pair: _artifact(client, *pair), wanted), strict=True))
     configs = {run: content for (run, path), content in contents.items() if path == _CONFIG}
@@ -336,6 +339,7 @@ def _with_artifacts(client: MlflowClient, comparison: Comparison, runs: Sequence
         comparison,
         modules=frames.only_compared(_stacked(contents, _DIVERGENCE), comparison.rounds),
         clients=_stacked(contents, _CLIENTS),
+        answers=_stacked({key: _rows(content) for key, content in contents.items()}, _ANSWERS),
         partitions={
             digest: contents[run_id, _PARTITION]
             for digest, run_id in holders.items()
@@ -343,6 +347,13 @@ def _with_artifacts(client: MlflowClient, comparison: Comparison, runs: Sequence
         },
         configs={run: configfile.flatten(content) for run, content in configs.items() if isinstance(content, dict)},
     )
+
+
+def _rows(content: Any) -> Any:
+    """The rows of a table as MLflow shows it; other content as it is."""
+    if isinstance(content, dict) and {"columns", "data"} <= content.keys():
+        return [dict(zip(content["columns"], row, strict=False)) for row in content["data"]]
+    return content
 
 
 def _stacked(contents: dict[tuple[str, str], Any], path: str) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -15,6 +15,8 @@ class GenerateConfig(Section):
     scorers: Annotated[list[str], BeforeValidator(words)] = Field(default_factory=list)
     """How answers are judged: `exact`, `numeric`, `choice`, `choice-normalised`, `rouge-l`, `code`, or a plug-in's. The
     first is the score that decides. Empty: nothing is written, and the held-out loss decides."""
+    decides: Literal["scorer", "loss"] = "scorer"
+    """With scorers: whether the first of them decides, or still the held-out loss, which fewer examples can tell."""
     every: int | None = Field(None, ge=1)
     """Answer every N rounds; before round one and after the last always. Empty: as often as `share` allows."""
     share: float = Field(0.2, gt=0, le=1)

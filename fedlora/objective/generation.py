@@ -113,12 +113,13 @@ class Generation(Objective):
     beside: ClassVar[Sequence[Score]] = (LOSS, TOKEN_ACCURACY)
 
     def score_of(self, config: RunConfig) -> Score:
-        asked = config.evaluation.generate.scorers
-        return _mean_by(scorers.find(asked[0])) if asked else LOSS
+        how = config.evaluation.generate
+        return _mean_by(scorers.find(how.scorers[0])) if how.scorers and how.decides == "scorer" else LOSS
 
     def scores_of(self, config: RunConfig) -> tuple[Score, ...]:
         judged = (_mean_by(scorers.find(name)) for name in config.evaluation.generate.scorers)
-        return (*judged, *self.beside)
+        found = {each.name: each for each in (self.score_of(config), *judged, *self.beside)}
+        return tuple(found.values())
 
     def locally(self, config: RunConfig) -> tuple[Score, ...]:
         return tuple({each.name: each for each in (self.score_of(config), LOSS)}.values())

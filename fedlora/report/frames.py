@@ -46,6 +46,8 @@ class Comparison:
     rounds: pd.DataFrame
     modules: pd.DataFrame = field(default_factory=pd.DataFrame)
     clients: pd.DataFrame = field(default_factory=pd.DataFrame)
+    answers: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """`run_id`, `round`, `row` of the test set, `prompt`, `answer`, `reference`, and a column per scorer."""
     partitions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By hash: `labels`, `label_counts` (clients × labels), `sizes`, …"""
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

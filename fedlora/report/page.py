@@ -16,6 +16,7 @@ import fedlora
 from fedlora.errors import counted, saving
 from fedlora.files.atomic import write_atomic, write_json
 from fedlora.report import (
+    answers,
     boards,
     changewords,
     curves,
@@ -112,6 +113,7 @@ def render(comparison: Comparison, decided: Decision) -> str:
     return _render(
         "report.html", comparison.title, every, marks.looks(decided), decided.labels,
         comparison=comparison, figures=sections, views=views, decided=decided, verdict=verdict, boards=boards,
+        answers=answers.side_by_side(comparison, decided),
         measures=[measures.of(condition, known) for condition in decided.conditions],
         sharing=tables.sharing(comparison), by=comparison.criterion, wording=wording,
         target=measures.target_words(comparison.criterion),

@@ -86,6 +86,7 @@ OTHER = {
     "evaluation.batch_size": 8,
     "evaluation.execute_code": True,
     "evaluation.generate.scorers": ["exact"],
+    "evaluation.generate.decides": "loss",
     "evaluation.generate.every": 3,
     "evaluation.generate.share": 0.5,
     "evaluation.generate.examples": 12,

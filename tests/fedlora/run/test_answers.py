@@ -55,6 +55,12 @@ def test_the_first_scorer_decides(run):
     assert [each.name for each in run.objective.scores_of(run.config)] == ["choice", "exact", "loss", "token_accuracy"]
 
 
+def test_the_loss_may_still_decide(configure, run):
+    config = configure({"evaluation.generate.decides": "loss"})
+    assert run.objective.score_of(config).name == "loss"
+    assert [each.name for each in run.objective.scores_of(config)] == ["loss", "choice", "exact", "token_accuracy"]
+
+
 def test_the_sample_is_kept_with_its_verdicts(run, values):
     content = json.loads((run.path / "tables" / "answers.json").read_text())
     rows = [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]

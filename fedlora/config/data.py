@@ -57,6 +57,9 @@ class DataConfig(Section):
     """Column that holds the answers to choose among, a list in each row."""
     empty: Literal["refuse", "drop"] = "refuse"
     """What becomes of an example with an empty response or prompt: the run is refused, or it is left out."""
+    chat_template: Literal["auto", "plain", "chatml"] = "auto"
+    """The form that a dialogue gets. `auto`: the model's own chat template, or where its tokenizer has none and each
+    dialogue is one question and its answer, `plain` (Alpaca's). `chatml`: ChatML with the tokenizer's own end mark."""
     loss_on: Literal["response", "all"] = "response"
     """What is trained of a dialogue: what the assistant says in every turn, or all of it."""
     too_long: Literal["drop", "cut"] = "drop"

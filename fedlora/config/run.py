@@ -280,6 +280,7 @@ _LATER = [
         *("lora.exclude_modules", "lora.init"),
         *("model.quantization", "model.gradient_checkpointing", "model.attention"),
         *("data.prompt", "data.response", "data.loss_on", "data.too_long", "partition.by"),
+        "data.chat_template",
         *("data.template", "data.messages", "data.tests", "data.options", "data.empty"),
     )
 ]

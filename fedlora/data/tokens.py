@@ -236,7 +236,7 @@ def _describe(text: LabelledText, tokenizer: Any) -> _Meta:
 
 def _digest(meta: _Meta, tokenizer: Any, max_length: int, turns: Turns | None) -> str:
     described = {name: value for name, value in asdict(meta).items() if name != "notes"}
-    how = [[turns.loss_on, turns.too_long, tokenizer.chat_template, "asked"]] if turns else []
+    how = [turns.described(), "asked"] if turns else []
     content = json.dumps([described, max_length, _tokenizer_content(tokenizer), *how], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Dialogues as tokens: the model's own chat template, or a plain one, and which tokens are trained."""
+"""Dialogues as tokens: the model's own chat template, or one of ours, and which tokens are trained."""
 
 from __future__ import annotations
 
@@ -12,8 +12,21 @@ from fedlora.errors import DataError, ModelError, counted
 
 IGNORED = -100
 """The target of a token that is not trained."""
-PLAIN = {"system": "{content}\n\n", "user": "### Instruction:\n{content}\n\n", "assistant": "### Response:\n"}
-"""Without a chat template of the model's own: Alpaca's form. What the assistant says is followed by the end mark."""
+Chat = Literal["auto", "plain", "chatml"]
+"""Which chat template: the model's own where it has one, or one of `OURS`."""
+OURS: dict[str, dict[str, str]] = {
+    "plain": {"system": "{content}\n\n", "user": "### Instruction:\n{content}\n\n", "assistant": "### Response:\n"},
+    "chatml": {
+        "system": "<|im_start|>system\n{content}{end}\n",
+        "user": "<|im_start|>user\n{content}{end}\n",
+        "assistant": "<|im_start|>assistant\n",
+        "after": "\n",
+    },
+}
+"""Alpaca's form, and ChatML with the tokenizer's own end mark. What the assistant says is followed by that mark, and
+then by `after`."""
+ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[SEP]")
+"""Words of a vocabulary that may end a text, the first that is there, where a tokenizer does not say which does."""
 _FOR_THE_PROMPT = 4
 """A response that is cut leaves a quarter of the row to the prompt."""
 
@@ -27,20 +40,24 @@ class Turns:
         max_length: most tokens of an example.
         loss_on: what is trained: the assistant's turns, or all.
         too_long: what becomes of an example whose last response does not fit.
+        chat: the form that a dialogue gets.
 
     Raises:
-        ModelError: the tokenizer has no end token, or cannot tell where a token stands in the text.
+        ModelError: the tokenizer has no end token and no word that may be one, or cannot tell where a token stands in
+            the text.
     """
 
     tokenizer: Any
     max_length: int
     loss_on: Literal["response", "all"] = "response"
     too_long: Literal["drop", "cut"] = "drop"
+    chat: Chat = "auto"
     counts: Counter[str] = field(default_factory=Counter)
+    marks: list[str] = field(default_factory=list)
+    """What was done about marks that the tokenizer lacks."""
 
     def __post_init__(self) -> None:
-        if self.tokenizer.eos_token_id is None:
-            raise ModelError("the model's tokenizer has no end token, so no answer would end; choose another")
+        self.marks = with_marks(self.tokenizer)
         if not self.tokenizer.is_fast:
             raise ModelError(
                 "the model's tokenizer does not tell where a token stands in the text (it has no tokenizer.json), so "
@@ -51,7 +68,8 @@ class Turns:
         """Token ids, and targets of the same length (the id, or `IGNORED`); None for an example that is left out.
 
         Raises:
-            DataError: the chat template does not take a dialogue, or does not keep what was said before.
+            DataError: the chat template does not take a dialogue, or does not keep what was said before; or there is
+                none, and none was chosen, for dialogues of several turns.
         """
         rendered = [self.render(messages) for messages in dialogues]
         found = self.tokenizer(
@@ -67,8 +85,13 @@ class Turns:
 
     def render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a dialogue, and from where to where (in characters) the assistant speaks, end marks included."""
-        if not self.tokenizer.chat_template:
-            return self._plain(messages)
+        if not self._own:
+            if self.chat == "auto" and [each["role"] for each in messages] != ["user", "assistant"]:
+                raise DataError(
+                    "the data has dialogues of several turns, or with a system message, and the model's tokenizer has "
+                    "no chat template; choose one: data.chat_template=plain or chatml"
+                )
+            return self._written(messages)
         text, spans = self._templated(messages), []
         for position, each in enumerate(messages):
             if each["role"] == "assistant":
@@ -84,9 +107,23 @@ class Turns:
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text of a dialogue up to where the assistant is to speak."""
-        if self.tokenizer.chat_template:
+        if self._own:
             return self._templated(messages, answer=True)
-        return self._plain(messages)[0] + PLAIN["assistant"]
+        return self._written(messages)[0] + self._form["assistant"]
+
+    def described(self) -> list[str | None]:
+        """All but the words and the length that decides which tokens a dialogue becomes."""
+        marks = [self.tokenizer.bos_token, self.tokenizer.eos_token]
+        return [self.loss_on, self.too_long, self.chat, *marks, self.tokenizer.chat_template if self._own else None]
+
+    @property
+    def _own(self) -> bool:
+        """Whether the model's chat template is used."""
+        return self.chat == "auto" and bool(self.tokenizer.chat_template)
+
+    @property
+    def _form(self) -> dict[str, str]:
+        return OURS["plain" if self.chat == "auto" else self.chat]
 
     def _templated(self, messages: Sequence[Message], answer: bool = False) -> str:
         try:
@@ -96,13 +133,14 @@ class Turns:
             raise DataError(f"the model's chat template does not take a dialogue of the data: {reason}") from error
         return text
 
-    def _plain(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        text, spans = self.tokenizer.bos_token or "", []
+    def _written(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        form, end, begin = self._form, self.tokenizer.eos_token, self.tokenizer.bos_token or ""
+        text, spans = "" if form["user"].startswith(begin) else begin, []
         for each in messages:
-            text += PLAIN[each["role"]].format(content=each["content"])
+            text += form[each["role"]].format(content=each["content"], end=end)
             if each["role"] == "assistant":
-                spans.append((len(text), len(text) + len(each["content"]) + len(self.tokenizer.eos_token)))
-                text += each["content"] + self.tokenizer.eos_token
+                spans.append((len(text), len(text) + len(each["content"]) + len(end)))
+                text += each["content"] + end + form.get("after", "")
         return text, spans
 
     def _fitted(
@@ -138,8 +176,32 @@ class Turns:
             "responses cut": "whose response is longer than data.max_length cut, with the end mark kept",
             "prompts cut": "longer than data.max_length: the prompt is cut at its beginning",
         }
-        return [
+        return self.marks + [
             f"{counted(self.counts[what], 'example')} {words} ({self.max_length})"
             for what, words in told.items()
             if self.counts[what]
         ]
+
+
+def with_marks(tokenizer: Any) -> list[str]:
+    """Give a tokenizer the end mark and the padding that it lacks; what was done, a line each.
+
+    Raises:
+        ModelError: it has no end mark, and no word that may be one.
+    """
+    notes = []
+    if tokenizer.eos_token_id is None:
+        words = tokenizer.get_vocab()
+        end = next((word for word in ENDS if word in words), None)
+        if end is None:
+            raise ModelError(
+                "the model's tokenizer has no end token, so no answer would end, nor a word that may be one "
+                f"({', '.join(ENDS)}); set eos_token in its tokenizer_config.json, or choose another model"
+            )
+        tokenizer.eos_token = end
+        notes.append(f"the model's tokenizer names no end token: {end} of its vocabulary is taken")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token == tokenizer.eos_token and not tokenizer.init_kwargs.get("pad_token"):  # whoever set it
+        notes.append("the model's tokenizer names no padding token: its end token is taken, and masked where it pads")
+    return notes

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from fedlora import objective
 from fedlora.config import ModelConfig
+from fedlora.data.turns import OURS
 from fedlora.errors import AdapterError, ConfigError, ModelError, first_line
 from fedlora.exchange.peftfolder import DESCRIPTION
 from fedlora.files.limits import clean, file_within, read_json
@@ -78,6 +79,8 @@ def _described(content: Any) -> ModelConfig:
     lacking = _objective(content).labelled and not labels
     if not isinstance(labels, list) or lacking or not all(isinstance(label, str) for label in labels):
         raise ValueError("its labels are not a list of names")
+    if content.get("chat_template", "auto") not in ("auto", *OURS):
+        raise ValueError("it names a chat template that is none of ours")
     # Whoever wrote the folder is not who may allow a model's code to run.
     return ModelConfig.model_validate({**content["model"], "trust_remote_code": False})
 

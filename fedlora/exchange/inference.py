@@ -90,7 +90,7 @@ def generate(
         )
     base, tokenizer = _base(described, trust_remote_code)
     first = [{"role": "system", "content": system}] if system else []
-    turns = Turns(tokenizer, int(described.content["max_length"]))
+    turns = Turns(tokenizer, int(described.content["max_length"]), chat=described.content.get("chat_template", "auto"))
     texts = [turns.prompt([*first, {"role": "user", "content": prompt}]) for prompt in prompts]
     asked = [np.array(ids, dtype=np.int32) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     answers = {"base": _written(base, tokenizer, asked, how, seed)} if with_base else {}

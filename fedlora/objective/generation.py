@@ -19,7 +19,7 @@ from fedlora.data.batches import Batch, evaluation_batches
 from fedlora.data.questions import Questions
 from fedlora.data.sources import Draft, LabelledText
 from fedlora.data.tokens import Examples, Padding
-from fedlora.data.turns import IGNORED, Turns
+from fedlora.data.turns import IGNORED, Turns, with_marks
 from fedlora.errors import ConfigError
 from fedlora.model import writing
 from fedlora.model.base import check_writer, load_writer
@@ -151,7 +151,7 @@ class Generation(Objective):
 
     def tokenise(self, text: LabelledText, tokenizer: Any, data: DataConfig, cache: Path) -> Path:
         tokenizer.padding_side = "right"  # so that a token stands where it would stand alone, in training and scoring
-        turns = Turns(tokenizer, data.max_length, data.loss_on, data.too_long)
+        turns = Turns(tokenizer, data.max_length, data.loss_on, data.too_long, data.chat_template)
         return tokens.tokenise(text, tokenizer, data.max_length, cache, turns)
 
     def bare(self, config: ModelConfig, declared: Any) -> nn.Module:
@@ -195,6 +195,7 @@ class Generation(Objective):
     def answer(
         self, model: Resident, asked: Questions, tokenizer: Any, how: GenerateConfig, show: Sequence[int] = ()
     ) -> TokenScores:
+        with_marks(tokenizer)
         marks, found = writing.Marks.of(model.peft, tokenizer), {}
         asking = [scorers.find(name) for name in how.scorers]
         if not all(scorer.chooses for scorer in asking):

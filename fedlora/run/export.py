@@ -74,6 +74,8 @@ def _adapter_folder(run: RunFolder, number: int, weights: Adapter, folder: Path,
     labels = list(setup.labels) if run.objective.labelled else []
     content = {"model": run.config.model.model_dump(mode="json"), "labels": labels, "round": number}
     content |= {} if run.config.task == "classification" else {"task": run.config.task}
+    if run.config.data.chat_template != "auto":
+        content["chat_template"] = run.config.data.chat_template
     content |= {"max_length": run.config.data.max_length, "strategy": run.config.strategy}
     content["provenance"] = {"model": setup.model, "data": asdict(setup.data)}
     write_json(folder / DESCRIPTION, content)

@@ -1,10 +1,14 @@
 """`fedlora generate`: what an adapter writes, and what the base alone does."""
 
+import json
+import shutil
+
 import pytest
 from typer.testing import CliRunner
 
 from fedlora.config import configfile
 from fedlora.config.generate import GenerateConfig
+from fedlora.data.turns import Turns
 from fedlora.errors import AdapterError, ConfigError
 from fedlora.exchange import inference
 from fedlora.run.loop import train
@@ -26,6 +30,19 @@ def test_the_adapter_answers_in_form_and_the_base_does_not(run):
     assert found["adapter"][0].startswith("a kind of")
     assert found["adapter"][0] == found["adapter"][1]
     assert not found["base"][0].startswith("a kind of")
+
+
+def test_an_adapter_is_asked_in_the_form_that_it_was_trained_in(writing, finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished({**writing, "data.chat_template": "chatml"}) / "adapter", tmp_path / "adapter")
+    rendered = []
+    asked = Turns.prompt
+    monkeypatch.setattr(Turns, "prompt", lambda turns, said: rendered.append(asked(turns, said)) or rendered[-1])
+    inference.generate(folder, ["Why?"], GenerateConfig(max_new_tokens=1))
+    assert rendered == ["<s><|im_start|>user\nWhy?</s>\n<|im_start|>assistant\n"]
+    told = json.loads((folder / "fedlora.json").read_text())
+    (folder / "fedlora.json").write_text(json.dumps(told | {"chat_template": "{{ 1 }}"}))
+    with pytest.raises(AdapterError, match="it names a chat template that is none of ours"):
+        inference.generate(folder, ["Why?"])
 
 
 def test_draws_are_by_seed(run):

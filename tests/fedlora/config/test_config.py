@@ -42,6 +42,7 @@ OTHER = {
     "data.text": "sentence1",
     "data.text_pair": "sentence2",
     "data.label": "topic",
+    "data.chat_template": "chatml",
     "data.template": "Sum: {{ question }}",
     "data.messages": "chat",
     "data.tests": "checks",

@@ -23,7 +23,7 @@ def tokenizer(small_llama):
 
 
 def test_what_is_asked_ends_where_the_answer_begins(tokenizer):
-    turns = Turns(tokenizer, 200)
+    turns = Turns(tokenizer, 200, chat="plain")
     dialogue = said("what is a dog?", "an animal", "and a rose?", "a plant")
     split = pa.table(questions.columns(table([dialogue]), turns, []))
     found = questions.questions(split, [0])

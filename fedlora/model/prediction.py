@@ -2,7 +2,7 @@
 
 A vocabulary of 100,000 makes logits the largest tensor of a step. So the network's body is run once, and what follows
 it (the output layer with its adapter, scales and caps, as the architecture has them) on the wanted positions alone, a
-few at a time; for gradients it is run again rather than kept.
+few at a time; their gradients are taken at once, so that no logits are kept.
 """
 
 from __future__ import annotations
@@ -40,9 +40,35 @@ def cross_entropy(network: Any, inputs: dict[str, Tensor], wanted: Tensor, targe
     def summed(some: Tensor, of_them: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits(some).float(), of_them, reduction="sum")
 
-    sums = [checkpoint(summed, hidden[part], targets[part], use_reentrant=False) for part in parts]
-    total: Tensor = torch.stack(sums).sum() / len(targets)
-    return total
+    if logits(hidden[:1].detach()).requires_grad:  # the output learns too: its parts are computed again
+        sums = [checkpoint(summed, hidden[part], targets[part], use_reentrant=False) for part in parts]
+        total: Tensor = torch.stack(sums).sum()
+    else:
+        total = _AtOnce.apply(hidden, targets, summed, parts)
+    return total / len(targets)
+
+
+class _AtOnce(torch.autograd.Function):
+    """A sum over parts of the hidden states, whose gradients are computed together with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, summed: Callable[[Tensor, Tensor], Tensor], parts: list[slice]
+    ) -> Tensor:
+        total, gradients = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
+        for part in parts:
+            with torch.enable_grad():
+                some = hidden[part].detach().requires_grad_()
+                loss = summed(some, targets[part])
+            (gradients[part],) = torch.autograd.grad(loss, some)
+            total += loss.detach()
+        ctx.save_for_backward(gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (gradients,) = ctx.saved_tensors
+        return gradients * outer, None, None, None
 
 
 def measured(network: Any, inputs: dict[str, Tensor], wanted: Tensor, targets: Tensor) -> tuple[Tensor, int]:

@@ -31,7 +31,7 @@ from fedlora.model.arithmetic import (
     placed,
     plain_weight,
 )
-from fedlora.model.heads import NOTE, PooledClassifier, head_modules
+from fedlora.model.heads import NOTE, PooledClassifier, head_modules, writes
 from fedlora.model.targets import (
     check_sides,
     no_place_for_core,
@@ -289,7 +289,8 @@ def _keep_less(base: Any, config: ModelConfig) -> None:
             body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
         raise cannot_keep_less(config.name) from error
-    body.config.use_cache = False
+    if not writes(base):  # what writes is told each time, and needs it to write
+        body.config.use_cache = False
 
 
 def _peft_config(base: Any, lora: LoraConfig, task_type: str | None) -> Any:

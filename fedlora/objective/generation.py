@@ -21,7 +21,7 @@ from fedlora.data.sources import Draft, LabelledText
 from fedlora.data.tokens import Examples, Padding
 from fedlora.data.turns import IGNORED, Turns, with_marks
 from fedlora.errors import ConfigError
-from fedlora.model import writing
+from fedlora.model import prediction, writing
 from fedlora.model.base import check_writer, load_writer
 from fedlora.model.known import KNOWN
 from fedlora.objective import scorers
@@ -176,20 +176,20 @@ class Generation(Objective):
         return "CAUSAL_LM"
 
     def loss(self, model: Resident, batch: Batch) -> Loss:
+        wanted, targets = _predicted(batch)
         with model.autocast():
-            logits, targets = _predicted(model, batch)
-        return Loss(nn.functional.cross_entropy(logits.float(), targets), len(targets))
+            mean = prediction.cross_entropy(model.peft.get_base_model(), batch.model_inputs(), wanted, targets)
+        return Loss(mean, len(targets))
 
     def evaluate(self, model: Resident, examples: Examples, batch_size: int, padding: Padding) -> TokenScores:
         loss_sum, found, hits = torch.zeros((), dtype=torch.float64), 0, 0
-        model.peft.eval()
+        network = model.peft.eval().get_base_model()
         with torch.inference_mode(), model.autocast():
             for batch in evaluation_batches(examples, batch_size, padding):
-                logits, targets = _predicted(model, batch.to(model.device))
-                logits = logits.float()
-                loss_sum += nn.functional.cross_entropy(logits, targets, reduction="sum").double().cpu()
-                hits += int((logits.argmax(-1) == targets).sum())
-                found += len(targets)
+                on_device = batch.to(model.device)
+                wanted, targets = _predicted(on_device)
+                more, right = prediction.measured(network, on_device.model_inputs(), wanted, targets)
+                loss_sum, hits, found = loss_sum + more, hits + right, found + len(targets)
         return TokenScores(float(loss_sum), found, hits, len(examples))
 
     def answer(
@@ -231,11 +231,11 @@ def _check_columns(data: DataConfig) -> None:
         raise ConfigError("data.response is given without data.prompt (or data.template); expected both, or none")
 
 
-def _predicted(model: Resident, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits (tokens × vocabulary) where a token is to be predicted, and which it is: each by those before it."""
-    wanted = batch.labels[:, 1:] != IGNORED
-    logits: Tensor = model.peft(**batch.model_inputs()).logits
-    return logits[:, :-1][wanted], batch.labels[:, 1:][wanted]
+def _predicted(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Where (batch × tokens) a token is to be predicted, and which it is (positions): each by those before it."""
+    following = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+    wanted = following != IGNORED
+    return wanted, following[wanted]
 
 
 OBJECTIVE = Generation()

@@ -2,7 +2,6 @@
 
 import pytest
 
-from fedlora import objective
 from fedlora.config import RunConfig, configfile
 from fedlora.config.recalled import recalled
 from fedlora.errors import FedloraError
@@ -11,26 +10,6 @@ from fedlora.objective.generation import LOSS
 from fedlora.report.decision import decide
 from mlflow_tracking import arrange, compare, judged, store, tracker, views
 from mlflow_tracking.parents import Parent
-
-MINE = """
-from dataclasses import replace
-from fedlora.objective.generation import Generation, LOSS
-
-class Chosen(Generation):
-    name = "chosen"
-
-    def score_of(self, config):
-        return replace(LOSS, name="exact", title="exact match", higher_is_better=True) if config.data.response else LOSS
-
-OBJECTIVE = Chosen()
-"""
-
-
-@pytest.fixture
-def chosen(tmp_path, monkeypatch):
-    """A task whose score depends on the configuration."""
-    (tmp_path / "chosen.py").write_text(MINE)
-    monkeypatch.setattr(objective, "__path__", [*objective.__path__, str(tmp_path)])
 
 
 def test_a_configuration_is_recalled_from_its_parameters():
@@ -93,13 +72,17 @@ def test_an_experiment_of_one_task_needs_no_choice(shelf, uri):
     ]
 
 
-def test_runs_of_one_task_that_are_judged_differently_are_kept_apart_too(shelf, uri, chosen):
-    shelf.run("chosen", "svd", 0, 2.0, score="loss", task="chosen")
-    shelf.run("chosen", "svd", 1, 0.5, score="exact", task="chosen", **{"data.response": "answer"})
-    with pytest.raises(FedloraError, match=r"chosen:loss \(1 run\), chosen:exact \(1 run\); .* --task=chosen:loss"):
-        compare.gather("chosen", uri)
-    found = compare.gather("chosen", uri, "chosen:exact")
-    assert (found.criterion.title, found.criterion.higher_is_better) == ("exact match", True)
+def test_runs_of_one_task_that_are_judged_differently_are_kept_apart_too(shelf, uri):
+    shelf.run("judgements", "svd", 0, 2.0, score="loss", task="generation")
+    scorers = {"evaluation.generate.scorers": '["exact", "rouge-l"]'}
+    shelf.run("judgements", "svd", 1, 0.5, score="exact", task="generation", **scorers)
+    with pytest.raises(
+        FedloraError, match=r"generation:loss \(1 run\), generation:exact \(1 run\); .* --task=generation:loss"
+    ):
+        compare.gather("judgements", uri)
+    found = compare.gather("judgements", uri, "generation:exact")
+    assert (found.criterion.name, found.criterion.higher_is_better) == ("exact", True)
+    assert [score.name for score in found.scores] == ["exact", "rouge_l", "loss", "token_accuracy"]
     assert found.runs["final/exact"].tolist() == [0.5]
 
 

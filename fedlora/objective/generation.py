@@ -26,7 +26,7 @@ from fedlora.model.base import check_writer, load_writer
 from fedlora.model.known import KNOWN
 from fedlora.objective import scorers
 from fedlora.objective.base import Loss, Objective, Resident, Score, Scores
-from fedlora.objective.scorers import Scorer
+from fedlora.objective.scorers import Scorer, sandbox
 from fedlora.objective.scorers.judging import Judged, judged, metric_of
 
 if TYPE_CHECKING:
@@ -140,6 +140,15 @@ class Generation(Objective):
                     f"evaluation.generate.scorers={name} runs Python that the model has written; set "
                     "evaluation.execute_code=true where you accept that (docs/howto/read-answers.md)"
                 )
+
+    def notices(self, config: RunConfig) -> Sequence[str]:
+        running = [name for name in config.evaluation.generate.scorers if scorers.find(name).runs_code]
+        if not running:
+            return ()
+        return (
+            f"evaluation.execute_code=true: Python that the model writes is run to judge it ({', '.join(running)}), "
+            f"with limits ({sandbox.isolation().words})",
+        )
 
     def check_examples(self, config: RunConfig, test: pa.Table, train: pa.Table) -> None:
         known = questions.references(test, questions.options_of(train))

@@ -106,6 +106,8 @@ def play(server: Server, hands: Hands, observer: Observer) -> None:
     try:
         if notice := provenance.remote_code_notice(run.config.model):
             observer.say(notice)
+        for line in run.objective.notices(run.config):
+            observer.say(line)
         for line in recovery.mend(run):
             observer.say(line)
         hands.prepare()

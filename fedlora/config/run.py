@@ -47,7 +47,13 @@ class TrainingConfig(Section):
     local_epochs: float | None = Field(None, gt=0)
     """Passes over the client's data per round. Setting it unsets `local_steps`; both in one place are refused."""
     batch_size: int = Field(16, ge=1)
-    """Examples per step."""
+    """Examples per forward pass; per step, where gradients are not accumulated."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Forward passes per step: a step is over this many times `batch_size` examples, exactly as if they were one batch,
+    in the memory of one pass."""
+    packing: bool = False
+    """Several examples in one row, each seeing itself alone, so that less is computed for padding (`task=generation`).
+    Refused where the model's attention does not keep them apart."""
     learning_rate: float = Field(5e-3, gt=0)
     """Peak learning rate."""
     final_learning_rate: float | None = Field(None, gt=0)
@@ -63,6 +69,11 @@ class TrainingConfig(Section):
     """Steps over which the learning rate rises linearly, at the start of each client's round."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this norm. Empty: no clipping."""
+
+    @property
+    def step_size(self) -> int:
+        """Examples per step."""
+        return self.batch_size * self.gradient_accumulation
 
     def in_round(self, number: int, rounds: int) -> TrainingConfig:
         """What a client does in round `number` of so many: with its learning rate."""
@@ -280,7 +291,7 @@ _LATER = [
         *("lora.exclude_modules", "lora.init"),
         *("model.quantization", "model.gradient_checkpointing", "model.attention"),
         *("data.prompt", "data.response", "data.loss_on", "data.too_long", "partition.by"),
-        "data.chat_template",
+        *("data.chat_template", "training.gradient_accumulation", "training.packing"),
         *("data.template", "data.messages", "data.tests", "data.options", "data.empty"),
     )
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +27,22 @@ class Batch:
     attention_mask: torch.Tensor
     token_type_ids: torch.Tensor | None
     labels: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    """Where a row holds several examples (`fedlora.data.packing`): those of each begin at 0."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        types = None if self.token_type_ids is None else self.token_type_ids.to(device)
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), types, self.labels.to(device))
+        return replace(
+            self, **{name: found.to(device) for name, found in vars(self).items() if isinstance(found, torch.Tensor)}
+        )
 
-    def model_inputs(self) -> dict[str, torch.Tensor]:
+    def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a model's forward pass, without the labels."""
+        if self.position_ids is not None:  # with a mask or a cache, nobody would look at where positions begin anew
+            return {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if self.token_type_ids is not None:
             inputs["token_type_ids"] = self.token_type_ids
@@ -53,14 +59,11 @@ def steps_for(examples_count: int, batch_size: int, local_steps: int | None, loc
     return max(1, math.ceil(round(local_epochs * batches_per_pass, 6)))
 
 
-def training_batches(
-    examples: Examples,
-    batch_size: int,
-    steps: int,
-    generator: torch.Generator,
-    padding: Padding,
-) -> Iterator[Batch]:
-    """Exactly `steps` batches from endless passes, each in a new random order; every pass has every example once.
+def training_rows(
+    examples: Examples, batch_size: int, steps: int, generator: torch.Generator
+) -> Iterator[npt.NDArray[np.int64]]:
+    """The rows of exactly `steps` batches from endless passes, each in a new random order; every pass has every example
+    once.
 
     A client with fewer examples than `batch_size` gives batches of what it has.
 
@@ -75,7 +78,12 @@ def training_batches(
             if done == steps:
                 return
             done += 1
-            yield pad(examples, rows, padding)
+            yield rows
+
+
+def parts_of(rows: npt.NDArray[np.int64], batch_size: int) -> list[npt.NDArray[np.int64]]:
+    """The rows of a step in pieces of at most `batch_size`."""
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
 def evaluation_batches(examples: Examples, batch_size: int, padding: Padding) -> Iterator[Batch]:

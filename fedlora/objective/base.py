@@ -208,6 +208,17 @@ class Objective(ABC):
     def loss(self, model: Resident, batch: Batch) -> Loss:
         """Of a batch on the model's device."""
 
+    def units(self, batch: Batch) -> int:
+        """How many units the loss of a batch is over, as `loss` will say: an example each."""
+        return len(batch)
+
+    def check_model(self, config: RunConfig, model: Resident) -> None:  # noqa: B027
+        """Refuse a model in memory that cannot be trained as configured.
+
+        Raises:
+            ModelError: names the key and what to do.
+        """
+
     @abstractmethod
     def evaluate(self, model: Resident, examples: Examples, batch_size: int, padding: Padding) -> Scores:
         """Score the model with the adapter that is loaded in it: every example once, without gradients."""

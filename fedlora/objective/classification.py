@@ -96,6 +96,9 @@ class Classification(Objective):
             if value is not None:
                 raise ConfigError(f"{key}={value} is for tasks without labels; leave it out, or set task=generation")
 
+        if config.training.packing:
+            raise ConfigError("training.packing=true is for task=generation; leave it out")
+
     def draft(self, data: DataConfig, by: str | None, seed: int, light: bool = False) -> Draft:
         return sources.read(data, seed, light)
 

@@ -20,8 +20,9 @@ from fedlora.data.questions import Questions
 from fedlora.data.sources import Draft, LabelledText
 from fedlora.data.tokens import Examples, Padding
 from fedlora.data.turns import IGNORED, Turns, with_marks
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, ModelError
 from fedlora.model import prediction, writing
+from fedlora.model.apart import keeps_apart
 from fedlora.model.base import check_writer, load_writer
 from fedlora.model.known import KNOWN
 from fedlora.objective import scorers
@@ -189,6 +190,16 @@ class Generation(Objective):
         with model.autocast():
             mean = prediction.cross_entropy(model.peft.get_base_model(), batch.model_inputs(), wanted, targets)
         return Loss(mean, len(targets))
+
+    def units(self, batch: Batch) -> int:
+        return int((batch.labels[:, 1:] != IGNORED).sum())
+
+    def check_model(self, config: RunConfig, model: Resident) -> None:
+        if config.training.packing and not keeps_apart(model):
+            raise ModelError(
+                f"training.packing=true: model.name={config.model.name} lets examples of one row see each other with "
+                "the attention that it has here; leave training.packing out, or set model.attention=sdpa"
+            )
 
     def evaluate(self, model: Resident, examples: Examples, batch_size: int, padding: Padding) -> TokenScores:
         loss_sum, found, hits = torch.zeros((), dtype=torch.float64), 0, 0

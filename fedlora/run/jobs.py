@@ -121,6 +121,7 @@ def initialise(bench: Workbench, folder: Path) -> str | None:
     if record and run.read_json("adapter_config.json"):
         return record.get("head")
     model = bench.renew("model", _model_key(run, bench), lambda: _build(run, bench))
+    run.objective.check_model(run.config, model)
     run.write_json("adapter_config.json", model.peft_config())
     adapter = model.read()
     shapes = {

@@ -46,7 +46,7 @@ class Examples:
         """How it trains: on everybody's data, as many steps as one client takes on average."""
         if len(self.sizes) == 1 or training.local_epochs is None:
             return training
-        each = [steps_for(size, training.batch_size, None, training.local_epochs) for size in self.sizes]
+        each = [steps_for(size, training.step_size, None, training.local_epochs) for size in self.sizes]
         return training.model_copy(update={"local_steps": round(sum(each) / len(each)), "local_epochs": None})
 
 
@@ -117,9 +117,9 @@ def answers_every(config: RunConfig, examples: int) -> int:
     if how.every is not None:
         return how.every
     each = steps_for(
-        max(1, examples // config.clients), training.batch_size, training.local_steps, training.local_epochs
+        max(1, examples // config.clients), training.step_size, training.local_steps, training.local_epochs
     )
-    trained = config.clients_per_round * each * training.batch_size * config.data.max_length
+    trained = config.clients_per_round * each * training.step_size * config.data.max_length
     answers = how.examples + config.clients_per_round * how.local_examples
     written = answers * (config.data.max_length / 3 + how.max_new_tokens)
     return max(1, math.ceil(written * (1 - how.share) / (how.share * trained)))

@@ -73,7 +73,8 @@ def sweep(cells: Iterable[Cell]) -> dict[str, Cost]:
 
 def _kind(config: RunConfig) -> str:
     content = config.model_dump(mode="json", include={"model", "data", "partition", "clients", "lora"})
-    content |= {"batches": [config.training.batch_size, config.evaluation.batch_size], "device": config.runner.device}
+    sizes = [config.training.batch_size, config.training.step_size, config.evaluation.batch_size]
+    content |= {"batches": sizes, "device": config.runner.device}
     return json.dumps([content, config.runner.threads], sort_keys=True)
 
 
@@ -82,7 +83,7 @@ def cost(config: RunConfig, pace: Pace) -> Cost:
     slots = len(workers.slot_devices(config.runner))
     chosen = config.clients_asked
     steps = config.training.local_steps or math.ceil(
-        (config.training.local_epochs or 1) * pace.train / config.clients / config.training.batch_size
+        (config.training.local_epochs or 1) * pace.train / config.clients / config.training.step_size
     )
     client = steps * pace.step + (pace.local_test * pace.example if config.evaluation.local else 0)
     scoring = pace.test * pace.example / slots

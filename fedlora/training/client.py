@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fedlora import seeds
 from fedlora.adapter import Adapter, Factors, Part
 from fedlora.config import TrainingConfig
-from fedlora.data.batches import steps_for, training_batches
+from fedlora.data.batches import Batch, pad, parts_of, steps_for, training_rows
+from fedlora.data.packing import pack
 from fedlora.errors import AdapterError, ClientFailed
 from fedlora.model.resident import ResidentModel
 from fedlora.seeds import Turn
@@ -59,28 +60,41 @@ def train(
     warmup = max(training.warmup_steps, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
     scaler = torch.amp.GradScaler(model.device.type, _LOSS_SCALE, enabled=model.dtype == "fp16")
-    steps = steps_for(len(examples.labels), training.batch_size, training.local_steps, training.local_epochs)
+    steps = steps_for(len(examples.labels), training.step_size, training.local_steps, training.local_epochs)
     order = seeds.torch_generator(turn.seed, "batches", turn.round, turn.client)
     seeds.seed_torch(turn.seed, "dropout", turn.round, turn.client, model.device)
     model.peft.train()
+    form = pack if training.packing else pad
     losses: list[Tensor] = []
     begun = time.perf_counter()
-    for batch in training_batches(examples, training.batch_size, steps, order, padding):
-        on_device = batch.to(model.device)
-        loss = model.objective.loss(model, on_device).mean
-        extra = penalty(live, start) if penalty else None
+    for rows in training_rows(examples, training.step_size, steps, order):
+        batches = [form(examples, part, padding) for part in parts_of(rows, training.batch_size)]
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
+        loss = _backward(model, batches, scaler, lambda: penalty(live, start) if penalty else None)
         scaler.unscale_(optimizer)
         if training.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
-        losses.append(loss.detach())
+        losses.append(loss)
     curve = torch.stack(losses).tolist()
     trained = model.read().cut_like(start)
     return Trained(_finite(trained, curve, turn, start), curve, time.perf_counter() - begun)
+
+
+def _backward(
+    model: ResidentModel, batches: Sequence[Batch], scaler: torch.amp.GradScaler, penalty: Callable[[], Tensor | None]
+) -> Tensor:
+    """Gradients of the mean loss over all units of a step, batch by batch, and of the penalty; returns that mean."""
+    units = [model.objective.units(batch) for batch in batches]
+    found = []
+    for number, batch in enumerate(batches):
+        loss = model.objective.loss(model, batch.to(model.device)).mean * (units[number] / sum(units))
+        extra = None if number else penalty()
+        scaler.scale(loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
+        found.append(loss.detach())
+    return torch.stack(found).sum()
 
 
 _LOSS_SCALE = 2.0**12

@@ -43,6 +43,8 @@ OTHER = {
     "data.text_pair": "sentence2",
     "data.label": "topic",
     "data.chat_template": "chatml",
+    "training.gradient_accumulation": 4,
+    "training.packing": True,
     "data.template": "Sum: {{ question }}",
     "data.messages": "chat",
     "data.tests": "checks",

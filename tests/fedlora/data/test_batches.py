@@ -22,7 +22,8 @@ def make(lengths, pairs=False) -> Examples:
 
 def train(examples, batch_size, steps, seed=0, side="right"):
     generator = torch.Generator().manual_seed(seed)
-    return list(batches.training_batches(examples, batch_size, steps, generator, Padding(PAD, side)))
+    rows = batches.training_rows(examples, batch_size, steps, generator)
+    return [batches.pad(examples, each, Padding(PAD, side)) for each in rows]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -140,9 +140,40 @@ def test_a_partition_by_label_needs_a_column(writing):
     assert found.dealt is not None
 
 
-def test_a_prompt_without_a_response_is_refused(writing):
-    with pytest.raises(ConfigError, match=r"data.prompt is given without data.response; expected both, or none"):
-        preflight.check(configfile.build({**writing, "data.prompt": "instruction"}))
+COLUMNS = {
+    "a prompt without a response": ({"prompt": "instruction"}, "data.prompt is given without data.response; expected"),
+    "a response without a prompt": (
+        {"response": "output"},
+        "data.response is given without data.prompt",
+    ),
+    "two ways to ask": (
+        {"prompt": "a", "response": "b", "template": "{{ a }}"},
+        "data.prompt and data.template both",
+    ),
+    "chats and responses": ({"messages": "a", "response": "b"}, "data.messages holds the responses too; leave"),
+}
+
+
+@pytest.mark.parametrize("case", COLUMNS)
+def test_columns_that_do_not_go_together_are_refused(writing, case):
+    changes, words = COLUMNS[case]
+    with pytest.raises(ConfigError, match=words):
+        preflight.check(configfile.build({**writing, **{f"data.{key}": value for key, value in changes.items()}}))
+
+
+def test_a_run_that_is_packed_and_accumulated_learns_what_another_does(writing, shared, run):
+    """The same examples in each step, to rounding."""
+    changes = {"training.packing": True, "training.batch_size": 2, "training.gradient_accumulation": 4}
+    config = configfile.build({**writing, "strategy": "flora-na", **changes})
+    found = RunFolder(shared("writing-packed", lambda path: train(config, path)))
+    losses = [[rounds.read_record(each, number).metrics["global/loss"] for number in range(3)] for each in (found, run)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert losses[0][2] < losses[0][0]
+
+
+def test_packing_is_for_dialogues(tiny):
+    with pytest.raises(ConfigError, match=r"training.packing=true is for task=generation; leave it out"):
+        preflight.check(configfile.build({**tiny, "training.packing": True}))
 
 
 @pytest.mark.parametrize("changes", [{"partition.by": "label"}, {"data.prompt": "a", "data.response": "b"}])

@@ -54,7 +54,8 @@ class Found:
             return f"{clients} (the data was not looked at: it is on the hub, or large)"
         found = self.dealt
         each = str(found.smallest) if found.smallest == found.largest else f"{found.smallest} to {found.largest}"
-        return f"{counted(found.labels, 'label')}, {found.train} + {found.test} examples, {clients} with {each}"
+        labels = f"{found.labels} labels, " if found.labels > 1 else ""  # one is the group of examples without any
+        return f"{labels}{found.train} + {found.test} examples, {clients} with {each}"
 
     def _of_model(self) -> str:
         name, rank = self.config.model.name, self.config.lora.highest_rank

@@ -26,10 +26,8 @@ from fedlora.model.apart import keeps_apart
 from fedlora.model.base import check_writer, load_writer
 from fedlora.model.known import KNOWN
 from fedlora.objective import scorers
-from fedlora.objective.base import Loss, Objective, Resident, Score, Scores
-from fedlora.objective.scorers import Scorer, sandbox
 from fedlora.objective.base import Loss, Objective, Resident, Score, Scores, check_groups
-from fedlora.objective.scorers import Scorer
+from fedlora.objective.scorers import Scorer, sandbox
 from fedlora.objective.scorers.judging import Judged, judged, metric_of
 
 if TYPE_CHECKING:

@@ -54,6 +54,13 @@ KNOWN = {
             "bert-tiny", "BERT, 2 layers of 128, 4.4 M parameters; comes with fedlora", "mean", None, "bert-tiny"
         ),
         KnownModel(
+            "llama-tiny",
+            "a decoder, 4 layers of 128, 1.1 M parameters, that has seen definitions alone; comes with fedlora",
+            "head",
+            None,
+            "llama-tiny",
+        ),
+        KnownModel(
             "minilm",
             "all-MiniLM-L6-v2, 6 layers of 384, 22.7 M parameters; extra 'standard'",
             "mean",

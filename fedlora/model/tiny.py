@@ -27,10 +27,10 @@ _LONGEST = 64
 
 README = """# llama-tiny
 
-A Llama with {parameters:,} parameters ({layers} layers of {units} units, {words:,} tokens), trained from scratch for {steps:,} steps on
-the packaged definitions of nouns (`wordnet-definitions`, the training split). It writes sentences that look like
-definitions and know next to nothing: for tests, and to try a decoder without any download. Licence: that of fedlora
-(Apache 2.0); its texts are WordNet's, see `fedlora/assets/wordnet-definitions`. Made by
+A Llama with {parameters:,} parameters ({layers} layers of {units} units, {words:,} tokens), trained from scratch for
+{steps:,} steps on the packaged definitions of nouns (`wordnet-definitions`, the training split). It writes sentences
+that look like definitions and know next to nothing: for tests, and to try a decoder without any download. Licence: that
+of fedlora (Apache 2.0); its texts are WordNet's, see `fedlora/assets/wordnet-definitions`. Made by
 
     python -m fedlora.model.tiny --out fedlora/assets/llama-tiny
 

@@ -26,7 +26,8 @@ PARTITIONER_CLASSES: dict[str, str] = {
 
 
 class DataConfig(Section):
-    """The examples: labelled texts, or for `task=generation` prompts with their responses."""
+    """The examples: labelled texts, texts with a number (`task=regression`), or prompts with their responses
+    (`task=generation`)."""
 
     name: str = "wordnet-nouns"
     """A packaged set (`fedlora datasets`), a folder in $FEDLORA_DATA_DIR, a csv, jsonl or parquet file, a folder with
@@ -38,7 +39,7 @@ class DataConfig(Section):
     text_pair: str | None = None
     """Column that holds a second text, for tasks on pairs. Empty: one text per example."""
     label: str = "label"
-    """Column that holds the label (text or whole numbers)."""
+    """Column that holds the label (text or whole numbers), or the number that `task=regression` learns."""
     prompt: str | None = None
     """Column that holds what is asked, for `task=generation`; inside of nested ones with dots (`task.question`,
     `turns.0.text`), as for all columns of this task. Empty: as the set has it (`messages`, or the columns
@@ -93,7 +94,7 @@ class PartitionConfig(Section):
     balanced_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the clients with balanced data under `mixed-quality`; the others are skewed by `alpha`."""
     by: str | None = None
-    """Column whose values stand for labels where examples have none (`task=generation`)."""
+    """Column whose values stand for labels where examples have none (`task=generation`, `task=regression`)."""
 
     @field_validator("name", mode="before")
     @classmethod

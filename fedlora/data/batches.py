@@ -20,7 +20,8 @@ _WINDOW = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of shape batch × tokens (`labels`: batch, or of dialogues batch × tokens), all int64."""
+    """Tensors of shape batch × tokens (`labels`: batch, or of dialogues batch × tokens), all int64, but labels that are
+    numbers to learn float32."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -92,11 +93,12 @@ def pad(examples: Examples, rows: npt.NDArray[np.int64], padding: Padding) -> Ba
     edge = lengths[:, None]
     filled = positions < edge if padding.side == "right" else positions >= len(positions) - edge
     types, targets = examples.token_type_ids, examples.targets
+    known = examples.labels if examples.values is None else examples.values
     return Batch(
         _fill(examples.input_ids, rows, filled, padding.token),
         torch.from_numpy(filled.astype(np.int64)),
         None if types is None else _fill(types, rows, filled, 0),
-        torch.from_numpy(examples.labels[rows]) if targets is None else _fill(targets, rows, filled, IGNORED),
+        torch.from_numpy(known[rows]) if targets is None else _fill(targets, rows, filled, IGNORED),
     )
 
 

@@ -57,7 +57,7 @@ def choose(split: RawSplit, names: dict[str, str]) -> RawSplit:
     columns = {}
     for ours, theirs in names.items():
         if theirs not in split.table.column_names:
-            raise DataError(_missing(split, ours, theirs))
+            raise DataError(missing(split, ours, theirs))
         if split.table.column_names.count(theirs) > 1:
             raise DataError(
                 f"{split.where}: column {theirs!r} is there {split.table.column_names.count(theirs)} times; "
@@ -190,7 +190,8 @@ def _refuse_empty(column: pa.ChunkedArray, ours: str, where: str) -> None:
         )
 
 
-def _missing(split: RawSplit, ours: str, theirs: str) -> str:
+def missing(split: RawSplit, ours: str, theirs: str) -> str:
+    """That a column is not there, and which might be meant."""
     have = split.table.column_names
     return (
         f"{split.where} has no column {theirs!r} for the {ours.replace('_', ' ')}; its columns are: "

@@ -8,21 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlora.config import DataConfig
-from fedlora.data import forms, nested, sources, splits
+from fedlora.data import forms, groups, sources, splits
 from fedlora.data.catalogue import resolve
 from fedlora.data.messages import ROLES, Message, understood
 from fedlora.data.sources import Draft
-from fedlora.errors import DataError, counted
+from fedlora.errors import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from fedlora.data.columns import RawSplit
 
-__all__ = ["ALL", "ROLES", "Message", "read"]
-
-ALL = "all"
-"""The one group of a set that is not grouped."""
+__all__ = ["ROLES", "Message", "read"]
 
 
 def read(config: DataConfig, by: str | None, seed: int) -> Draft:
@@ -39,39 +36,18 @@ def read(config: DataConfig, by: str | None, seed: int) -> Draft:
     for split in (raw_train, raw_test):
         if split:
             forms.of(split, config, source.columns)  # a column that is missing comes before a row that is
-    groups = _groups(raw_train, by)
-    picked = _rows(raw_train, by, groups)
+    labels = groups.names(raw_train, by)
+    picked = groups.rows(raw_train, by, labels)
     if raw_test is None:
-        picked, others = sources.split_off(picked, len(groups), config.test_fraction, seed, raw_train.where)
+        picked, others = sources.split_off(picked, len(labels), config.test_fraction, seed, raw_train.where)
         notes.append(f"{len(others)} of {len(picked) + len(others)} rows are kept for testing (data.test_fraction)")
     else:
-        others = _rows(raw_test, by, groups)
+        others = groups.rows(raw_test, by, labels)
     picked = sources.subsample(picked, config.train_size, seed, "data/train")
     others = sources.subsample(others, config.test_size, seed, "data/test")
     train, told = _table(raw_train, config, source.columns, picked)
     test, more = _table(raw_test or raw_train, config, source.columns, others)
-    return Draft(source, train, test, groups, (*notes, *told, *more))
-
-
-def _rows(split: RawSplit, by: str | None, groups: tuple[str, ...]) -> pa.Table:
-    """Number and `label` of every row.
-
-    Raises:
-        DataError: there are none, or one is of a group that is none of `groups`.
-    """
-    import pyarrow as pa
-
-    if not split.table.num_rows:
-        raise DataError(f"{split.where} has no rows; expected one example per row")
-    index = {name: position for position, name in enumerate(groups)}
-    values = [ALL] * split.table.num_rows if by is None else _texts(split, by, "partition.by")
-    if unseen := sorted(set(values) - set(index)):
-        raise DataError(
-            f"{split.where} has examples of {', '.join(unseen[:3])} in column {by!r}, of which no training example "
-            "is; add training examples of them or remove these rows"
-        )
-    labels = np.array([index[value] for value in values], dtype=np.int64)
-    return pa.table({"row": np.arange(len(values)), "label": labels})
+    return Draft(source, train, test, labels, (*notes, *told, *more))
 
 
 def _table(
@@ -94,7 +70,7 @@ def _table(
     columns["label"] = picked["label"].filter(pa.array(kept))
     owner = config.client or mapped.get("client", "")
     if config.client or owner in split.table.column_names:
-        owners = _texts(split, owner, "data.client")
+        owners = groups.texts(split, owner, "data.client")
         columns["client"] = pa.array([owners[number] for number in numbers[kept]], pa.large_string())
     for name, lists in extras.items():
         if lists:
@@ -102,24 +78,3 @@ def _table(
     gone = len(rows) - len(left)
     note = f"{split.where}: {counted(gone, 'example')} with an empty response or prompt left out (data.empty=drop)"
     return pa.table(columns), [note] if gone else []
-
-
-def _groups(train: RawSplit, by: str | None) -> tuple[str, ...]:
-    return (ALL,) if by is None else tuple(sorted(set(_texts(train, by, "partition.by"))))
-
-
-def _texts(split: RawSplit, column: str, key: str) -> list[str]:
-    """A column of names, none of them empty."""
-    forms.require(split, column, key)
-    if column in split.table.column_names:
-        values = split.table[column].to_pylist()
-    else:
-        outer = column.partition(".")[0]
-        values = [nested.value({outer: each}, column) for each in split.table[outer].to_pylist()]
-    empty = [number for number, value in enumerate(values, start=1) if value is None or not str(value).strip()]
-    if empty:
-        raise DataError(
-            f"column {column!r} of {split.where}: {len(empty)} of {counted(len(values), 'example')} are empty (first: "
-            f"row {empty[0]}); fill them in or remove these rows, or set {key} to another column"
-        )
-    return [str(value) for value in values]

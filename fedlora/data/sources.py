@@ -28,8 +28,9 @@ class LabelledText:
     """Text in memory, with a training and a test split.
 
     For classification both splits have the columns `text` (string), `label` (int64, an index into `labels`) and, as
-    configured, `text_pair` and `client` (strings). Of dialogues (`fedlora.data.dialogues`) `messages` are the text,
-    and the label is the group that a partition goes by.
+    configured, `text_pair` and `client` (strings). Texts with a number (`fedlora.data.numbers`) have it as `value`, of
+    dialogues (`fedlora.data.dialogues`) `messages` are the text; the label of both is the group that a partition goes
+    by.
     """
 
     name: str

@@ -39,7 +39,7 @@ class Padding(NamedTuple):
 @dataclass(frozen=True)
 class TokenisedData:
     """A tokenised set on disk. The splits have the columns `input_ids`, `length`, `label` and, where there is such a
-    thing, `token_type_ids`, `targets`, `client` and what `fedlora.data.questions` adds; nothing is padded."""
+    thing, `token_type_ids`, `targets`, `value`, `client` and what `fedlora.data.questions` adds; nothing is padded."""
 
     path: Path
     labels: tuple[str, ...]
@@ -70,6 +70,8 @@ class Examples:
     lengths: npt.NDArray[np.int64]
     targets: list[npt.NDArray[np.int32]] | None = None
     """Of dialogues: the token ids that are to be predicted, `turns.IGNORED` elsewhere."""
+    values: npt.NDArray[np.float32] | None = None
+    """The numbers that are learned, where these are such."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -179,6 +181,7 @@ def examples(split: pa.Table, indices: npt.ArrayLike) -> Examples:
         table["label"].to_numpy().astype(np.int64),
         table["length"].to_numpy().astype(np.int64),
         targets,
+        table["value"].to_numpy() if "value" in table.column_names else None,
     )
 
 
@@ -226,6 +229,7 @@ def _describe(text: LabelledText, tokenizer: Any) -> _Meta:
     types = paired and "token_type_ids" in tokenizer.model_input_names
     columns = ["input_ids", *(["token_type_ids"] if types else []), "label", "length"]
     columns += ["targets"] if "messages" in have else []
+    columns += ["value"] if "value" in have else []
     # Models without a padding token never look at the positions that it fills: any id will do.
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     columns += ["client"] if "client" in have else []
@@ -270,6 +274,8 @@ def _encoded(split: pa.Table, tokenizer: Any, max_length: int, meta: _Meta) -> I
             columns["token_type_ids"] = pa.array(found["token_type_ids"], pa.list_(pa.int32()))
         columns["label"] = rows["label"].cast(pa.int64())
         columns["length"] = pa.array([len(row) for row in ids], pa.int32())
+        if "value" in meta.columns:
+            columns["value"] = rows["value"].cast(pa.float32())
         if "client" in meta.columns:
             columns["client"] = rows["client"].cast(pa.string())
         yield pa.table(columns)

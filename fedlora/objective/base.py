@@ -22,6 +22,7 @@ from fedlora.data.batches import Batch
 from fedlora.data.questions import Questions
 from fedlora.data.sources import Draft, LabelledText
 from fedlora.data.tokens import Examples, Padding
+from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -103,6 +104,24 @@ class Resident(Protocol):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of the configured precision."""
+
+
+WITHOUT_LABELS = ("iid", "quantity", "natural-id")
+"""Partitioners that look at no label."""
+
+
+def check_groups(config: RunConfig) -> None:
+    """Refuse a partition by label where examples have none, and no column stands for it.
+
+    Raises:
+        ConfigError: it says what to set.
+    """
+    if config.partition.name not in WITHOUT_LABELS and config.partition.by is None:
+        raise ConfigError(
+            f"partition.name={config.partition.name} deals examples by label, and task={config.task} has none; set "
+            f"partition.by to a column whose values may stand for it, or partition.name to one of "
+            f"{', '.join(WITHOUT_LABELS)}"
+        )
 
 
 class Objective(ABC):

@@ -22,7 +22,7 @@ from fedlora.model.heads import PooledClassifier
 from fedlora.model.known import KNOWN
 from fedlora.objective.base import Loss, Objective, Resident, Score, Scores
 
-_OF_DIALOGUES = ("prompt", "response", "template", "messages", "tests", "options")
+OF_DIALOGUES = ("prompt", "response", "template", "messages", "tests", "options")
 """Keys of `data` that say where dialogues are."""
 
 
@@ -91,7 +91,7 @@ class Classification(Objective):
         return ACCURACY
 
     def check(self, config: RunConfig) -> None:
-        others = {f"data.{key}": getattr(config.data, key) for key in _OF_DIALOGUES}
+        others = {f"data.{key}": getattr(config.data, key) for key in OF_DIALOGUES}
         for key, value in (others | {"partition.by": config.partition.by}).items():
             if value is not None:
                 raise ConfigError(f"{key}={value} is for tasks without labels; leave it out, or set task=generation")

@@ -25,15 +25,12 @@ from fedlora.model import prediction, writing
 from fedlora.model.base import check_writer, load_writer
 from fedlora.model.known import KNOWN
 from fedlora.objective import scorers
-from fedlora.objective.base import Loss, Objective, Resident, Score, Scores
+from fedlora.objective.base import Loss, Objective, Resident, Score, Scores, check_groups
 from fedlora.objective.scorers import Scorer, sandbox
 from fedlora.objective.scorers.judging import Judged, judged, metric_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_WITHOUT_LABELS = ("iid", "quantity", "natural-id")
-"""Partitioners that look at no label."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +122,7 @@ class Generation(Objective):
         return tuple({each.name: each for each in (self.score_of(config), LOSS)}.values())
 
     def check(self, config: RunConfig) -> None:
-        if config.partition.name not in _WITHOUT_LABELS and config.partition.by is None:
-            raise ConfigError(
-                f"partition.name={config.partition.name} deals examples by label, and task=generation has none; set "
-                f"partition.by to a column whose values may stand for it, or partition.name to one of "
-                f"{', '.join(_WITHOUT_LABELS)}"
-            )
+        check_groups(config)
         _check_columns(config.data)
         if config.model.pooling != "auto":
             raise ConfigError(f"model.pooling={config.model.pooling} is for task=classification; leave it out")

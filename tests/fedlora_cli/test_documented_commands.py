@@ -110,6 +110,11 @@ def folder(tmp_path_factory, finished, kinds):
         os.chdir(before)
     texts = [f"review number {i} of a book" for i in range(300)]
     pd.DataFrame({"text": texts, "stars": [i % 5 for i in range(300)]}).to_csv(folder / "reviews.csv", index=False)
+    glosses = {
+        "gloss": [f"a {'very ' * (i % 7)}small bird" for i in range(300)],
+        "length": [0.3 + i % 7 / 10 for i in range(300)],
+    }
+    pd.DataFrame(glosses).to_csv(folder / "glosses.csv", index=False)
     (folder / "tasks.jsonl").write_text(kinds().read_text() * 4)
     for number, name in enumerate(("alice", "bob", "carol")):
         shutil.copytree(finished({"seed": number}) / "adapter", folder / name)

@@ -136,9 +136,10 @@ def test_of_losses_the_lower_one_is_promoted_and_both_say_what_they_are(uri, run
 def test_a_champion_of_one_task_never_beats_one_of_another(uri, runs, name):
     """On the same data, and ahead in either direction."""
     champion.consider(uri, name, candidate(runs[0], *LOW))
-    for run, values in ((runs[1], [value + 0.3 for value in LOW]), (runs[2], [value - 0.3 for value in LOW])):
+    worse, better = ([value + change for value in LOW] for change in (0.3, -0.3))
+    for version, run, values in ((2, runs[1], worse), (3, runs[2], better)):
         found = champion.consider(uri, name, written(run, *values))
-        assert not found.promoted
+        assert (found.promoted, found.version) == (False, version)  # nor is it kept out by one of another task
         assert f"cannot be compared with {name}'s champion" in found.reason
         assert "that is judged by its accuracy, this by its loss" in found.reason
     assert aliases(uri, name) == {"champion": 1}

@@ -130,6 +130,7 @@ def test_the_target_of_a_loss_is_most_of_the_way_from_before_training(make):
     assert svd.rounds_to == math.inf  # seed 0 ends at .4
     assert found.choices[0].at_megabytes == pytest.approx(0.3)
     assert boards.measured(found).titles[-1] == "90th percentile"
+    assert boards.leaderboard(decide(made).conditions[0]).titles[:3] == ["choice", "loss", "above the best"]
 
 
 def test_without_a_score_before_training_there_is_no_target(make):

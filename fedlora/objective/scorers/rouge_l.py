@@ -19,11 +19,13 @@ class RougeL(Scorer):
     def __init__(self) -> None:
         try:
             from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
+            from rouge_score.tokenizers import DefaultTokenizer  # type: ignore[import-untyped]
         except ImportError:
             raise ConfigError(
                 "evaluation.generate.scorers=rouge-l needs the library rouge-score; `pip install 'fedlora[rouge]'`"
             ) from None
-        self._rouge: Any = RougeScorer(["rougeL"], use_stemmer=True)
+        # Without a tokenizer it says so to absl's log, which then prints every other library's on the terminal.
+        self._rouge: Any = RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=True))
 
     def judge(self, answer: str, reference: Reference) -> float:
         return float(self._rouge.score(reference.answer, answer)["rougeL"].fmeasure)

@@ -1,5 +1,7 @@
 """What scorers make of an answer, which there are, and references that do not fit."""
 
+import subprocess
+import sys
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -17,6 +19,15 @@ from fedlora.objective.scorers.judging import Judged, judged
 )
 def test_exact_overlooks_case_spaces_and_punctuation_at_the_ends(answer, right):
     assert scorers.find("exact").judge(answer, Reference("?", "a kind of animal")) == right
+
+
+def test_rouge_l_leaves_the_log_of_others_alone():
+    """Its library prints all of it on the terminal, once it has said which tokenizer it takes."""
+    made = (
+        "import logging; from fedlora.objective import scorers; scorers.find('rouge-l'); print(logging.root.handlers)"
+    )
+    found = subprocess.run([sys.executable, "-c", made], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
 
 
 def test_rouge_l_is_the_longest_common_subsequence():

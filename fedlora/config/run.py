@@ -195,8 +195,9 @@ class RunConfig(Section):
     """Clients among whom the training data is dealt."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the clients that take part in a round, drawn by seed; at least one."""
-    weighting: Literal["examples", "uniform"] = "examples"
-    """Weight of a client in every mean: its share of the examples, or the same for all."""
+    weighting: Literal["examples", "tokens", "uniform"] = "examples"
+    """Weight of a client in every mean: its share of the examples, of the tokens that are trained in them
+    (`task=generation`), or the same for all."""
     seed: int = Field(0, ge=0)
     """Everything random follows from it."""
     keep_rounds: int | None = Field(2, ge=1)

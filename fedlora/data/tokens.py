@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fedlora.data import questions
 from fedlora.data.sources import LabelledText
-from fedlora.data.turns import Turns
+from fedlora.data.turns import IGNORED, Turns
 from fedlora.errors import DataError
 
 if TYPE_CHECKING:  # a light caller may only want the names here
@@ -150,6 +150,13 @@ def highest(data: TokenisedData) -> int:
     """The highest token id in both splits, padding included."""
     chunks = (chunk for split in (data.train, data.test) for chunk in split["input_ids"].chunks)
     return max(data.pad_token_id, *(int(chunk.flatten().to_numpy().max(initial=0)) for chunk in chunks))
+
+
+def trained_tokens(examples: Examples) -> int | None:
+    """How many tokens are to be predicted in all of them; None where they have labels instead."""
+    if examples.targets is None:
+        return None
+    return sum(int((target[1:] != IGNORED).sum()) for target in examples.targets)
 
 
 def client_array(split: pa.Table) -> list[str] | None:

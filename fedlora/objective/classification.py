@@ -96,6 +96,8 @@ class Classification(Objective):
             if value is not None:
                 raise ConfigError(f"{key}={value} is for tasks without labels; leave it out, or set task=generation")
 
+        if config.weighting == "tokens":
+            raise ConfigError("weighting=tokens is for task=generation; set weighting to examples or uniform")
         if config.training.packing:
             raise ConfigError("training.packing=true is for task=generation; leave it out")
 

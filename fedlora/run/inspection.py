@@ -16,6 +16,7 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.channel import faults as channel
 from fedlora.channel import uploads
+from fedlora.config import RunConfig
 from fedlora.errors import AdapterError, UpdateRejected
 from fedlora.files.limits import clean
 from fedlora.objective import Scores
@@ -54,6 +55,7 @@ def inspect(run: RunFolder, turn: Turn, start: Adapter, most_examples: int, in_m
     if not isinstance(record, Mapping):
         raise UpdateRejected(f"{turn}: no update arrived")
     _check_record(record, turn, most_examples)
+    _check_tokens(run.config, record, turn)
     if run.digest_of(f"{stem}.safetensors") != record["digest"]:
         raise UpdateRejected(f"{turn}: the file does not have the digest it was sent with")
     try:
@@ -89,6 +91,14 @@ def _check_record(record: Mapping[str, Any], turn: Turn, most_examples: int) -> 
         )
     if not isinstance(record.get("digest"), str):
         raise UpdateRejected(f"{turn}: the update has no digest")
+
+
+def _check_tokens(config: RunConfig, record: Mapping[str, Any], turn: Turn) -> None:
+    """Where they are its weight: no more than its examples can have."""
+    most, tokens = record["examples"] * config.data.max_length, record.get("tokens")
+    possible = isinstance(tokens, int) and not isinstance(tokens, bool) and 0 < tokens <= most
+    if config.weighting == "tokens" and not possible:
+        raise UpdateRejected(f"{turn}: says it trained on {tokens!r:.40} tokens; expected a number from 1 to {most}")
 
 
 def change_norm(upload: Adapter, start: Adapter) -> float:

@@ -83,7 +83,15 @@ def prepare_data(bench: Workbench, folder: Path) -> None:
         model=origin,
         notes=tuple(parts.notes()),
     ).write(run)
-    run.write_json("partition.json", parts.summary())
+    run.write_json("partition.json", parts.summary() | _tokens_of(data.train, parts))
+
+
+def _tokens_of(train: Any, parts: Partition) -> dict[str, list[int]]:
+    """Per client, the tokens that are trained in its rows; nothing of labels."""
+    if "targets" not in train.column_names:
+        return {}
+    counted = (tokens.trained_tokens(tokens.examples(train, rows)) for rows in parts.train)
+    return {"tokens": [found or 0 for found in counted]}
 
 
 def told_of_data(run: RunFolder) -> list[str]:
@@ -187,6 +195,7 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
         validation=_score(bench, run, data.train, held_out) if len(held_out) else None,
         local=_own_score(bench, run, number, own.test) if config.evaluation.local else None,
         memory=peak.bytes,
+        tokens=tokens.trained_tokens(examples),
     )
     message = channel.Message(upload.tensors(), record.to_json())
     if fate.damage:

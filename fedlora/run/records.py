@@ -94,6 +94,8 @@ class ClientRecord:
     """On its own test rows, after training."""
     memory: int | None = None
     """Peak of training in bytes, of its GPU or process (`fedlora.training.memory`); not said by earlier versions."""
+    tokens: int | None = None
+    """Tokens that are trained in its rows; None where they have labels."""
 
     def to_json(self) -> dict[str, Any]:
         scores = {name: found and found.to_json() for name, found in self._scores().items()}
@@ -106,10 +108,10 @@ class ClientRecord:
         Raises:
         KeyError, TypeError, ValueError: it does not say what it should.
         """
-        said = {each.name: content[each.name] for each in fields(cls) if each.name != "memory"}
-        said["memory"] = content.get("memory")
+        said = {each.name: content[each.name] for each in fields(cls) if each.name not in _MAY_LACK}
+        said |= {name: content.get(name) for name in _MAY_LACK}
         counts = {name: said[name] for name in ("round", "client", "examples", "rank")} | said["bytes"]
-        counts |= {} if said["memory"] is None else {"memory": said["memory"]}
+        counts |= {name: said[name] for name in _MAY_LACK if said[name] is not None}
         measured = {f"losses[{step}]": loss for step, loss in enumerate(said["losses"])} | {"seconds": said["seconds"]}
         for name, value in (counts | measured).items():
             kinds = (int,) if name in counts else (int, float)
@@ -123,6 +125,10 @@ class ClientRecord:
 
     def _scores(self) -> dict[str, Scores | None]:
         return {"validation": self.validation, "local": self.local}
+
+
+_MAY_LACK = ("memory", "tokens")
+"""What a client need not say."""
 
 
 @dataclass(frozen=True)

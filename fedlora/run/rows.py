@@ -38,6 +38,7 @@ def _of_client(number: int, entry: Entry, known: ClientRecord | None, score: Sco
         "round": number,
         "client": entry.client,
         "examples": known.examples if known else None,
+        **({"tokens": known.tokens} if known and known.tokens is not None else {}),
         "rank": known.rank if known else None,
         "loss_first": losses[0] if losses else None,
         "loss": float(np.mean(losses[-5:])) if losses else None,

@@ -15,6 +15,7 @@ from typing import Any
 from fedlora import metrics
 from fedlora.adapter import Adapter
 from fedlora.adapter.updates import Update, Updates
+from fedlora.config import RunConfig
 from fedlora.data.partition import Partition
 from fedlora.errors import RunAborted
 from fedlora.files.tensorfile import StoredTensors
@@ -147,8 +148,8 @@ class Server:
         state, roll = self.state(number - 1), self._roll(number)
         with self._reading():
             accepted = [self._of(number, entry) for entry in roll.having("completed")]
-        sent = (Update(each.record.client, each.record.examples, each.adapter) for each in accepted)
-        updates = Updates.collect(sent, config.weighting)
+        sent = (Update(each.record.client, _weight(config, each.record), each.adapter) for each in accepted)
+        updates = Updates.collect(sent, "uniform" if config.weighting == "uniform" else "examples")
         with memory.watched("cpu") as peak:
             made = step(run.strategy, state, updates, config.lora.truncation == "svd")
         probe.prepare(run, number, state, updates)
@@ -264,6 +265,11 @@ class Server:
             | {name: value for name, key in _SECONDS.items() if (value := getattr(outcome, key)) is not None}
             | virtual
         )
+
+
+def _weight(config: RunConfig, record: ClientRecord) -> int:
+    """Of a client, before it is a share; that it says one has been looked at (`inspection`)."""
+    return (record.tokens or 0) if config.weighting == "tokens" else record.examples
 
 
 def _kept(roll: Roll, records: Mapping[int, ClientRecord], made: _Made, score: Score) -> dict[str, Any]:

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedlora
+from fedlora.adapter import Adapter
 from fedlora.config import ModelConfig, configfile
 from fedlora.config.lora import LoraConfig
 from fedlora.data import tokens
 from fedlora.data.batches import evaluation_batches, pad
+from fedlora.data.partition import Partition
 from fedlora.errors import ConfigError, ModelError
 from fedlora.model.resident import ResidentModel
 from fedlora.objective.generation import OBJECTIVE, TokenScores
@@ -169,6 +172,35 @@ def test_a_run_that_is_packed_and_accumulated_learns_what_another_does(writing, 
     losses = [[rounds.read_record(each, number).metrics["global/loss"] for number in range(3)] for each in (found, run)]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
     assert losses[0][2] < losses[0][0]
+
+
+def test_clients_weigh_as_many_tokens_as_they_train(writing, shared):
+    """Told of the partition, in the clients' table and in what the server makes of a round."""
+    changes = {"weighting": "tokens", "strategy": "fedit", "rounds": 1}
+    run = RunFolder(shared("writing-tokens", lambda path: train(configfile.build({**writing, **changes}), path)))
+    split = tokens.open_tokens(Setup.read(run).tokens).train
+    parts = Partition.load(run.path / "partition.npz").train
+    counted = [
+        sum(int((np.array(row[1:]) != -100).sum()) for row in split["targets"].take(p).to_pylist()) for p in parts
+    ]
+    assert run.read_json("partition.json")["tokens"] == counted
+    assert [row["tokens"] for row in json.loads((run.path / "tables" / "clients.json").read_text())] == counted
+    assert np.std(np.divide(counted, [len(p) for p in parts])) > 0  # not the same weights as by examples
+    sent = [Adapter.from_tensors(run.read_tensors(run.client_stem(1, client))) for client in range(3)]
+    mean = {
+        name: sum(w / sum(counted) * each.tensors()[name] for w, each in zip(counted, sent, strict=True))
+        for name in sent[0].tensors()
+    }
+    made = Adapter.from_tensors(load_file(run.path / "adapter" / "adapter_model.safetensors"))
+    for name, tensor in made.tensors().items():
+        torch.testing.assert_close(tensor, mean[name], rtol=1e-5, atol=1e-7)
+
+
+def test_tokens_are_no_weight_of_labels(tiny):
+    with pytest.raises(
+        ConfigError, match=r"weighting=tokens is for task=generation; set weighting to examples or unif"
+    ):
+        preflight.check(configfile.build({**tiny, "weighting": "tokens"}))
 
 
 def test_packing_is_for_dialogues(tiny):

@@ -150,6 +150,16 @@ SAYINGS = {
 }
 
 
+@pytest.mark.parametrize("tokens", [0, -1, 50 * 16 + 1, "9", True, None])
+def test_tokens_that_it_cannot_have_trained_are_refused_as_weights(configure, tmp_path, start, upload, tokens):
+    config = configure({"data.max_length": 16, "weighting": "tokens"})
+    run = RunFolder.create(tmp_path / "by-tokens", config)
+    record = {"round": 2, "client": 1, "ticket": channel.ticket(TURN), "examples": 50, **SAID, "tokens": tokens}
+    run.write_tensors(run.client_stem(2, 1), upload.tensors(), record)
+    with pytest.raises(UpdateRejected, match=r"says it trained on .* tokens; expected a number from 1 to 800"):
+        inspection.inspect(run, TURN, start, 60)
+
+
 @pytest.mark.parametrize("saying", SAYINGS)
 def test_what_it_says_of_itself(send, refusal, saying):
     changes, message = SAYINGS[saying]

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case:
-        print(json.dumps(CASES[(case := json.loads(given.case)).pop("part")](**case)))
+        print(json.dumps(CASES[(case := json.loads(given.case)).pop("part")](**case)))  # type: ignore[operator]
         return
     found = {name: part() for name, part in PARTS.items() if given.only in (None, name)}
     if given.out:
@@ -121,7 +121,7 @@ def step(size: int, share: float, parts: bool) -> dict[str, float]:
             loss = OBJECTIVE.loss(model, batch).mean
         else:
             loss = model.peft(**batch.model_inputs(), labels=batch.labels, use_cache=False).loss
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         model.peft.zero_grad()
 
     once()

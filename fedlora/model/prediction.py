@@ -44,7 +44,7 @@ def cross_entropy(network: Any, inputs: dict[str, Tensor], wanted: Tensor, targe
         sums = [checkpoint(summed, hidden[part], targets[part], use_reentrant=False) for part in parts]
         total: Tensor = torch.stack(sums).sum()
     else:
-        total = _AtOnce.apply(hidden, targets, summed, parts)
+        total = _AtOnce.apply(hidden, targets, summed, parts)  # type: ignore[no-untyped-call]
     return total / len(targets)
 
 

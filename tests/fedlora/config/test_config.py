@@ -512,7 +512,7 @@ class TestFiles:
             configfile.load(tmp_path / "run.yaml")
 
     def test_unknown_preset(self):
-        with pytest.raises(ConfigError, match=r"unknown preset 'dmo'\. Did you mean 'demo'\? There are: demo, "):
+        with pytest.raises(ConfigError, match=r"unknown preset 'dmo'\. Did you mean 'demo'\? There are: .*demo, "):
             configfile.load("dmo", presets=PRESETS)
         with pytest.raises(ConfigError, match="There are: none"):
             configfile.load("demo")
@@ -521,7 +521,7 @@ class TestFiles:
     def test_presets_load(self, name):
         config = configfile.load(name, presets=PRESETS)
         assert config == configfile.load(PRESETS / f"{name}.yaml")
-        assert config.tracking.experiment == name
+        assert name.startswith(config.tracking.experiment)  # both sizes of one in one experiment
 
     def test_there_are_presets(self):
         assert {"demo", "standard"} <= set(configfile.preset_names(PRESETS))

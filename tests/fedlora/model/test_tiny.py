@@ -28,9 +28,7 @@ def test_it_writes_a_definition_and_ends_it():
     tokenizer = load_tokenizer(config)
     model = ResidentModel.build(OBJECTIVE, config, LoraConfig(rank=2), [], 0, 0, torch.device("cpu"))
     nouns = ("dog", "hammer", "river", "anger")
-    prompts = [
-        Turns(tokenizer, 64).prompt([{"role": "user", "content": f"Define the noun: {noun}"}]) for noun in nouns
-    ]
+    prompts = [Turns(tokenizer, 64).prompt([{"role": "user", "content": f"Define the noun: {noun}"}]) for noun in nouns]
     asked = [np.array(ids, dtype=np.int32) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
     how = GenerateConfig(max_new_tokens=40)
     answers = writing.write(model, asked, how, writing.Marks.of(model.peft, tokenizer))

@@ -44,7 +44,7 @@ def cross_entropy(network: Any, inputs: dict[str, Tensor], wanted: Tensor, targe
         sums = [checkpoint(summed, hidden[part], targets[part], use_reentrant=False) for part in parts]
         total: Tensor = torch.stack(sums).sum()
     else:
-        total = _AtOnce.apply(hidden, targets, summed, parts)
+        total = _AtOnce.apply(hidden, targets, summed, parts)  # type: ignore[no-untyped-call]
     return total / len(targets)
 
 
@@ -91,8 +91,8 @@ def _split(network: Any, inputs: dict[str, Tensor], wanted: Tensor) -> tuple[Ten
     """What the body puts out where it is wanted, and how that becomes logits; of a network that has no such two
     halves, the logits themselves, and nothing."""
     if not _has_halves(network):
-        return network(**inputs, use_cache=False).logits[wanted], lambda logits: logits
-    found = _body(network)(**inputs, use_cache=False)
+        return network(**{**inputs, "use_cache": False}).logits[wanted], lambda logits: logits
+    found = _body(network)(**{**inputs, "use_cache": False})
     return found.last_hidden_state[wanted], lambda hidden: _after_body(network, type(found), hidden)
 
 

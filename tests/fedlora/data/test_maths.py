@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -9,11 +10,14 @@ from fedlora.config import DataConfig
 from fedlora.data import dialogues, maths
 from fedlora.errors import ConfigError
 
+NEEDED = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="the extra 'maths' is not installed")
+
 
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@NEEDED
 def test_the_same_seed_is_the_same_file_and_another_seed_another(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert maths.make(["gsm_symbolic"], 20, seed, None, tmp_path / f"{name}.jsonl") == 20
@@ -23,6 +27,7 @@ def test_the_same_seed_is_the_same_file_and_another_seed_another(tmp_path):
     assert all(row["solution"].endswith(f"#### {row['answer']}") for row in one)
 
 
+@NEEDED
 def test_levels_are_harder_and_questions_are_asked_once(tmp_path):
     easy, hard = (tmp_path / f"{level}.jsonl" for level in (0, 6))
     assert maths.make(["chain_sum"], 300, 0, 0, easy) < 300
@@ -32,6 +37,7 @@ def test_levels_are_harder_and_questions_are_asked_once(tmp_path):
     assert longest[0] <= 3 < longest[1]
 
 
+@NEEDED
 def test_tasks_are_natural_clients_of_instruction_data(tmp_path):
     maths.make(["gcd", "lcm"], 20, 0, None, tmp_path / "sums.jsonl")
     read = dialogues.read(DataConfig(name=str(tmp_path / "sums.jsonl"), client="task"), None, 0)
@@ -50,6 +56,7 @@ REFUSED = {
 }
 
 
+@NEEDED
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_made_is_one_line_and_no_file(tmp_path, case):
     tasks, level, name, said = REFUSED[case]

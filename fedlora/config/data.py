@@ -94,7 +94,9 @@ class PartitionConfig(Section):
     balanced_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the clients with balanced data under `mixed-quality`; the others are skewed by `alpha`."""
     by: str | None = None
-    """Column whose values stand for labels where examples have none (`task=generation`, `task=regression`)."""
+    """Column whose values stand for labels where examples have none (`task=generation`, `task=regression`). For
+    dialogues without such a column also `clusters:8`, eight clusters of texts that share words (TF-IDF, k-means), or
+    `lengths:4`, responses in four groups by their length."""
 
     @field_validator("name", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlora.config import DataConfig
-from fedlora.data import forms, groups, sources, splits
+from fedlora.data import forms, groups, likeness, sources, splits
 from fedlora.data.catalogue import resolve
 from fedlora.data.messages import ROLES, Message, understood
 from fedlora.data.sources import Draft
@@ -36,6 +36,7 @@ def read(config: DataConfig, by: str | None, seed: int) -> Draft:
     for split in (raw_train, raw_test):
         if split:
             forms.of(split, config, source.columns)  # a column that is missing comes before a row that is
+    by, alike = (None, like) if (like := likeness.asked(by)) else (by, None)
     labels = groups.names(raw_train, by)
     picked = groups.rows(raw_train, by, labels)
     if raw_test is None:
@@ -47,7 +48,29 @@ def read(config: DataConfig, by: str | None, seed: int) -> Draft:
     others = sources.subsample(others, config.test_size, seed, "data/test")
     train, told = _table(raw_train, config, source.columns, picked)
     test, more = _table(raw_test or raw_train, config, source.columns, others)
+    if alike:
+        labels, train, test = _by_likeness(alike, train, test, seed)
     return Draft(source, train, test, labels, (*notes, *told, *more))
+
+
+def _by_likeness(
+    asked: likeness.Asked, train: pa.Table, test: pa.Table, seed: int
+) -> tuple[tuple[str, ...], pa.Table, pa.Table]:
+    """Both splits with groups that no column names for labels."""
+    import pyarrow as pa
+
+    said = [split["messages"].to_pylist() for split in (train, test)]
+    if asked.kind == "clusters":
+        whole = [["\n".join(each["content"] for each in messages) for messages in split] for split in said]
+        found = likeness.clusters(asked.groups, whole[0], whole[1], seed)
+    else:
+        last = [[messages[-1]["content"] for messages in split] for split in said]
+        found = likeness.lengths(asked.groups, last[0], last[1])
+    place = train.column_names.index("label")
+    labelled = (
+        split.set_column(place, "label", pa.array(codes)) for split, codes in ((train, found.train), (test, found.test))
+    )
+    return (found.names, *labelled)  # type: ignore[return-value]
 
 
 def _table(

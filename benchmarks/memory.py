@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case:
-        print(json.dumps(CASES[(case := json.loads(given.case)).pop("part")](**case)))  # type: ignore[operator]
+        case = json.loads(given.case)
+        print(json.dumps(CASES[case.pop("part")](**case)))
         return
     found = {name: part() for name, part in PARTS.items() if given.only in (None, name)}
     if given.out:
@@ -121,7 +123,7 @@ def step(size: int, share: float, parts: bool) -> dict[str, float]:
             loss = OBJECTIVE.loss(model, batch).mean
         else:
             loss = model.peft(**batch.model_inputs(), labels=batch.labels, use_cache=False).loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         model.peft.zero_grad()
 
     once()
@@ -233,8 +235,8 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-PARTS = {"logits": logits, "worker": worker, "billion": billion}
-CASES = {"logits": step, "worker": work, "write": draw}
+PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {"logits": logits, "worker": worker, "billion": billion}
+CASES: dict[str, Callable[..., dict[str, float]]] = {"logits": step, "worker": work, "write": draw}
 
 
 if __name__ == "__main__":

@@ -240,6 +240,22 @@ def small_llama(shared):
 
 
 @pytest.fixture(scope="session")
+def wide_llama(small_llama, shared):
+    """As the small Llama, of widths that 4 bits on a CPU can do with."""
+
+    def make(path):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer, config = AutoTokenizer.from_pretrained(small_llama()), AutoConfig.from_pretrained(small_llama())
+        config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+    return lambda: shared("wide-llama", make)
+
+
+@pytest.fixture(scope="session")
 def kinds(shared):
     """A jsonl file of 120 tasks in Alpaca's columns, with a column `kind` of three values: what is it that is told?"""
 

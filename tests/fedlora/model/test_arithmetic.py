@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedlora
 from fedlora.adapter.base_update import BaseUpdate
@@ -26,20 +26,6 @@ from fedlora.training import client
 
 CPU = torch.device("cpu")
 MODULE = "model.layers.0.self_attn.v_proj"
-
-
-@pytest.fixture(scope="session")
-def wide_llama(small_llama, shared):
-    """As the small Llama, of widths that 4 bits on a CPU can do with."""
-
-    def make(path):
-        tokenizer, config = AutoTokenizer.from_pretrained(small_llama()), AutoConfig.from_pretrained(small_llama())
-        config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-
-    return lambda: shared("wide-llama", make)
 
 
 def dialogues(count=12, seed=0):
@@ -95,6 +81,8 @@ def test_a_small_gradient_survives_in_fp16(wide_llama):
     plain = generation.OBJECTIVE.loss
 
     class Small:
+        units = staticmethod(generation.OBJECTIVE.units)
+
         def loss(self, resident, batch):
             found = plain(resident, batch)
             return found._replace(mean=found.mean * 1e-6)

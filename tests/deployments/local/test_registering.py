@@ -19,6 +19,8 @@ from deployments.local import environment, launch
 from deployments.local import registering as deploying
 from deployments.local.environment import Services
 from deployments.local.processes import ServiceError
+from deployments.shipped import PRESETS, SWEEPS
+from fedlora.config import configfile
 from fedlora.files import home
 
 Send = Callable[[str, str, dict[str, Any]], Any]
@@ -76,8 +78,8 @@ def test_the_form_has_drop_downs_and_help(server: str) -> None:
     assert form["strategy"]["enum"][0] == form["strategy"]["default"] == AS_IN_PRESET
     assert {"flora-na", "fedit", "svd"} < set(form["strategy"]["enum"])
     assert "anyOf" not in form["strategy"]  # Prefect would draw tabs, with the choices behind one of them
-    assert form["preset"]["anyOf"][0]["enum"] == ["demo", "standard"]
-    assert schema(server, "sweep/on-demand")["sweep"]["anyOf"][0]["enum"][:2] == ["demo", "demo-seeds"]
+    assert form["preset"]["anyOf"][0]["enum"] == configfile.preset_names(PRESETS)
+    assert schema(server, "sweep/on-demand")["sweep"]["anyOf"][0]["enum"] == configfile.preset_names(SWEEPS)
     for name in ("federated/custom", "sweep/on-demand", "report/latest"):
         assert all(field["description"] for field in schema(server, name).values()), name
 

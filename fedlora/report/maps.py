@@ -72,7 +72,7 @@ def layers(comparison: Comparison, decided: Decision) -> list[Figure]:
     modules = comparison.modules
     if modules.empty or "rho" not in modules:
         return []
-    names = short(list(dict.fromkeys(modules["module"])))
+    names = short(sorted(set(modules["module"]), key=by_number))
     found = marks.looks(decided)
     return [_last_round(modules, names, found), _by_round(modules, names, found)]
 
@@ -171,6 +171,11 @@ def _heat_figure(
 
 def _height(rows: int) -> int:
     return max(280, min(_HIGHEST_PX, _AROUND_PX + _ROW_PX * rows))
+
+
+def by_number(module: str) -> list[tuple[int, str]]:
+    """What modules are sorted by: layer 2 comes before layer 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in module.split(".")]
 
 
 def short(modules: Sequence[str]) -> dict[str, str]:

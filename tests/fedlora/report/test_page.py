@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from urllib.parse import unquote
 
 import pandas as pd
@@ -338,3 +339,13 @@ def test_a_file_in_the_folder_s_place_is_one_line(comparison, tmp_path):
 def test_legends_are_left_to_the_page_where_figures_have_none(comparison):
     heat = maps.layers(comparison, decide(comparison))[0]
     assert page._figure(heat)["layout"]["showlegend"] is False
+
+
+def test_layers_stand_in_the_order_of_their_numbers(make, comparison):
+    names = [f"model.layers.{layer}.self_attn.{which}" for layer in (0, 1, 2, 10, 29) for which in ("q_proj", "v_proj")]
+    rows = [{"run_id": "svd-8-0", "round": 2, "module": name, "rho": 0.1} for name in sorted(names)]
+    told = replace(comparison, modules=pd.DataFrame(rows))
+    figure = maps.layers(told, decide(told))[0]
+    shown = figure.layout["yaxis"]["categoryarray"]
+    expected = [name.removeprefix("model.layers.") for name in names]
+    assert list(shown) in (expected, expected[::-1])

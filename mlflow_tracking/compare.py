@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
-import yaml
 
 from fedlora import metrics
 from fedlora.config import RunConfig, configfile
-from fedlora.errors import ConfigError, TrackingError, did_you_mean
+from fedlora.errors import TrackingError, did_you_mean
 from fedlora.report import frames
 from fedlora.report.frames import RUN_COLUMNS, Comparison, Excluded
 from fedlora.report.roles import Roles
-from mlflow_tracking import history, judged, store
+from mlflow_tracking import artifacts, history, judged, store
 from mlflow_tracking.judged import Judged
 
 if TYPE_CHECKING:
@@ -268,7 +265,7 @@ def _last_ended(parents: Sequence[Any]) -> Any:
 
 def _state(client: MlflowClient, parent: Any) -> dict[str, Any]:
     """A sweep's `sweep.json`; empty where it has none."""
-    content = _artifact(client, parent.info.run_id, "sweep.json")
+    content = artifacts.read(client, parent.info.run_id, "sweep.json")
     return content if isinstance(content, dict) else {}
 
 
@@ -333,13 +330,13 @@ def _with_artifacts(client: MlflowClient, comparison: Comparison, runs: Sequence
     wanted += [(run_id, _PARTITION) for digest, run_id in holders.items() if digest]
     wanted += [(run.info.run_id, _ANSWERS) for run in runs if _ANSWERS in run.data.tags.get(_LOGGED, "")]
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        contents = dict(zip(wanted, threads.map(lambda pair: _artifact(client, *pair), wanted), strict=True))
+        contents = dict(zip(wanted, threads.map(lambda pair: artifacts.read(client, *pair), wanted), strict=True))
     configs = {run: content for (run, path), content in contents.items() if path == _CONFIG}
     return replace(
         comparison,
-        modules=frames.only_compared(_stacked(contents, _DIVERGENCE), comparison.rounds),
-        clients=_stacked(contents, _CLIENTS),
-        answers=_stacked({key: _rows(content) for key, content in contents.items()}, _ANSWERS),
+        modules=frames.only_compared(artifacts.stacked(contents, _DIVERGENCE), comparison.rounds),
+        clients=artifacts.stacked(contents, _CLIENTS),
+        answers=artifacts.stacked({key: artifacts.rows(content) for key, content in contents.items()}, _ANSWERS),
         partitions={
             digest: contents[run_id, _PARTITION]
             for digest, run_id in holders.items()
@@ -347,38 +344,6 @@ def _with_artifacts(client: MlflowClient, comparison: Comparison, runs: Sequence
         },
         configs={run: configfile.flatten(content) for run, content in configs.items() if isinstance(content, dict)},
     )
-
-
-def _rows(content: Any) -> Any:
-    """The rows of a table as MLflow shows it; other content as it is."""
-    if isinstance(content, dict) and {"columns", "data"} <= content.keys():
-        return [dict(zip(content["columns"], row, strict=False)) for row in content["data"]]
-    return content
-
-
-def _stacked(contents: dict[tuple[str, str], Any], path: str) -> pd.DataFrame:
-    parts = [
-        pd.DataFrame(content).assign(run_id=run)
-        for (run, name), content in contents.items()
-        if name == path and isinstance(content, list) and content
-    ]
-    if not parts:
-        return pd.DataFrame()
-    whole = pd.concat(parts, ignore_index=True)
-    return whole[["run_id", *(column for column in whole.columns if column != "run_id")]]
-
-
-def _artifact(client: MlflowClient, run_id: str, path: str) -> Any:
-    """A JSON or YAML artifact of a run; None where it has none, or one that cannot be read."""
-    from mlflow.exceptions import MlflowException
-
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each of hundreds of small files
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            file = Path(client.download_artifacts(run_id, path, folder))
-            return configfile.read_yaml(file) if path.endswith(".yaml") else json.loads(file.read_text("utf-8"))
-        except (MlflowException, OSError, ValueError, yaml.YAMLError, ConfigError):
-            return None
 
 
 def _roles(state: Mapping[str, Any]) -> Roles:

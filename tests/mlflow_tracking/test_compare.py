@@ -1,5 +1,7 @@
 """Runs read back from a real SQLite store: as a table, and as what a report holds."""
 
+import json
+
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
@@ -151,6 +153,23 @@ def test_an_artifact_that_cannot_be_read_is_left_out(shelf, uri):
     (shelf.folder / "partition.json").write_text("{")
     shelf.client.log_artifact(run, str(shelf.folder / "partition.json"))
     assert compare.gather("damaged", uri).partitions == {}
+
+
+def test_answers_are_read_from_the_table_that_mlflow_shows(shelf, uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # `load_table` asks for runs there, whatever its client is of
+    said, silent = shelf.run("said", "svd", 0), shelf.run("said", "fedit", 0)
+    table = {"columns": ["round", "row", "answer", "exact"], "data": [[0, 3, "no", 0.0], [2, 3, "a dog", 1.0]]}
+    shelf.file(said, "tables/answers.json", table)
+    tag = [{"path": "tables/answers.json", "type": "table"}]
+    shelf.client.set_tag(said, "mlflow.loggedArtifacts", json.dumps(tag))
+    found = compare.gather("said", uri).answers
+    assert found.to_dict("records")[1] == {"run_id": said, "round": 2, "row": 3, "answer": "a dog", "exact": 1.0}
+    assert len(found) == 2
+    assert silent not in set(found["run_id"])
+    assert list(shelf.client.load_table(shelf.experiment("said"), "tables/answers.json", [said])["answer"]) == [
+        "no",
+        "a dog",
+    ]
 
 
 def test_nothing_becomes_the_active_run(shelf, uri):

@@ -122,9 +122,9 @@ def folder(tmp_path_factory, finished, kinds):
 
 
 @pytest.fixture
-def reader(folder, wide_llama, monkeypatch):
+def reader(folder, monkeypatch):
     """With another decoder where the packaged one would be, which not everybody has installed."""
-    decoder = replace(known.KNOWN["smollm2-135m"], package=None, inside=str(wide_llama()))
+    decoder = replace(known.KNOWN["smollm2-135m"], package=None, inside="llama-tiny")
     monkeypatch.setitem(known.KNOWN, "smollm2-135m", decoder)
     monkeypatch.chdir(folder)
     return folder

@@ -302,7 +302,7 @@ def _log_data(client: Any, tracked: Tracked, run: RunFolder) -> None:
 
 
 def _log_answers(client: Any, tracked: Tracked, run: RunFolder, number: int) -> None:
-    """What was answered in writing so far, as a table that MLflow's page shows, of several runs side by side."""
+    """What was answered in writing so far, as a table that MLflow's page shows and `load_table` reads."""
     if file := export.answers(run, number):
         client.log_artifact(tracked.run, str(file), "tables")
         shown = [{"path": f"tables/{file.name}", "type": "table"}]

@@ -19,7 +19,9 @@ def looked_up(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError, TrackingError: there is none.
     """
-    if not (config.lora.init or "").startswith("models:/"):
+    from fedlora.config.lora import REGISTRY
+
+    if not (config.lora.init or "").startswith(REGISTRY):
         return config
     from mlflow_tracking import beginning
 

@@ -7,9 +7,9 @@ import shutil
 import tempfile
 
 from fedlora.config import RunConfig
+from fedlora.config.lora import REGISTRY
 from fedlora.errors import ConfigError
 from fedlora.files import home
-from fedlora.run import warmstart
 from mlflow_tracking import champion
 
 
@@ -22,9 +22,9 @@ def looked_up(config: RunConfig) -> RunConfig:
         TrackingError: as `download`.
     """
     name = config.lora.init or ""
-    if not name.startswith(warmstart.REGISTRY):
+    if not name.startswith(REGISTRY):
         return config
-    model, at, alias = name.removeprefix(warmstart.REGISTRY).partition("@")
+    model, at, alias = name.removeprefix(REGISTRY).partition("@")
     if not (model and at and alias):
         raise ConfigError(f"lora.init={name}: expected models:/NAME@ALIAS, such as models:/fedlora-demo@champion")
     place = home.cache() / "adapters"

@@ -29,6 +29,8 @@ class RankRule(Section):
         return self
 
 
+REGISTRY = "models:/"
+"""What `init` begins with where it names a model of MLflow's registry."""
 Ranks = list[int] | dict[int, float] | RankRule
 
 _LIST_OR_SHARES: TypeAdapter[list[int] | dict[int, float]] = TypeAdapter(

@@ -39,18 +39,13 @@ def read(config: DataConfig, by: str | None, seed: int) -> Draft:
     by, alike = (None, like) if (like := likeness.asked(by)) else (by, None)
     labels = groups.names(raw_train, by)
     picked = groups.rows(raw_train, by, labels)
-    if raw_test is None:
-        picked, others = sources.split_off(picked, len(labels), config.test_fraction, seed, raw_train.where)
-        notes.append(f"{len(others)} of {len(picked) + len(others)} rows are kept for testing (data.test_fraction)")
-    else:
-        others = groups.rows(raw_test, by, labels)
-    picked = sources.subsample(picked, config.train_size, seed, "data/train")
-    others = sources.subsample(others, config.test_size, seed, "data/test")
+    others = groups.rows(raw_test, by, labels) if raw_test else None
+    picked, others, kept = sources.drawn(picked, others, len(labels), config, seed, raw_train.where)
     train, told = _table(raw_train, config, source.columns, picked)
     test, more = _table(raw_test or raw_train, config, source.columns, others)
     if alike:
         labels, train, test = _by_likeness(alike, train, test, seed)
-    return Draft(source, train, test, labels, (*notes, *told, *more))
+    return Draft(source, train, test, labels, (*notes, *kept, *told, *more))
 
 
 def _by_likeness(

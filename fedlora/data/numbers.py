@@ -39,20 +39,15 @@ def read(config: DataConfig, by: str | None, seed: int) -> Draft:
     notes = [*raw_train.told(), *(raw_test.told() if raw_test else [])]
     labels = groups.names(raw_train, by)
     train = _table(raw_train, wanted, number, groups.rows(raw_train, by, labels))
-    if raw_test is None:
-        train, test = sources.split_off(train, len(labels), config.test_fraction, seed, raw_train.where)
-        notes.append(f"{len(test)} of {len(train) + len(test)} rows are kept for testing (data.test_fraction)")
-    else:
-        test = _table(raw_test, wanted, number, groups.rows(raw_test, by, labels))
-    train = sources.subsample(train, config.train_size, seed, "data/train")
-    test = sources.subsample(test, config.test_size, seed, "data/test")
+    test = _table(raw_test, wanted, number, groups.rows(raw_test, by, labels)) if raw_test else None
+    train, test, told = sources.drawn(train, test, len(labels), config, seed, raw_train.where)
     if len(train["value"].unique()) < 2:
         raise DataError(
             f"{raw_train.where}: all {counted(len(train), 'training example')} have the number "
             f"{train['value'][0].as_py():g} in column {number!r}, so there is nothing to learn; set data.label to "
             "another column"
         )
-    return Draft(source, train, test, labels, tuple(notes))
+    return Draft(source, train, test, labels, (*notes, *told))
 
 
 def _table(split: RawSplit, wanted: dict[str, str], number: str, rows: pa.Table) -> pa.Table:

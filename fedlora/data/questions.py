@@ -46,11 +46,6 @@ class Questions:
     def __len__(self) -> int:
         return len(self.asked)
 
-    def at(self, positions: Sequence[int]) -> Questions:
-        """Some of them."""
-        asked, references = [self.asked[i] for i in positions], [self.references[i] for i in positions]
-        return Questions(asked, references, [self.rows[i] for i in positions])
-
 
 def options_of(train: pa.Table) -> list[str]:
     """The different responses of a training set, where they are few enough to choose among; else none."""

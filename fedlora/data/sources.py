@@ -117,15 +117,34 @@ def read(config: DataConfig, seed: int, light: bool = False) -> Draft:
     raw_train = columns.choose(raw_train, names)
     labels = columns.class_names(raw_train)
     train = columns.encode(raw_train, labels)
-    if raw_test is None:
-        train, test = split_off(train, len(labels), config.test_fraction, seed, raw_train.where)
-        notes.append(f"{len(test)} of {len(train) + len(test)} rows are kept for testing (data.test_fraction)")
-    else:
-        test = columns.encode(columns.choose(raw_test, names), labels)
-    train = subsample(train, config.train_size, seed, "data/train")
-    test = subsample(test, config.test_size, seed, "data/test")
+    test = columns.encode(columns.choose(raw_test, names), labels) if raw_test else None
+    train, test, told = drawn(train, test, len(labels), config, seed, raw_train.where)
     _require_two_classes(train, config)
-    return Draft(source, train, test, labels, tuple(notes))
+    return Draft(source, train, test, labels, (*notes, *told))
+
+
+def drawn(
+    train: pa.Table, test: pa.Table | None, classes: int, config: DataConfig, seed: int, where: str
+) -> tuple[pa.Table, pa.Table, list[str]]:
+    """The rows that a configuration asks for of both splits, and what is to be said of it.
+
+    Args:
+        train: with a column `label` of class indices.
+        test: None where the source has none: then it is split off.
+        classes: how many there are.
+        config: says how many rows, and which share for testing.
+        seed: of the run.
+        where: the training rows are from.
+
+    Raises:
+        DataError: as `split_off`.
+    """
+    told = []
+    if test is None:
+        train, test = split_off(train, classes, config.test_fraction, seed, where)
+        told = [f"{len(test)} of {len(train) + len(test)} rows are kept for testing (data.test_fraction)"]
+    train = subsample(train, config.train_size, seed, "data/train")
+    return train, subsample(test, config.test_size, seed, "data/test"), told
 
 
 def split_off(data: pa.Table, classes: int, fraction: float, seed: int, where: str) -> tuple[pa.Table, pa.Table]:

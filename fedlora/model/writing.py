@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedlora.config.generate import GenerateConfig
+from fedlora.data.turns import IGNORED
 
 Ids = npt.NDArray[np.int32]
 _ROWS = 32
@@ -92,7 +93,7 @@ def _log_likelihoods(model: Writer, pairs: Sequence[tuple[Ids, Ids]], pad: int) 
     """Of what follows in each pair, in nats."""
     longest = max(len(before) + len(after) for before, after in pairs)
     ids = torch.full((len(pairs), longest), pad)
-    mask, targets = torch.zeros_like(ids), torch.full_like(ids, -100)
+    mask, targets = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
     for row, (before, after) in enumerate(pairs):
         whole = torch.from_numpy(np.concatenate([before, after]).astype(np.int64))
         ids[row, : len(whole)], mask[row, : len(whole)] = whole, 1

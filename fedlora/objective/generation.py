@@ -144,6 +144,8 @@ class Generation(Objective):
         )
 
     def check_examples(self, config: RunConfig, test: pa.Table, train: pa.Table) -> None:
+        if not config.evaluation.generate.scorers:
+            return
         known = questions.references(test, questions.options_of(train))
         for name in config.evaluation.generate.scorers:
             scorers.check(scorers.find(name), known)

@@ -8,14 +8,12 @@ from pathlib import Path
 
 from fedlora.adapter.base_update import BaseUpdate
 from fedlora.config import RunConfig
+from fedlora.config.lora import REGISTRY
 from fedlora.errors import AdapterError, ConfigError
 from fedlora.exchange.description import description
 from fedlora.exchange.peftfolder import DESCRIPTION, WEIGHTS, PeftFolder, open_peft_folder, read_peft_folder
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
-
-REGISTRY = "models:/"
-"""What the name of a registered model begins with."""
 
 
 def check(config: RunConfig) -> None:

@@ -63,4 +63,4 @@ def test_rows_are_taken_in_their_order(tokenizer):
     found = questions.questions(split, [4, 1])
     assert [each.answer for each in found.references] == ["4", "1"]
     assert found.rows == [4, 1]
-    assert [each.answer for each in found.at([1]).references] == ["1"]
+    assert [each.answer for each in questions.questions(split, [1]).references] == ["1"]

@@ -100,7 +100,11 @@ def test_judgements_of_parts_add_up_and_are_read_again():
     answers = ["a0", "a1", "wrong"]
     whole = judged({exact: answers, numeric: answers}, asked, show=[3, 5])
     one, two = (
-        judged(dict.fromkeys((exact, numeric), answers[part]), asked.at(range(*part.indices(3))), show=[3, 5])
+        judged(
+            dict.fromkeys((exact, numeric), answers[part]),
+            Questions(asked.asked[part], asked.references[part], asked.rows[part]),
+            show=[3, 5],
+        )
         for part in (slice(0, 1), slice(1, 3))
     )
     assert one + two == whole == Judged.from_json(whole.to_json())

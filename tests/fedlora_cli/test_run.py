@@ -8,6 +8,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from uuid import UUID
 
 import pytest
@@ -176,13 +177,21 @@ def test_lists(fedlora, command, words):
     assert all(word in out for word in words)
 
 
-def test_sums_are_written_to_a_file_once(fedlora, tmp_path):
-    words = ("datasets", "make", "--task", "chain_sum", "--size", 200, "--difficulty", 0, "--out", tmp_path / "s.jsonl")
+def test_sums_are_written_to_a_file_once(fedlora, tmp_path, monkeypatch):
+    """Of a package with as many questions as its one task has; tests/fedlora/data/test_maths.py has the real one."""
+    sums = [{"question": f"{n % 150} + 1 = ", "answer": str(n % 150 + 1), "metadata": {}} for n in range(200)]
+    gym = ModuleType("reasoning_gym")
+    gym.create_dataset = lambda task, size, seed: sums[:size]
+    gym.factory = ModuleType("reasoning_gym.factory")
+    gym.factory.DATASETS = {"chain_sum": None}
+    for module in (gym, gym.factory):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    words = ("datasets", "make", "--task", "chain_sum", "--size", 200, "--out", tmp_path / "s.jsonl")
     code, out, _ = fedlora(*words)
     assert code == 0
-    written = len((tmp_path / "s.jsonl").read_text().splitlines())
-    assert f"({written} problems)" in out
-    assert f"left out          {200 - written} questions that had been asked before" in out
+    assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 150
+    assert "(150 problems)" in out
+    assert "left out          50 questions that had been asked before" in out
     code, _, err = fedlora(*words)
     assert (code, err.count("\n")) == (2, 1)
 

@@ -26,7 +26,7 @@ def generate(
 
     For example: fedlora generate RUN "Define the noun: dog" --with-base
     """
-    folder = adapter_folder(what)
+    folder = adapter_of(what)
     output.busy("loading the model …")
     from transformers.utils import logging as transformers_logging
 
@@ -43,21 +43,22 @@ def generate(
         print(blank + "\n".join(f"{name:<9} {_indented(text)}" for name, text in lines))
 
 
-def adapter_folder(what: str) -> Path:
-    """The folder of an adapter: itself, or that of a run."""
-    from fedlora.exchange.peftfolder import DESCRIPTION, WEIGHTS
+def adapter_of(what: str) -> Path:
+    """The folder of an adapter: itself, or that of a run, which may be given by its name."""
+    from fedlora.exchange.peftfolder import adapter_folder
 
-    given = Path(what).expanduser()
-    if any((given / name).is_file() for name in (DESCRIPTION, WEIGHTS)):
-        return given
-    from fedlora_cli.which_run import folder_of
-
-    run = folder_of(what)
-    if not (run / "adapter").is_dir():
+    found = adapter_folder(Path(what).expanduser())
+    if found is None:
         from fedlora.errors import ConfigError
+        from fedlora_cli.which_run import folder_of
 
-        raise ConfigError(f"{run} has no adapter yet: the run is not finished; `fedlora resume {run}` goes on with it")
-    return run / "adapter"
+        run = folder_of(what)
+        found = adapter_folder(run)
+        if found is None:
+            raise ConfigError(
+                f"{run} has no adapter yet: the run is not finished; `fedlora resume {run}` goes on with it"
+            )
+    return found
 
 
 def _indented(text: str) -> str:

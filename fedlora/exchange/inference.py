@@ -19,6 +19,7 @@ from fedlora.exchange.description import Description, description
 from fedlora.exchange.merging import apply_base_update, attach
 from fedlora.model import base as models
 from fedlora.model import writing
+from fedlora.model.arithmetic import autocast
 from fedlora.model.writing import Ids
 
 
@@ -116,8 +117,7 @@ class _Loaded:
         return next(iter(self.peft.parameters())).device  # type: ignore[no-any-return]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        narrow = self.peft.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow)
+        return autocast(self.device, self.peft.dtype)
 
 
 def _written(model: Any, tokenizer: Any, asked: Sequence[Ids], how: GenerateConfig, seed: int) -> list[str]:

@@ -169,6 +169,14 @@ def open_peft_folder(path: Path, limits: Limits = UPLOAD) -> PeftFolder:
     return PeftFolder(path, adapter, stored, config, variant, scalings, shapes, head, magnitudes, tokens, notes)
 
 
+def adapter_folder(path: Path) -> Path | None:
+    """The folder of an adapter: itself, or `adapter` in that of a finished run; None where neither is one."""
+    folders = (path, path / "adapter")
+    return next(
+        (folder for folder in folders if any((folder / name).is_file() for name in (WEIGHTS, DESCRIPTION))), None
+    )
+
+
 def weights_file(path: Path) -> Path:
     """The file with a folder's weights.
 

@@ -69,6 +69,12 @@ def loading(config: ModelConfig, keep: Iterable[str] = ()) -> dict[str, Any]:
     return {**how, "quantization_config": packed, "device_map": {"": torch.get_default_device()}}
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """What a model computes in, training, judging and writing alike: products in a narrow precision if its base is in
+    one, whatever the precision of the adapter."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
 def cannot_keep_less(name: str) -> ModelError:
     """Why a model cannot have gradient checkpointing, as an error to raise."""
     return ModelError(

@@ -24,6 +24,7 @@ from fedlora.config.lora import LoraConfig
 from fedlora.errors import ModelError
 from fedlora.model.arithmetic import (
     DTYPES,
+    autocast,
     cannot_keep_less,
     check_unpacking,
     is_packed,
@@ -211,7 +212,7 @@ class ResidentModel:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of the configured precision."""
-        return torch.autocast(self.device.type, dtype=DTYPES[self.dtype], enabled=self.dtype != "fp32")
+        return autocast(self.device, DTYPES[self.dtype])
 
     def peft_config(self) -> dict[str, Any]:
         """The content of `adapter_config.json` for the attached adapter."""

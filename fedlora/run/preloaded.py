@@ -22,10 +22,11 @@ _watch = threading.Thread(target=_end_with_parent, daemon=True)
 _watch.start()
 gc.disable()  # imports make nothing but what stays
 
+import fedlora.run.jobs  # noqa: E402, F401
+
+# isort: split
 import peft  # noqa: E402, F401
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402, F401
-
-import fedlora.run.jobs  # noqa: E402, F401
 
 gc.freeze()  # a collection in a worker would write to, and so copy, what it shares with the others
 gc.enable()

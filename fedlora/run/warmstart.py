@@ -11,7 +11,14 @@ from fedlora.config import RunConfig
 from fedlora.config.lora import REGISTRY
 from fedlora.errors import AdapterError, ConfigError
 from fedlora.exchange.description import description
-from fedlora.exchange.peftfolder import DESCRIPTION, WEIGHTS, PeftFolder, open_peft_folder, read_peft_folder
+from fedlora.exchange.peftfolder import (
+    DESCRIPTION,
+    WEIGHTS,
+    PeftFolder,
+    adapter_folder,
+    open_peft_folder,
+    read_peft_folder,
+)
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
 
@@ -96,13 +103,12 @@ def _folder(name: str) -> Path:
             f"lora.init={name} is looked up by `fedlora run` and its deployments; elsewhere give the folder of an "
             "adapter (mlflow_tracking.champion.download writes one)"
         )
-    given = Path(name).expanduser()
-    for folder in (given, given / "adapter"):
-        if (folder / WEIGHTS).is_file():
-            return folder
-    raise ConfigError(
-        f"lora.init={name}: no adapter there; expected a folder with {WEIGHTS}, or that of a finished run"
-    )
+    folder = adapter_folder(Path(name).expanduser())
+    if folder is None:
+        raise ConfigError(
+            f"lora.init={name}: no adapter there; expected a folder with {WEIGHTS}, or that of a finished run"
+        )
+    return folder
 
 
 def _short(labels: tuple[str, ...] | list[str]) -> str:

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fedlora.config import configfile
@@ -11,9 +12,11 @@ from fedlora.config.generate import GenerateConfig
 from fedlora.data.turns import Turns
 from fedlora.errors import AdapterError, ConfigError
 from fedlora.exchange import inference
+from fedlora.model import writing
+from fedlora.model.arithmetic import DTYPES
 from fedlora.run.loop import train
 from fedlora_cli.app import app
-from fedlora_cli.generate import adapter_folder
+from fedlora_cli.generate import adapter_of
 
 PROMPT = "What is it?\n\na large animal with a long neck"
 
@@ -45,6 +48,24 @@ def test_an_adapter_is_asked_in_the_form_that_it_was_trained_in(writing, finishe
         inference.generate(folder, ["Why?"])
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_it_is_computed_as_in_training(run, tmp_path, monkeypatch, dtype):
+    folder = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    told = json.loads((folder / "fedlora.json").read_text())
+    (folder / "fedlora.json").write_text(json.dumps(told | {"model": told["model"] | {"dtype": dtype}}))
+    computed, write = [], writing.write
+
+    def written(model, *rest):
+        with model.autocast():
+            computed.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return write(model, *rest)
+
+    monkeypatch.setattr(writing, "write", written)
+    found = inference.generate(folder, [PROMPT], GenerateConfig(max_new_tokens=8))
+    assert computed == [DTYPES[dtype]]
+    assert found["adapter"][0].startswith("a kind of")
+
+
 def test_draws_are_by_seed(run):
     how = GenerateConfig(max_new_tokens=12, temperature=2.0)
     one, same, other = (inference.generate(run / "adapter", [PROMPT], how, seed=seed) for seed in (1, 1, 2))
@@ -61,7 +82,7 @@ def test_what_the_command_prints(run):
 
 
 def test_a_run_means_its_adapter(run):
-    assert adapter_folder(str(run)) == run / "adapter" == adapter_folder(str(run / "adapter"))
+    assert adapter_of(str(run)) == run / "adapter" == adapter_of(str(run / "adapter"))
 
 
 def test_what_writes_nothing_is_refused(finished):
@@ -75,4 +96,4 @@ def test_a_run_that_is_under_way_has_no_adapter_yet(run, tmp_path, as_new):
         file.unlink()
     (folder / "adapter").rmdir()
     with pytest.raises(ConfigError, match="has no adapter yet"):
-        adapter_folder(str(folder))
+        adapter_of(str(folder))

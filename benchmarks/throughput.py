@@ -6,7 +6,7 @@
 SmolLM2-135M in one process on one thread, by turns: a machine that slows down slows both. Both train the same batches
 from the same adapter and must come to the same losses; both write, without drawing, and must write the same.
 
-training  a client's steps: definitions of WordNet as they are (the demo's), and texts of 256 tokens, half of them trained
+training  a client's steps: the demo's definitions, and texts of 256 tokens of which half are trained
 writing   answers to prompts of the demo, batches of 16, against `model.generate` as a person would call it
 """
 
@@ -112,9 +112,7 @@ def compared(
 # -- training
 
 
-def training(
-    case: str, ours: ResidentModel, bare: Any, examples: Examples, padding: Padding, repeats: int
-) -> Compared:
+def training(case: str, ours: ResidentModel, bare: Any, examples: Examples, padding: Padding, repeats: int) -> Compared:
     turn, start = Turn(0, 1, 0), ours.read()
     order = seeds.torch_generator(turn.seed, "batches", turn.round, turn.client)
     batches = [pad(examples, rows, padding) for rows in training_rows(examples, BATCH, STEPS, order)]

@@ -95,6 +95,8 @@ def publish(plan: Sweep, folder: SweepFolder, parent: Parent) -> Since | None:
     told.results(on_server.ways["charts"], folder.path)
     summary = f"## Sweep {plan.name}\n{description(plan, folder, found, on_server)}"
     create_markdown_artifact(summary, key="sweep-summary", description=plan.name)
+    if written:
+        report.show_answers(written)
     return since
 
 

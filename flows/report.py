@@ -21,9 +21,9 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact  # 
 from deployments import form  # noqa: E402
 from fedlora import report  # noqa: E402
 from fedlora.files import home  # noqa: E402
-from fedlora.report import boards, verdict  # noqa: E402
+from fedlora.report import answers, boards, verdict  # noqa: E402
 from fedlora.report.decision import Decision, decide  # noqa: E402
-from fedlora.report.views import Table  # noqa: E402
+from fedlora.report.views import Cell, Table  # noqa: E402
 from flows import progress, refusals  # noqa: E402
 from mlflow_tracking import arrange, compare, store  # noqa: E402
 from mlflow_tracking.compare import LATEST, Source  # noqa: E402
@@ -134,6 +134,7 @@ def make_report(
     progress.current().results(written.link, written.page.parent)
     create_markdown_artifact(summary(written), key="report", description=written.comparison.title)
     create_link_artifact(written.link, key="report-page", link_text="report.html", description=written.comparison.title)
+    show_answers(written)
     return str(written.page)
 
 
@@ -142,11 +143,47 @@ def plain(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+_SIGNS = re.compile(r"([!-/:-@\[-`{-~])")
+
+
+def literal(text: str) -> str:
+    """What somebody, or a model, has written, with nothing in it that Markdown would take for marks or links."""
+    return _SIGNS.sub(r"\\\1", text)
+
+
+def show_answers(written: Written) -> None:
+    """Where models wrote, their answers to the same prompts side by side, on the flow run's page."""
+    if found := answers.side_by_side(written.comparison, written.decision):
+        text = "\n".join(["## What they wrote", "", *(line for each in found for line in _answers(each)), _AFTER])
+        create_markdown_artifact(text, key="answers", description=written.comparison.title)
+
+
+_AFTER = (
+    "\nAfter the last round, and before training; in brackets what each scorer gives, bold where the first gives 1."
+)
+
+
+def _answers(found: answers.SideBySide) -> list[str]:
+    """A heading and a table."""
+    rows = [
+        [Cell(f"**{literal(cell.text)}**" if cell.strong else literal(cell.text)) for cell in row]
+        for row in found.table.rows
+    ]
+    label = ", ".join(filter(None, (found.condition, f"seed {found.seed}")))
+    return [f"**{plain(label)}**", "", *_rows(Table([literal(title) for title in found.table.titles], rows))]
+
+
 def of_condition(label: str, board: Table) -> list[str]:
     """A table in Markdown, below the condition that it is for where there are several."""
-    rows = [f"| {' | '.join(plain(cell.text) for cell in row)} |" for row in board.rows]
+    rows = [[Cell(plain(cell.text)) for cell in row] for row in board.rows]
     head = ["", f"**{plain(label)}**", ""] if label else [""]
-    return [*head, f"| {' | '.join(board.titles)} |", "|---" * len(board.titles) + "|", *rows]
+    return [*head, *_rows(Table(board.titles, rows))]
+
+
+def _rows(table: Table) -> list[str]:
+    """A table of what is Markdown already."""
+    rows = [f"| {' | '.join(cell.text for cell in row)} |" for row in table.rows]
+    return [f"| {' | '.join(table.titles)} |", "|---" * len(table.titles) + "|", *rows]
 
 
 def summary(written: Written) -> str:

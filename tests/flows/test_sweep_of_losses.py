@@ -1,6 +1,7 @@
 """A sweep of tiny decoders as people run it: judged by their loss, of which less is better, wherever it is shown."""
 
 import base64
+import html
 import json
 import re
 import zlib
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from markdown_it import MarkdownIt
 from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
 
 from fedlora.config import configfile
-from fedlora.report import VERDICT
+from fedlora.report import VERDICT, answers
 from fedlora.sweep.folder import SweepFolder
 
 
@@ -20,7 +23,14 @@ def swept(writing, store_uri, prefect_server, tmp_path_factory):
     """The folder of a finished sweep of one that trains and one that hardly does, two seeds each."""
     from flows.sweep import run_sweep
 
-    common = {**writing, "rounds": 1, "tracking.uri": store_uri, "tracking.experiment": "losses"}
+    judged = {"scorers": ["exact"], "decides": "loss", "examples": 4, "max_new_tokens": 3}
+    common = {
+        **writing,
+        **{f"evaluation.generate.{key}": value for key, value in judged.items()},
+        "rounds": 1,
+        "tracking.uri": store_uri,
+        "tracking.experiment": "losses",
+    }
     path = tmp_path_factory.mktemp("sweeps") / "losses.yaml"
     grid = {"training.learning_rate": [1e-6, 0.05], "seed": [0, 1]}
     path.write_text(configfile.yaml.safe_dump({"name": "losses", "set": common, "grid": grid}))
@@ -78,10 +88,30 @@ def test_its_report_is_made_again_from_mlflow(swept, store_uri, tmp_path):
 
     written = write_report(swept.instance, tmp_path / "again", store_uri)
     assert written.comparison.criterion.name == "loss"
-    assert written.comparison.scores[1].name == "token_accuracy"
+    assert {"exact", "token_accuracy"} <= {score.name for score in written.comparison.scores[1:]}
     assert not written.comparison.labelled
     standing = written.decision.conditions[0].best
     runs = written.comparison.runs.set_index("run_id").loc[list(standing.setting.seeds.values())]
     assert standing.results["token_accuracy"].values == tuple(runs["final/token_accuracy"])
     worst = written.comparison.rounds.set_index(["run_id", "round"])["local/loss_worst"]
     assert standing.results["worst_client"].values == tuple(worst[run, 1] for run in runs.index)
+
+
+def test_what_was_written_is_side_by_side_on_the_flow_run_s_page(swept):
+    with get_client(sync_client=True) as client:
+        asked = {"artifacts": {"key": {"any_": ["answers"]}}}
+        (found,) = client.request("POST", "/artifacts/filter", json=asked).json()
+    lines = found["data"].splitlines()
+    head = next(line for line in lines if line.startswith("| prompt | reference | before training | "))
+    assert head.count(r"training\.learning\_rate\=") == 2
+    shown = [line for line in lines if line.startswith("|")]
+    assert 3 <= len(shown) <= 2 + answers.MOST
+    assert len({line.replace("\\|", "").count("|") for line in shown}) == 1
+
+
+@pytest.mark.parametrize("text", ["3 * 4 * 5", "a | b", "[x](http://y)", "<b>", "`x`", "__init__", "\\ $1$", "é – ρ"])
+def test_what_a_model_writes_is_never_markdown(text):
+    from flows.report import literal
+
+    rendered = MarkdownIt().enable(["table", "strikethrough"]).render(f"| a |\n|---|\n| {literal(text)} |")
+    assert f"<td>{html.escape(text, quote=False)}</td>" in rendered

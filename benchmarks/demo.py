@@ -35,14 +35,15 @@ def watch(command: list[str], home: Path) -> tuple[float, float, float]:
     begun, peak = time.time(), 0
     process = psutil.Popen(command, env=environ | {"FEDLORA_HOME": str(home)})
     while process.poll() is None:
-        peak = max(peak, _resident(process))
+        peak = max(peak, resident(process))
         time.sleep(0.5)
     if process.returncode:
         raise SystemExit(f"{command} ended with {process.returncode}")
     return begun, time.time() - begun, peak / 1e6
 
 
-def _resident(process: psutil.Process) -> int:
+def resident(process: psutil.Process) -> int:
+    """Bytes that a process and its descendants hold."""
     total = 0
     for member in [process, *process.children(recursive=True)]:
         try:

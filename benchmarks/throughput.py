@@ -31,6 +31,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from fedlora import seeds
+from fedlora.adapter import Part
 from fedlora.config import DataConfig, ModelConfig, TrainingConfig
 from fedlora.config.generate import GenerateConfig
 from fedlora.config.lora import LoraConfig
@@ -49,7 +50,7 @@ from fedlora.training import client
 MODEL, BATCH, STEPS, PROMPTS = "smollm2-135m", 4, 6, 32
 TRAINING = TrainingConfig(local_steps=STEPS, batch_size=BATCH, learning_rate=1e-4, warmup_steps=0)
 HOW = GenerateConfig(max_new_tokens=32, batch_size=16)
-FACTORS = frozenset({"A", "B"})
+FACTORS: frozenset[Part] = frozenset({"A", "B"})
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,14 @@ def seed_torch(
 ) -> None:
     """Seed torch's global generator of a device (the CPU's by default), which initialisation and dropout draw from.
 
-    On a GPU only its own generator is touched: others may be training another client at this moment.
+    Its own generator alone is touched: on another, somebody may be training another client at this moment, and
+    `torch.manual_seed`, which seeds all, takes a millisecond for those that are not there.
     """
     value = key(seed, purpose, round_number, client)
     if device is not None and device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(value)
+    elif device is not None and device.type == "mps":
+        torch.mps.manual_seed(value)
     else:
-        torch.manual_seed(value)
+        torch.default_generator.manual_seed(value)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import as_completed
 from prefect.tasks import exponential_backoff
 
 from fedlora.data import picture
-from fedlora.errors import ClientFailed, WorkerError, worth_retrying
+from fedlora.errors import worth_retrying
 from fedlora.objective import Scores
-from fedlora.run import export, jobs, recovery
+from fedlora.run import export, groups, jobs, recovery
+from fedlora.run.groups import RETRIES, Dealer, Future, Worked
 from fedlora.run.participation import Ask, Roll
 from fedlora.run.play import Trained
 from fedlora.run.records import Part
@@ -49,13 +49,13 @@ def _step(name: str) -> Callable[[Callable[..., Any]], Any]:
     return task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
 
 
-def _round_step(name: str, of: str = "") -> Callable[[Callable[..., Any]], Any]:
+def _round_step(name: str, of: str = "", retries: int = RETRIES) -> Callable[[Callable[..., Any]], Any]:
     return task(
         name=name,
         task_run_name=f"round {{number}} {of}{name}",
         cache_policy=NO_CACHE,
         persist_result=False,
-        retries=2,
+        retries=retries,
         retry_delay_seconds=exponential_backoff(backoff_factor=1),
         retry_jitter_factor=0.5,
         retry_condition_fn=_worth_retrying,
@@ -75,16 +75,14 @@ def initialise(run: Run) -> str | None:
     return head
 
 
-@_round_step("fine-tune", "client {client} ")
-def fine_tune(run: Run, number: int, client: int, attempt: int) -> str | None:
-    """Train one client in the next free slot; why it could not, if it could not."""
-    runner, path = run.folder.config.runner, run.folder.path
-    try:
-        with workers.current_pool(runner).slot() as slot, held(runner, slot.device):
-            slot.run_within(runner.timeout_s, jobs.fine_tune, path, number, client, attempt)
-    except ClientFailed as error:
-        return str(error)
-    return None
+@_round_step("fine-tune", "{group} ", retries=0)  # each client is tried again by itself
+def fine_tune(
+    run: Run, number: int, group: str, ask: Ask, clients: Sequence[int], ended: Callable[[], None]
+) -> Worked[str | None]:
+    """Train a group of clients in the next free slot; why each that could not, could not."""
+    runner = run.folder.config.runner
+    with workers.current_pool(runner).slot() as slot, held(runner, slot.device):
+        return groups.train(slot, run.folder, ask, clients, ended)
 
 
 @_round_step("receive")
@@ -99,11 +97,11 @@ def aggregate(run: Run, number: int) -> float:
     return run.server.aggregate(number).seconds
 
 
-@_round_step("evaluate", "part {index} ")
-def evaluate(run: Run, number: int, index: int, part: Part) -> Scores:
-    """Score the broadcast model on one part of the test set."""
-    scores: Scores = _in_pool(run, jobs.evaluate, number, part)
-    return scores
+@_round_step("evaluate", "{group} ", retries=0)
+def evaluate(run: Run, number: int, group: str, parts: Sequence[Part], ended: Callable[[], None]) -> Worked[Scores]:
+    """Score the broadcast model on some parts of the test set."""
+    with workers.current_pool(run.folder.config.runner).slot() as slot:
+        return groups.evaluate(slot, run.folder, number, parts, ended)
 
 
 @_step("open-tracking")
@@ -138,6 +136,11 @@ def _in_pool(run: Run, job: Any, *args: Any) -> Any:
     return workers.current_pool(run.folder.config.runner).run(job, run.folder.path, *args)
 
 
+def _named(what: str, numbers: Sequence[int]) -> str:
+    """`client 3`, `clients 0–4`."""
+    return f"{what}{'s' if len(numbers) > 1 else ''} {groups.listed(numbers)}"
+
+
 class TaskHands:
     """The hands of a flow: each piece of work is a task of Prefect's, on its page, tried again after a passing fault.
 
@@ -148,6 +151,8 @@ class TaskHands:
 
     def __init__(self, run: Run, deliver: Callable[[], None]) -> None:
         self._run, self._deliver = run, deliver
+        runner = run.folder.config.runner
+        self._dealer = Dealer(runner.group_s, len(workers.current_pool(runner).slots))
 
     def prepare(self) -> None:
         partition.submit(self._run).result()
@@ -157,19 +162,12 @@ class TaskHands:
         return head
 
     def fine_tune(self, ask: Ask, trained: Trained) -> Mapping[int, str]:
-        train = fine_tune.with_options(retries=self._run.folder.config.runner.retries)
-        answers = {train.submit(self._run, ask.round, client, ask.attempt): client for client in ask.clients}
-        trained(0)
-        failed = {}
-        for done, future in enumerate(as_completed(list(answers)), start=1):
-            try:
-                why = future.result()
-            except WorkerError as error:  # after the retries
-                why = str(error)
-            if why:
-                failed[answers[future]] = why
-            trained(done)
-        return failed
+        def submit(clients: Sequence[int], ended: Callable[[], None]) -> Future[Worked[str | None]]:
+            name = _named("client", clients)
+            return cast(Future[Worked[str | None]], fine_tune.submit(self._run, ask.round, name, ask, clients, ended))
+
+        why = self._dealer.deal(ask.clients, lambda client: "clients", submit, trained)
+        return {client: each for client, each in zip(ask.clients, why, strict=True) if each}
 
     def receive(self, ask: Ask, failed: Mapping[int, str]) -> Roll:
         roll: Roll = receive.submit(self._run, ask.round, ask, dict(failed)).result()
@@ -179,8 +177,13 @@ class TaskHands:
         aggregate.submit(self._run, number).result()
 
     def evaluate(self, number: int, parts: Sequence[Part]) -> Sequence[Scores]:
-        scoring = [evaluate.submit(self._run, number, index, part) for index, part in enumerate(parts)]
-        return [future.result() for future in scoring]
+        places = {part: place for place, part in enumerate(parts)}
+
+        def submit(some: Sequence[Part], ended: Callable[[], None]) -> Future[Worked[Scores]]:
+            name = _named("part", [places[part] for part in some])
+            return cast(Future[Worked[Scores]], evaluate.submit(self._run, number, name, some, ended))
+
+        return self._dealer.deal(parts, lambda part: part.split, submit)
 
     def publish(self) -> None:
         self._deliver()

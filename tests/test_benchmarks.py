@@ -19,6 +19,7 @@ def own_environment(monkeypatch):
 @pytest.mark.parametrize("script", BENCHMARKS, ids=lambda path: path.stem)
 def test_it_says_how_it_is_used(script, own_environment, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.syspath_prepend(script.parent)  # as for a script
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(script), run_name="__main__")
     assert not end.value.code

@@ -144,7 +144,10 @@ class RunnerConfig(Section):
     """Keep a device for one client at a time across all runs, by a strict Prefect concurrency limit per device. Empty:
     yes for GPUs, no for the CPU."""
     retries: int = Field(2, ge=0)
-    """How often a client's task is tried again, with growing pauses, when its worker fails."""
+    """How often a client is tried again, with growing pauses, when its worker fails."""
+    group_s: float = Field(2.0, ge=0)
+    """Seconds of work that are handed to a worker at a time: clients that take less travel in groups, each a task run
+    of Prefect's. A client stays what is saved, tried again and counted. 0: each client alone."""
     timeout_s: float | None = Field(None, gt=0)
     """Seconds after which a worker process that trains a client is taken for hung and ended (then `retries` apply).
     Empty: wait for it. Needs `runner.kind=processes`."""
@@ -306,6 +309,7 @@ NEUTRAL = (
     "runner.exclusive",
     "runner.retries",
     "runner.timeout_s",
+    "runner.group_s",
     "keep_rounds",
 )
 """Keys that change neither the numbers of a run nor where it is logged."""

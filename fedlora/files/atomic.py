@@ -15,8 +15,14 @@ from typing import Any
 from fedlora.errors import saving
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, durable: bool = True) -> None:
     """Write a file so that it is there whole or not at all (temporary file, fsync, rename).
+
+    Args:
+        path: of the file.
+        content: of the file.
+        durable: wait until it is on the disk. Without, it is whole for every process, also after this one was killed;
+            after a power failure it may be torn, so that whoever reads it must know its digest.
 
     Raises:
         RunFolderError: it cannot be written; says why.
@@ -27,17 +33,18 @@ def write_atomic(path: Path, content: bytes) -> None:
         try:
             with temporary.open("wb") as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             temporary.replace(path)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
 
 
-def write_json(path: Path, content: Any, allow_nan: bool = True) -> None:
-    """Write a value as JSON, so that it is there whole or not at all."""
-    write_atomic(path, (json.dumps(content, indent=1, allow_nan=allow_nan) + "\n").encode())
+def write_json(path: Path, content: Any, allow_nan: bool = True, durable: bool = True) -> None:
+    """Write a value as JSON, so that it is there whole or not at all (`durable`: as for `write_atomic`)."""
+    write_atomic(path, (json.dumps(content, indent=1, allow_nan=allow_nan) + "\n").encode(), durable)
 
 
 def check_writable(folder: Path) -> None:

@@ -26,7 +26,7 @@ from fedlora.model.resident import ResidentModel
 from fedlora.objective import Scores
 from fedlora.run import ranks, rounds, warmstart
 from fedlora.run.records import ClientRecord, DataRead, Part, Setup
-from fedlora.run.runfolder import RunFolder
+from fedlora.run.runfolder import RUN, RunFolder
 from fedlora.run.traffic import crossing
 from fedlora.seeds import Turn
 from fedlora.strategies.base import ServerState
@@ -156,21 +156,21 @@ def initialise(bench: Workbench, folder: Path) -> str | None:
     return model.note
 
 
-def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attempt: int = 0) -> None:
+def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attempt: int = 0) -> bool:
     """Train one client in round `number` (from 1) and score its model on its own test examples; where its update would
-    not arrive in time (`channel.faults`), there is no use in training it.
+    not arrive in time (`channel.faults`), there is no use in training it. Whether there was something to do.
 
     Raises:
         ClientFailed: training diverged.
     """
-    run = RunFolder(folder)
+    run = _run(bench, folder)
     stem = run.client_stem(number, client_id)
     if run.read_record(stem):
-        return
+        return False
     config, turn = run.config, Turn(run.config.seed, number, client_id, attempt)
     fate = channel.fate(config, turn)
     if not fate.arrives(config.channel.deadline_s):
-        return
+        return False
     state, strategy = _state(run, bench, number - 1), run.strategy
     start, plan = strategy.broadcast(state, client_id), strategy.plan(number)
     data, model = _data(run, bench), _model(run, bench, state, number - 1)
@@ -200,12 +200,13 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
     message = channel.Message(upload.tensors(), record.to_json())
     if fate.damage:
         message = channel.damaged(message, fate.damage, start, turn)
-    run.write_tensors(stem, message.tensors, message.record, message.on_the_way)
+    run.write_tensors(stem, message.tensors, message.record, message.on_the_way, durable=False)
+    return True
 
 
 def evaluate(bench: Workbench, folder: Path, number: int, part: Part) -> Scores:
     """Score the broadcast after round `number` on one part of the test set (see `rounds.evaluation_parts`)."""
-    run = RunFolder(folder)
+    run = _run(bench, folder)
     test = _data(run, bench).test
     if part.split == "probe":  # before the round's broadcast: on the base that the clients trained on
         state = _state(run, bench, number - 1)
@@ -248,6 +249,12 @@ def _score(bench: Workbench, run: RunFolder, split: Any, rows: np.ndarray) -> Sc
     """Scores of the model as it is loaded, on some rows of a split."""
     padding, batch_size = _data(run, bench).padding, run.config.evaluation.batch_size
     return run.objective.evaluate(_loaded(run, bench), tokens.examples(split, rows), batch_size, padding)
+
+
+def _run(bench: Workbench, folder: Path) -> RunFolder:
+    """The folder of a run that has begun, with its configuration: read once, and again only where it is another."""
+    found = (folder / RUN).stat()
+    return bench.keep("run", (folder, found.st_mtime_ns, found.st_ino, found.st_size), lambda: RunFolder(folder))
 
 
 def _data(run: RunFolder, bench: Workbench) -> tokens.TokenisedData:

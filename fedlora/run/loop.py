@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from fedlora.config import RunConfig
 from fedlora.data import picture
-from fedlora.errors import ClientFailed, WorkerError, worth_retrying
 from fedlora.metrics import RoundRecord
 from fedlora.objective import Scores
-from fedlora.run import export, jobs, preflight, recovery, rounds
+from fedlora.run import export, groups, jobs, preflight, recovery, rounds
+from fedlora.run.groups import RETRIES, Dealer, Future, Worked, again
 from fedlora.run.participation import Ask, Roll
 from fedlora.run.play import Observer, Trained, play
 from fedlora.run.records import Part
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.server import Server
-from fedlora.training.workers import Pool, open_pool, slot_devices
+from fedlora.training.workers import Pool, Slot, open_pool, slot_devices
 
 T = TypeVar("T")
-
-_RETRIES = 2
-"""How often a step of a round is tried again after a passing fault."""
 
 
 def train(
@@ -81,7 +77,7 @@ class LocalHands:
 
     def __init__(self, server: Server, pool: Pool, threads: ThreadPoolExecutor) -> None:
         self._server, self._pool, self._threads = server, pool, threads
-        self._run, self._runner = server.run, server.run.config.runner
+        self._run, self._dealer = server.run, Dealer(server.run.config.runner.group_s, len(pool.slots))
 
     def prepare(self) -> None:
         self._pool.run(jobs.prepare_data, self._run.path)
@@ -91,50 +87,29 @@ class LocalHands:
         return head
 
     def fine_tune(self, ask: Ask, trained: Trained) -> Mapping[int, str]:
-        waiting = {self._threads.submit(self._why_failed, ask, client): client for client in ask.clients}
-        trained(0)
-        failed = {}
-        for done, future in enumerate(as_completed(waiting), start=1):
-            if why := future.result():
-                failed[waiting[future]] = why
-            trained(done)
-        return failed
+        def submit(clients: Sequence[int], ended: Callable[[], None]) -> Future[Worked[str | None]]:
+            return self._threads.submit(self._in_slot, lambda slot: groups.train(slot, self._run, ask, clients, ended))
 
-    def _why_failed(self, ask: Ask, client: int) -> str | None:
-        """Train a client, more than once where its worker dies; why it could not, if it could not."""
-        arguments = (self._run.path, ask.round, client, ask.attempt)
-        try:
-            again(
-                self._runner.retries,
-                lambda: self._pool.run_within(self._runner.timeout_s, jobs.fine_tune, *arguments),
-            )
-        except (ClientFailed, WorkerError) as error:
-            return str(error)
-        return None
+        why = self._dealer.deal(ask.clients, lambda client: "clients", submit, trained)
+        return {client: each for client, each in zip(ask.clients, why, strict=True) if each}
 
     def receive(self, ask: Ask, failed: Mapping[int, str]) -> Roll:
-        return again(_RETRIES, lambda: self._server.receive(ask, failed))
+        return again(RETRIES, lambda: self._server.receive(ask, failed))
 
     def aggregate(self, number: int) -> None:
-        again(_RETRIES, lambda: self._server.aggregate(number))
+        again(RETRIES, lambda: self._server.aggregate(number))
 
     def evaluate(self, number: int, parts: Sequence[Part]) -> Sequence[Scores]:
-        def score(part: Part) -> Scores:
-            return again(_RETRIES, lambda: self._pool.run(jobs.evaluate, self._run.path, number, part))
+        def submit(some: Sequence[Part], ended: Callable[[], None]) -> Future[Worked[Scores]]:
+            return self._threads.submit(
+                self._in_slot, lambda slot: groups.evaluate(slot, self._run, number, some, ended)
+            )
 
-        return list(self._threads.map(score, parts))
+        return self._dealer.deal(parts, lambda part: part.split, submit)
+
+    def _in_slot(self, work: Callable[[Slot], T]) -> T:
+        with self._pool.slot() as slot:
+            return work(slot)
 
     def publish(self) -> None:
         export.final(self._run)
-
-
-def again(retries: int, call: Callable[[], T]) -> T:
-    """What a call returns; after a fault that may pass (`worth_retrying`) it is tried again, later each time."""
-    for attempt in range(retries):
-        try:
-            return call()
-        except Exception as error:
-            if not worth_retrying(error):
-                raise
-            time.sleep(attempt)
-    return call()

@@ -38,7 +38,10 @@ from fedlora.strategies.base import ServerState, Strategy
 FORMAT = 3
 """Version of this layout, written to `run.json`."""
 
-_CONFIG, _RUN, _SEAL = "config.yaml", "run.json", "seal"
+RUN = "run.json"
+"""Id, layout, versions and configuration of a run."""
+
+_CONFIG, _SEAL = "config.yaml", "seal"
 _LARGEST_JSON = 2**28
 """Bytes; the longest record of a client, with the loss of every step, has far fewer."""
 _DECIDING = ("torch", "transformers", "peft", "numpy")
@@ -87,10 +90,10 @@ class RunFolder:
             config: of the run that goes on.
             extends: the run that was copied.
         """
-        known = extends.need_json(_RUN)
+        known = extends.need_json(RUN)
         own = {"id": uuid.uuid4().hex, "config": config.model_dump(mode="json"), "extends": extends.id}
         folder = cls(path.expanduser().absolute())
-        folder.write_json(_RUN, {**known, **own})
+        folder.write_json(RUN, {**known, **own})
         folder._describe(config)
         return folder
 
@@ -109,7 +112,7 @@ class RunFolder:
         """
         folder = cls(path.expanduser().absolute())
         if not folder.holds_run():
-            raise RunFolderError(f"{folder.path} holds no run: it has neither {_RUN} nor {_CONFIG}")
+            raise RunFolderError(f"{folder.path} holds no run: it has neither {RUN} nor {_CONFIG}")
         folder._check_format()
         try:
             folder._check_same(configfile.load(folder.path / _CONFIG))
@@ -122,7 +125,7 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Whether a run was begun here."""
-        return (self.path / _RUN).exists() or (self.path / _CONFIG).exists()
+        return (self.path / RUN).exists() or (self.path / _CONFIG).exists()
 
     def held(self) -> AbstractContextManager[None]:
         """Keep every other process away from the run within.
@@ -135,10 +138,10 @@ class RunFolder:
 
     def _check_format(self) -> None:
         known = self._known
-        if known is None and not (self.path / _RUN).exists():
+        if known is None and not (self.path / RUN).exists():
             raise RunFolderError(
                 f"{self.path} was made by an older version of fedlora, whose layout this one does not continue (it has "
-                f"no {_RUN}); finish it with that version, or choose another --run-dir"
+                f"no {RUN}); finish it with that version, or choose another --run-dir"
             )
         if known is not None and known["format"] != FORMAT:
             raise RunFolderError(
@@ -161,7 +164,7 @@ class RunFolder:
     def _describe(self, config: RunConfig) -> None:
         """Write `run.json` and `config.yaml`; a run that was begun keeps its id, and the versions it began with."""
         known = self._known or {"format": FORMAT, "id": uuid.uuid4().hex, "versions": _versions()}
-        self.write_json(_RUN, {**known, "config": config.model_dump(mode="json")})
+        self.write_json(RUN, {**known, "config": config.model_dump(mode="json")})
         write_atomic(self.path / _CONFIG, configfile.to_yaml(config).encode())
         for name in ("_known", "id", "config", "strategy"):
             self.__dict__.pop(name, None)
@@ -169,12 +172,12 @@ class RunFolder:
     @cached_property
     def _known(self) -> Any | None:
         """`run.json`, or None where it is missing or damaged."""
-        return self.read_json(_RUN)
+        return self.read_json(RUN)
 
     @cached_property
     def id(self) -> str:
         """What tells this run from every other, also from an earlier one in the same folder."""
-        return str((self._known or self.need_json(_RUN))["id"])
+        return str((self._known or self.need_json(RUN))["id"])
 
     def other_versions(self) -> list[str]:
         """Packages that have changed since the run began and may change its bits: `torch was 2.13.0, is 2.14.0`.
@@ -182,7 +185,7 @@ class RunFolder:
         Raises:
             RunFolderError: `run.json` is missing or damaged.
         """
-        known = (self._known or self.need_json(_RUN))["versions"]
+        known = (self._known or self.need_json(RUN))["versions"]
         return [f"{name} was {known[name]}, is {now}" for name, now in _versions().items() if known.get(name) != now]
 
     @cached_property
@@ -197,7 +200,7 @@ class RunFolder:
         try:
             return configfile.load(self.path / _CONFIG)
         except ConfigError as error:
-            raise RunFolderError(f"{self.path}: {_RUN} and {_CONFIG} are both damaged ({error}); start anew") from None
+            raise RunFolderError(f"{self.path}: {RUN} and {_CONFIG} are both damaged ({error}); start anew") from None
 
     @cached_property
     def strategy(self) -> Strategy:
@@ -226,11 +229,11 @@ class RunFolder:
         """
         return self.objective.score_of(self.config)
 
-    def write_json(self, name: str, content: Any) -> None:
+    def write_json(self, name: str, content: Any, durable: bool = True) -> None:
         """Write a JSON file; a mapping gets a seal, by which damage is found."""
         if isinstance(content, Mapping):
             content = {**content, _SEAL: _seal(json.loads(json.dumps(content)))}
-        write_json(self.path / name, content)
+        write_json(self.path / name, content, durable=durable)
 
     def read_json(self, name: str) -> Any | None:
         """The content of a JSON file of the run, without its seal, or None when it is not there or damaged."""
@@ -263,6 +266,7 @@ class RunFolder:
         tensors: Mapping[str, Tensor],
         record: Mapping[str, Any],
         on_the_way: Callable[[bytes], bytes] = bytes,
+        durable: bool = True,
     ) -> None:
         """`<stem>.safetensors` and then `<stem>.json` with `record` and the digest of the tensors.
 
@@ -271,10 +275,11 @@ class RunFolder:
             tensors: to write.
             record: what else is known of them.
             on_the_way: what a faulty channel makes of the file after its digest was taken.
+            durable: wait until they are on the disk.
         """
         content = serialise(tensors)
-        write_atomic(self.path / f"{stem}.safetensors", on_the_way(content))
-        self.write_json(f"{stem}.json", {**record, "digest": hashlib.sha256(content).hexdigest()})
+        write_atomic(self.path / f"{stem}.safetensors", on_the_way(content), durable)
+        self.write_json(f"{stem}.json", {**record, "digest": hashlib.sha256(content).hexdigest()}, durable)
 
     def read_record(self, stem: str) -> dict[str, Any] | None:
         """The record of `<stem>`, or None unless both files are there and the digest holds."""

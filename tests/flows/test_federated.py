@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -88,15 +89,34 @@ def test_clients_of_several_ranks_on_a_base_that_changes(run_flow, tiny, tmp_pat
     assert [value > 0 for value in base] == [False, False, True, True]
 
 
+def clients_in(name):
+    """The clients that a task run's name tells."""
+    for each in name.split()[3].split(","):
+        first, _, last = each.partition("–")
+        yield from range(int(first), int(last or first) + 1)
+
+
 def test_task_runs_say_strategy_round_and_client(finished_flow):
     names = task_names(flow_run_of(finished_flow))
     for number in (1, 2):
-        for client in range(3):
-            assert f"round {number} client {client} fine-tune" in names
+        trained = [name for name in names if re.fullmatch(rf"round {number} clients? \S+ fine-tune", name)]
+        assert sorted(client for name in trained for client in clients_in(name)) == [0, 1, 2]
         assert f"round {number} aggregate" in names
         assert f"round {number} part 0 evaluate" in names
         assert f"round {number} track" in names
     assert {"partition", "initialise", "round 0 track", "publish"} <= set(names)
+
+
+def test_clients_that_take_little_time_share_task_runs(run_flow):
+    """What Prefect costs grows with groups, not with clients; with `runner.group_s=0` each has its own."""
+    for group_s, most in ((60, 7), (0, 12)):
+        folder = run_flow({"clients": 12, "partition.name": "iid", "runner.group_s": group_s})
+        for number in (1, 2):
+            called = rf"round {number} clients? \S+ fine-tune"
+            trained = [name for name in task_names(flow_run_of(folder)) if re.fullmatch(called, name)]
+            assert sorted(client for name in trained for client in clients_in(name)) == list(range(12))
+            assert len(trained) <= most
+            assert len(trained) == 12 or group_s
 
 
 def test_progress_and_summary_artifacts(finished_flow):

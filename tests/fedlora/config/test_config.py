@@ -106,6 +106,7 @@ OTHER = {
     "runner.exclusive": True,
     "runner.retries": 0,
     "runner.timeout_s": 60.0,
+    "runner.group_s": 0.0,
     "keep_rounds": 5,
     "channel.min_clients": 2,
     "channel.too_few": "stop",
@@ -141,6 +142,7 @@ NEUTRAL = {
     "runner.exclusive",
     "runner.retries",
     "runner.timeout_s",
+    "runner.group_s",
     "keep_rounds",
 } | {key for key in KEYS if key.startswith("tracking.")}
 """Keys that cannot change a number of the results."""

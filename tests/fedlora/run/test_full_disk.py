@@ -32,16 +32,16 @@ def assert_like_uninterrupted(folder, finished) -> None:
 def full_at(monkeypatch):
     """A function: let the disk be full at this file written from now on, a number or a name (None: never)."""
     state = {"at": None, "written": 0}
-    real = os.fsync
+    real = Path.replace
 
-    def fsync(descriptor):
-        state["written"] += 1
-        name = Path(f"/proc/self/fd/{descriptor}").readlink().name  # ".state.json.4711.tmp"
-        if state["at"] == state["written"] or name.startswith(f".{state['at']}."):
+    def replace(path, target):  # ".state.json.4711.tmp"
+        written = path.suffix == ".tmp"
+        state["written"] += written
+        if written and (state["at"] == state["written"] or path.name.startswith(f".{state['at']}.")):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor)
+        return real(path, target)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
     return lambda at: state.update(at=at, written=0)
 
 

@@ -26,7 +26,7 @@ from fedlora.model import base as model
 from fedlora.model.resident import ResidentModel
 from fedlora.model.targets import stores_transposed
 from fedlora.objective.classification import OBJECTIVE
-from fedlora.run import inspection, loop, participation, probe, rounds, server
+from fedlora.run import groups, inspection, participation, probe, rounds, server
 from fedlora.run.loop import train
 from fedlora.run.runfolder import RunFolder
 from fedlora.strategies import registry, step
@@ -509,16 +509,16 @@ def test_an_interruption_does_not_wait_for_a_worker_that_hangs(configure, tmp_pa
     (tmp_path / "jobs_that_hang.py").write_text(HANG)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("fedlora.run.jobs.fine_tune", importlib.import_module("jobs_that_hang").hang)
-    real = loop.LocalHands._why_failed
+    real = groups.train
 
-    def interrupted(hands, ask, client):
-        if client:
-            return real(hands, ask, client)
+    def interrupted(slot, run, ask, clients, ended):
+        if 0 not in clients:
+            return real(slot, run, ask, clients, ended)
         while not (tmp_path / "run/hangs").exists():
             time.sleep(0.02)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.LocalHands, "_why_failed", interrupted)
+    monkeypatch.setattr(groups, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(configure({"runner.kind": "processes", "runner.slots": 2}), tmp_path / "run")
     assert (tmp_path / "run/hangs").exists()

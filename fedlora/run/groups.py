@@ -1,0 +1,201 @@
+"""Pieces of work are dealt to the slots in groups of some seconds: what handing over costs (a task run of Prefect's) is
+paid once for each. A piece, not its group, is what is done, found in the folder, tried again and counted."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Generic, Protocol, TypeVar
+
+from fedlora.errors import ClientFailed, WorkerError, worth_retrying
+from fedlora.objective import Scores
+from fedlora.run import jobs
+from fedlora.run.participation import Ask
+from fedlora.run.records import Part
+from fedlora.run.runfolder import RunFolder
+from fedlora.training.workers import Slot
+
+P = TypeVar("P")
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+RETRIES = 2
+"""How often a step of a round is tried again after a passing fault; a client as often as `runner.retries` says."""
+_AHEAD = 2
+"""Groups for each slot that are handed over before one has ended, so that no slot waits for its next."""
+_LEAST = 0.1
+"""Of a group's seconds: what the last groups of a round are not cut below."""
+
+
+@dataclass(frozen=True)
+class Worked(Generic[T_co]):
+    """What came of each piece of a group, and the seconds of a piece; None where nothing was left to do."""
+
+    results: Sequence[T_co]
+    each_s: float | None
+
+
+class Future(Protocol[T_co]):
+    """As `concurrent.futures` and Prefect have them."""
+
+    def result(self) -> T_co: ...
+
+    def add_done_callback(self, fn: Callable[[Any], None], /) -> None: ...
+
+
+Submit = Callable[[Sequence[P], Callable[[], None]], Future[Worked[T]]]
+"""Hands over a group; the other function is to be called as each of its pieces comes to an end."""
+
+
+class Dealer:
+    """Cuts groups by what pieces of a kind have taken so far; the first of a kind, of which nothing is known, go alone.
+
+    Groups become smaller towards the end, so that slots end at about the same time (guided self-scheduling,
+    Polychronopoulos & Kuck 1987).
+
+    Args:
+        seconds: of work in a group; 0 for groups of one.
+        slots: how many groups are worked on side by side.
+    """
+
+    def __init__(self, seconds: float, slots: int) -> None:
+        self._seconds, self._slots = seconds, slots
+        self._each: dict[str, float] = {}
+
+    def deal(
+        self,
+        pieces: Sequence[P],
+        kind: Callable[[P], str],
+        submit: Submit[P, T],
+        ended: Callable[[int], None] = lambda done: None,
+    ) -> list[T]:
+        """Have all pieces done; what came of each, in their order.
+
+        Args:
+            pieces: a group has neighbours of one kind.
+            kind: of a piece.
+            submit: hands over a group.
+            ended: is told how many pieces have come to an end; 0 once the first are handed over.
+        """
+        found: list[T] = []
+        by_first: dict[int, Sequence[T]] = {}
+        heard: SimpleQueue[tuple[int, Future[Worked[T]]] | None] = SimpleQueue()
+        next_piece = under_way = done = 0
+        while next_piece < len(pieces) or under_way:
+            while next_piece < len(pieces) and under_way < _AHEAD * self._slots:
+                group = self._cut(pieces, next_piece, kind)
+                future = submit(group, lambda: heard.put(None))
+                future.add_done_callback(_passed_on(heard, next_piece))
+                next_piece, under_way = next_piece + len(group), under_way + 1
+                if next_piece == len(group):
+                    ended(0)
+            news = heard.get()
+            if news is None:
+                done = min(done + 1, len(pieces))
+                ended(done)
+                continue
+            first, future = news
+            worked, under_way = future.result(), under_way - 1
+            by_first[first] = worked.results
+            if worked.each_s is not None:
+                self._each[kind(pieces[first])] = worked.each_s
+        for first in sorted(by_first):
+            found += by_first[first]
+        return found
+
+    def _cut(self, pieces: Sequence[P], first: int, kind: Callable[[P], str]) -> Sequence[P]:
+        of = kind(pieces[first])
+        last = first + self.size(of, len(pieces) - first)
+        other = next((place for place in range(first, last) if kind(pieces[place]) != of), last)
+        return pieces[first:other]
+
+    def size(self, kind: str, left: int) -> int:
+        """How many of the pieces of a kind that are left are the next group."""
+        each = self._each.get(kind)
+        if not self._seconds or each is None:
+            return 1
+        most = self._seconds / max(each, 1e-6)
+        even = math.ceil(left / (_AHEAD * self._slots))
+        return max(1, min(left, int(most), max(even, int(_LEAST * most))))
+
+
+def _passed_on(heard: SimpleQueue[Any], first: int) -> Callable[[Any], None]:
+    return lambda future: heard.put((first, future))
+
+
+def train(
+    slot: Slot, run: RunFolder, ask: Ask, clients: Sequence[int], ended: Callable[[], None]
+) -> Worked[str | None]:
+    """Let clients train one after the other in a slot; why each that could not, could not.
+
+    A client is tried again after a passing fault, `runner.retries` times; after that the others go on without it.
+
+    Raises:
+        FedloraError: what concerns not one client alone.
+    """
+    runner = run.config.runner
+
+    def one(client: int) -> tuple[str | None, bool]:
+        worked = False
+
+        def once() -> None:
+            nonlocal worked
+            worked |= slot.run_within(runner.timeout_s, jobs.fine_tune, run.path, ask.round, client, ask.attempt)
+
+        try:
+            again(runner.retries, once)
+        except (ClientFailed, WorkerError) as error:
+            return str(error), True
+        return None, worked
+
+    return _worked(clients, one, ended)
+
+
+def evaluate(
+    slot: Slot, run: RunFolder, number: int, parts: Sequence[Part], ended: Callable[[], None]
+) -> Worked[Scores]:
+    """Score parts after a round one after the other in a slot."""
+
+    def one(part: Part) -> tuple[Scores, bool]:
+        return again(RETRIES, lambda: slot.run(jobs.evaluate, run.path, number, part)), True
+
+    return _worked(parts, one, ended)
+
+
+def _worked(pieces: Sequence[P], one: Callable[[P], tuple[T, bool]], ended: Callable[[], None]) -> Worked[T]:
+    """What `one` makes of each piece, and says whether there was work."""
+    results, count, begun = [], 0, time.perf_counter()
+    for piece in pieces:
+        result, worked = one(piece)
+        results.append(result)
+        count += worked
+        ended()
+    return Worked(results, (time.perf_counter() - begun) / count if count else None)
+
+
+def again(retries: int, call: Callable[[], T]) -> T:
+    """What a call returns; after a fault that may pass (`worth_retrying`) it is tried again, later each time."""
+    for attempt in range(retries):
+        try:
+            return call()
+        except Exception as error:
+            if not worth_retrying(error):
+                raise
+            time.sleep(attempt)
+    return call()
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """Numbers in words, neighbours as a range: `3`, `0–4, 7`; of more than four ranges the first and the last."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    if len(ranges) > 4:
+        return f"{numbers[0]} … {numbers[-1]} ({len(numbers)})"
+    return ", ".join("–".join(map(str, each)) for each in ranges)

@@ -1,0 +1,139 @@
+"""Groups of clients: cut by what clients take, with each piece's result, failure and end its own."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.errors import ClientFailed, WorkerError
+from fedlora.run import groups
+from fedlora.run.groups import Dealer, Worked
+from fedlora.run.participation import Ask
+from fedlora.run.runfolder import RunFolder
+
+
+def dealt(pieces, each_s, seconds=2.0, slots=2, kind=lambda piece: "", known=None):
+    """The groups that pieces travel in, in order, when each takes as many seconds."""
+    cut, dealer = [], Dealer(seconds, slots)
+    if known is not None:
+        dealer._each[""] = known
+    with ThreadPoolExecutor(1) as threads:
+
+        def submit(group, ended):
+            cut.append(list(group))
+            return threads.submit(lambda: Worked([piece * 10 for piece in group], each_s))
+
+        found = dealer.deal(pieces, kind, submit)
+    assert found == [piece * 10 for piece in pieces]
+    return cut
+
+
+@given(st.integers(1, 300), st.floats(1e-7, 100), st.floats(0, 10), st.integers(1, 8))
+def test_every_piece_is_in_one_group_in_order(count, each_s, seconds, slots):
+    cut = dealt(list(range(count)), each_s, seconds, slots)
+    assert [piece for group in cut for piece in group] == list(range(count))
+
+
+def test_short_clients_travel_together_and_long_ones_alone():
+    assert len(dealt(list(range(100)), 0.01, known=0.01)) <= 12
+    assert all(len(group) == 1 for group in dealt(list(range(20)), 3.0, known=3.0))
+    assert all(len(group) == 1 for group in dealt(list(range(20)), 0.001, seconds=0, known=0.001))
+
+
+def test_no_group_is_longer_than_asked_for_once_it_is_known_how_long_they_take():
+    assert max(map(len, dealt(list(range(1000)), 0.1, known=0.1))) == 20
+
+
+def test_the_last_groups_are_small_so_that_slots_end_together():
+    sizes = [len(group) for group in dealt(list(range(1000)), 0.002, known=0.002)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 250
+    assert max(sizes[-2:]) <= 100
+
+
+def test_a_group_has_one_kind():
+    kinds = "aaabbbbbaa"
+    cut = dealt(list(range(10)), 1e-4, kind=lambda piece: kinds[piece])
+    assert all(len({kinds[piece] for piece in group}) == 1 for group in cut)
+
+
+def test_the_end_of_each_piece_is_told_and_none_more_than_once():
+    told = []
+    with ThreadPoolExecutor(2) as threads:
+
+        def submit(group, ended):
+            def work():
+                for _ in group:
+                    ended()
+                ended()  # a step that was tried again
+                return Worked(list(group), 0.1)
+
+            return threads.submit(work)
+
+        Dealer(2.0, 2).deal(range(5), lambda piece: "", submit, told.append)
+    assert told[0] == 0
+    assert told == sorted(told)
+    assert max(told) == 5
+
+
+def test_what_goes_wrong_in_a_group_is_raised():
+    def submit(group, ended):
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        Dealer(2.0, 1).deal([1, 2], lambda piece: "", submit)
+    with ThreadPoolExecutor(1) as threads, pytest.raises(ZeroDivisionError):
+        Dealer(2.0, 1).deal([1, 2], lambda piece: "", lambda group, ended: threads.submit(lambda: 1 // 0))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ([3], "3"),
+        ([0, 1, 2, 3, 4], "0–4"),
+        ([0, 1, 4, 7, 8], "0–1, 4, 7–8"),
+        ([0, 2, 4, 6, 8, 9], "0 … 9 (6)"),
+    ],
+)
+def test_numbers_in_words(numbers, words):
+    assert groups.listed(numbers) == words
+
+
+# -- clients in a slot
+
+
+class Slot:
+    """Counts who is trained; some end their worker that often before they are."""
+
+    def __init__(self, deaths, found=()):
+        self.deaths, self.found, self.asked = dict(deaths), found, []
+
+    def run_within(self, seconds, job, path, number, client, attempt):
+        self.asked.append(client)
+        if self.deaths.get(client, 0):
+            self.deaths[client] -= 1
+            raise WorkerError(f"died with {client}")
+        if client == 9:
+            raise ClientFailed("diverged")
+        return client not in self.found
+
+
+@pytest.fixture
+def run(configure, tmp_path, monkeypatch):
+    monkeypatch.setattr(groups.time, "sleep", lambda seconds: None)
+    return RunFolder.create(tmp_path / "run", configure({"runner.retries": 2}))
+
+
+def test_each_client_of_a_group_is_tried_again_and_fails_by_itself(run):
+    slot, ended = Slot({1: 2, 2: 3}), []
+    worked = groups.train(slot, run, Ask(1, 0, (0, 1, 2, 9, 3)), (0, 1, 2, 9, 3), lambda: ended.append(1))
+    assert worked.results == [None, None, "died with 2", "diverged", None]
+    assert slot.asked == [0, 1, 1, 1, 2, 2, 2, 9, 3]
+    assert len(ended) == 5
+
+
+def test_clients_that_are_done_already_say_nothing_of_how_long_one_takes(run):
+    ask = Ask(1, 0, (0, 1))
+    assert groups.train(Slot({}, found=(0, 1)), run, ask, (0, 1), lambda: None).each_s is None
+    assert groups.train(Slot({}, found=(0,)), run, ask, (0, 1), lambda: None).each_s > 0

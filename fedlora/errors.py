@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -116,6 +116,20 @@ def remembered(most: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
 def counted(number: int, one: str, many: str = "") -> str:
     """`1 round`, `8 rounds`; `many` where an s is not enough. For everything that people read, errors or not."""
     return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def listed(numbers: Sequence[int], most: int = 4) -> str:
+    """Numbers in words, neighbours as a range: `3`, `0–4, 7`; of more than `most` ranges the first, the last and how
+    many there are."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    if len(ranges) > most:
+        return f"{numbers[0]} … {numbers[-1]} ({len(numbers)})"
+    return ", ".join("–".join(map(str, each)) for each in ranges)
 
 
 def first_line(error: Exception) -> str:

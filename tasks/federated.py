@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
 from fedlora.data import picture
-from fedlora.errors import worth_retrying
+from fedlora.errors import listed, worth_retrying
 from fedlora.objective import Scores
 from fedlora.run import export, groups, jobs, recovery
 from fedlora.run.groups import RETRIES, Dealer, Future, Worked
@@ -138,7 +138,7 @@ def _in_pool(run: Run, job: Any, *args: Any) -> Any:
 
 def _named(what: str, numbers: Sequence[int]) -> str:
     """`client 3`, `clients 0–4`."""
-    return f"{what}{'s' if len(numbers) > 1 else ''} {groups.listed(numbers)}"
+    return f"{what}{'s' if len(numbers) > 1 else ''} {listed(numbers)}"
 
 
 class TaskHands:

@@ -17,6 +17,8 @@ _NAMES: dict[str, Any] = {"parse_math": False}
 """Labels and owners are shown as they are: two dollars would make a formula of what is between them."""
 _READABLE = 40
 """Rows or columns that can all carry a name; of more, only some do."""
+_BARS = 200
+"""Clients that have a bar of their own."""
 
 
 def draw_once(run: Path) -> None:
@@ -91,7 +93,11 @@ def _cut(name: str) -> str:
 
 
 def _draw_sizes(bars: Axes, partition: Partition) -> None:
-    bars.barh(np.arange(partition.clients), partition.sizes, height=0.8, color="0.45")
+    if partition.clients <= _BARS:
+        bars.barh(np.arange(partition.clients), partition.sizes, height=0.8, color="0.45")
+    else:  # as one outline: a bar each, too thin to be seen, would take seconds
+        edges = np.arange(partition.clients + 1) - 0.5
+        bars.stairs(partition.sizes, edges, orientation="horizontal", fill=True, color="0.45")
     bars.set_xlabel("examples\nof the client")
     bars.tick_params(axis="y", left=False, labelleft=False)
     bars.tick_params(axis="x", rotation=90)

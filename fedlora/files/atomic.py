@@ -42,6 +42,19 @@ def write_atomic(path: Path, content: bytes, durable: bool = True) -> None:
             raise
 
 
+Stamp = tuple[int, int, int]
+"""What changes when a file is written again."""
+
+
+def stamp(path: Path) -> Stamp | None:
+    """Of a file as it is now; None where there is none. What was read of a file holds while its stamp does."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
 def write_json(path: Path, content: Any, allow_nan: bool = True, durable: bool = True) -> None:
     """Write a value as JSON, so that it is there whole or not at all (`durable`: as for `write_atomic`)."""
     write_atomic(path, (json.dumps(content, indent=1, allow_nan=allow_nan) + "\n").encode(), durable)

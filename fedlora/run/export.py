@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedlora.adapter import Adapter
 from fedlora.config import RunConfig
 from fedlora.errors import counted, saving
@@ -19,6 +21,9 @@ from fedlora.run import rounds
 from fedlora.run.records import Setup
 from fedlora.run.runfolder import RunFolder
 
+LONGEST_TABLE = 50_000
+"""Rows of `tables/clients.json`, some 20 MB."""
+
 
 def final(run: RunFolder) -> None:
     """Write `adapter/`, `tables/` and `figures/` of a finished run.
@@ -28,22 +33,40 @@ def final(run: RunFolder) -> None:
     """
     with saving(run.path):
         adapter(run, run.config.rounds, run.path / "adapter")
-        closed = list(run.closed())
-        for name in ("divergence", "clients"):  # rows of `fedlora.run.rows`, of the rounds after training began
-            run.write_json(f"tables/{name}.json", [row for record in closed[1:] for row in record["rows"][name]])
+        records = {run.config.strategy: _tables(run)}
         answers(run, run.config.rounds)
-        records = {run.config.strategy: [RoundRecord.from_json(record) for record in closed]}
         plots.rounds_figure(records, run.path / "figures" / "rounds.png", run.score)
         plots.conditions_figure(records, run.path / "figures" / "conditions.png")
+
+
+def _tables(run: RunFolder) -> list[RoundRecord]:
+    """Write rows of `fedlora.run.rows`, of the rounds after training began; of clients those of as many rounds as stay
+    below `LONGEST_TABLE` rows, evenly from the first to the last. Returns the records of all rounds."""
+    kept = _some(run.config.rounds, max(2, LONGEST_TABLE // run.config.clients_asked))
+    found: dict[str, list[Any]] = {"divergence": [], "clients": []}
+    records = []
+    for record in run.closed():
+        records.append(RoundRecord.from_json(record))
+        if record["round"]:
+            found["divergence"] += record["rows"]["divergence"]
+            found["clients"] += record["rows"]["clients"] if record["round"] in kept else ()
+    for name, rows in found.items():
+        run.write_json(f"tables/{name}.json", rows)
+    return records
+
+
+def _some(rounds: int, most: int) -> set[int]:
+    """At most so many rounds, the first and the last among them."""
+    return set(range(1, rounds + 1)) if rounds <= most else {round(n) for n in np.linspace(1, rounds, most)}
 
 
 def answers(run: RunFolder, number: int) -> Path | None:
     """Write what was answered in writing up to a round (`tables/answers.json`, columns and rows as MLflow shows a
     table); the file, or None where nothing was answered after that round."""
-    closed = list(itertools.islice(run.closed(), number + 1))
-    if not closed[-1]["rows"].get("answers"):
+    written = [record["rows"].get("answers", []) for record in itertools.islice(run.closed(), number + 1)]
+    if not written[-1]:
         return None
-    rows = [row for record in closed for row in record["rows"].get("answers", ())]
+    rows = list(itertools.chain.from_iterable(written))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     file = run.path / "tables" / "answers.json"
     write_json(file, {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]})

@@ -186,16 +186,3 @@ def again(retries: int, call: Callable[[], T]) -> T:
                 raise
             time.sleep(attempt)
     return call()
-
-
-def listed(numbers: Sequence[int]) -> str:
-    """Numbers in words, neighbours as a range: `3`, `0–4, 7`; of more than four ranges the first and the last."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][-1] + 1:
-            ranges[-1][1:] = [number]
-        else:
-            ranges.append([number])
-    if len(ranges) > 4:
-        return f"{numbers[0]} … {numbers[-1]} ({len(numbers)})"
-    return ", ".join("–".join(map(str, each)) for each in ranges)

@@ -20,6 +20,7 @@ from fedlora.data import questions, sources, tokens
 from fedlora.data.partition import Partition, Split, partition
 from fedlora.errors import DataError
 from fedlora.files import home
+from fedlora.files.atomic import stamp
 from fedlora.model import arithmetic, outline, provenance
 from fedlora.model.base import check_length, load_tokenizer
 from fedlora.model.resident import ResidentModel
@@ -253,8 +254,7 @@ def _score(bench: Workbench, run: RunFolder, split: Any, rows: np.ndarray) -> Sc
 
 def _run(bench: Workbench, folder: Path) -> RunFolder:
     """The folder of a run that has begun, with its configuration: read once, and again only where it is another."""
-    found = (folder / RUN).stat()
-    return bench.keep("run", (folder, found.st_mtime_ns, found.st_ino, found.st_size), lambda: RunFolder(folder))
+    return bench.keep("run", (folder, stamp(folder / RUN)), lambda: RunFolder(folder))
 
 
 def _data(run: RunFolder, bench: Workbench) -> tokens.TokenisedData:

@@ -16,7 +16,7 @@ from fedlora.adapter import Adapter
 from fedlora.adapter.base_update import BaseUpdate
 from fedlora.channel import faults as channel
 from fedlora.config import RunConfig
-from fedlora.errors import RunAborted, UpdateRejected, counted
+from fedlora.errors import RunAborted, UpdateRejected, counted, listed
 from fedlora.metrics import Bytes
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.traffic import crossing
@@ -28,6 +28,10 @@ Status = Literal["completed", "crashed", "late", "surplus", "rejected", "failed"
 """`crashed`: sent nothing (a fault made on purpose); `late`: after the deadline; `surplus`: not needed any more, of an
 over-selected round; `rejected`: its update is not what was asked for; `failed`: its training diverged, or its worker
 died more often than it may."""
+
+
+_NAMED = 20
+"""Clients, or ranges of them, that a line names."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,8 @@ class Ask:
 
 def _summary(status: str, entries: Sequence[Entry]) -> str:
     """`crashed: 2, 5`, with the first reason where it is not in the word."""
-    listed = f"{status}: {', '.join(str(entry.client) for entry in entries)}"
-    return f"{listed} ({entries[0].reason})" if status in ("rejected", "failed") else listed
+    said = f"{status}: {listed([entry.client for entry in entries], most=_NAMED)}"
+    return f"{said} ({entries[0].reason})" if status in ("rejected", "failed") else said
 
 
 def read(run: RunFolder, number: int) -> Roll:

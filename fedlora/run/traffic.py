@@ -10,13 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 from fedlora.adapter.base_update import BaseUpdate
 from fedlora.adapter.weights import Adapter, Part, wire_size
+from fedlora.files.atomic import Stamp, stamp
 from fedlora.metrics import Bytes
 from fedlora.run.runfolder import RunFolder
 from fedlora.seeds import Turn
 from fedlora.strategies.base import NOTHING, Strategy
+
+_ROUNDS = 64
+"""Whose records are remembered."""
 
 
 def crossing(run: RunFolder, turn: Turn, base: BaseUpdate, start: Adapter, upload: Adapter | None) -> Bytes:
@@ -89,6 +95,13 @@ class _Closed:
 def _closed(run: RunFolder, turn: Turn, first: int) -> Iterator[_Closed]:
     """The rounds before this one, the latest first, down to `first`."""
     for number in range(turn.round - 1, first - 1, -1):
-        record = run.need_json(run.record_name(number))
-        ranks = {int(client): rank for client, rank in record.get("ranks", {}).items()}
-        yield _Closed(number, frozenset(record["asked"]), ranks, int(record["base_bytes"]))
+        name = run.record_name(number)
+        yield _of(run.path / name, stamp(run.path / name), number)
+
+
+@lru_cache(_ROUNDS)
+def _of(file: Path, _: Stamp | None, number: int) -> _Closed:
+    """What a record says, read once for the many clients of a round."""
+    record = RunFolder(file.parents[2]).need_json(str(file.relative_to(file.parents[2])))
+    ranks = {int(client): rank for client, rank in record.get("ranks", {}).items()}
+    return _Closed(number, frozenset(record["asked"]), ranks, int(record["base_bytes"]))

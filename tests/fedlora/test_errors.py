@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.errors import counted
+from fedlora.errors import counted, listed
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,3 +34,16 @@ def test_no_text_of_ours_says_1_rounds():
         for match in wrong.finditer(path.read_text("utf-8"))
     ]
     assert not found
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ([3], "3"),
+        ([0, 1, 2, 3, 4], "0–4"),
+        ([0, 1, 4, 7, 8], "0–1, 4, 7–8"),
+        ([0, 2, 4, 6, 8, 9], "0 … 9 (6)"),
+    ],
+)
+def test_which_numbers_in_words(numbers, words):
+    assert listed(numbers) == words

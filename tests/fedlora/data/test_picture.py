@@ -26,6 +26,18 @@ def test_pictures_grow_with_what_they_show_and_stay_viewable(tmp_path):
     assert 600 < narrow < wider < wide < 2000
 
 
+def test_sizes_of_very_many_clients_are_one_outline(tmp_path):
+    """As large as that of a few: the grey of their bars takes as much of the picture."""
+    shares, shapes = [], []
+    for clients in (150, 2000):
+        draw(make(clients, 4), tmp_path / "partition.png")
+        image = imread(tmp_path / "partition.png")[:, :, :3]
+        shapes.append(image.shape)
+        shares.append((abs(image - 0.45).max(axis=2) < 0.02).mean())
+    assert shapes[0] == shapes[1]
+    assert shares[1] == pytest.approx(shares[0], rel=0.4)
+
+
 def test_more_of_a_label_is_brighter_and_none_is_white(tmp_path):
     """One cell of three in each row has all there is: a known share of the picture has the brightest colour."""
     draw(make(3, 3, "one-label"), tmp_path / "partition.png")

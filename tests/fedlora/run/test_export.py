@@ -96,6 +96,16 @@ def test_only_those_who_took_part_are_in_the_table(finished):
     assert [(row["round"], row["client"]) for row in table(folder, "clients")] == expected
 
 
+def test_of_very_many_clients_some_rounds_are_left_out_of_the_table(finished, as_new, tmp_path, monkeypatch):
+    run = as_new(finished({"rounds": 5, "clients": 2, "keep_rounds": None}), tmp_path / "run")
+    for most, kept in ((10, [1, 2, 3, 4, 5]), (6, [1, 3, 5]), (1, [1, 5])):
+        monkeypatch.setattr(export, "LONGEST_TABLE", most)
+        export.final(run)
+        rows = run.read_json("tables/clients.json")
+        assert [row["round"] for row in rows] == [number for number in kept for _ in range(2)]
+        assert {row["round"] for row in run.read_json("tables/divergence.json")} == {1, 2, 3, 4, 5}
+
+
 def test_a_row_for_each_round_and_module(finished):
     rows = table(finished(), "divergence")
     assert all(row.keys() >= DIVERGENCE for row in rows)

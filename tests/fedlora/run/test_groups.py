@@ -87,19 +87,6 @@ def test_what_goes_wrong_in_a_group_is_raised():
         Dealer(2.0, 1).deal([1, 2], lambda piece: "", lambda group, ended: threads.submit(lambda: 1 // 0))
 
 
-@pytest.mark.parametrize(
-    ("numbers", "words"),
-    [
-        ([3], "3"),
-        ([0, 1, 2, 3, 4], "0–4"),
-        ([0, 1, 4, 7, 8], "0–1, 4, 7–8"),
-        ([0, 2, 4, 6, 8, 9], "0 … 9 (6)"),
-    ],
-)
-def test_numbers_in_words(numbers, words):
-    assert groups.listed(numbers) == words
-
-
 # -- clients in a slot
 
 

@@ -26,9 +26,10 @@ from fedlora.model import base as model
 from fedlora.model.resident import ResidentModel
 from fedlora.model.targets import stores_transposed
 from fedlora.objective.classification import OBJECTIVE
-from fedlora.run import groups, inspection, participation, probe, rounds, server
+from fedlora.run import groups, inspection, participation, probe, rounds, server, traffic
 from fedlora.run.loop import train
 from fedlora.run.runfolder import RunFolder
+from fedlora.seeds import Turn
 from fedlora.strategies import registry, step
 from fedlora.training import client
 from fedlora.training.workers import open_pool
@@ -380,6 +381,14 @@ def test_two_runs_that_share_a_worker_do_not_disturb_each_other(configure, finis
             assert (tmp_path / str(index) / name).read_bytes() == (finished(each) / name).read_bytes()
         alone = [metrics.reproducible(m) for m in measured(finished(each))]
         assert [metrics.reproducible(m) for m in measured(tmp_path / str(index))] == alone
+
+
+def test_the_record_of_a_round_is_read_once_for_all_clients_of_the_next(finished, monkeypatch):
+    run, read, need_json = RunFolder(finished({"strategy": "flora"})), [], RunFolder.need_json
+    monkeypatch.setattr(RunFolder, "need_json", lambda run, name: (read.append(name), need_json(run, name))[1])
+    traffic._of.cache_clear()
+    assert all(traffic.missed_base(run, Turn(0, 2, client), 10**9) > 0 for client in range(3))
+    assert read == ["rounds/001/record.json"]
 
 
 def test_a_client_downloads_what_it_missed_of_the_base(finished):

@@ -387,8 +387,8 @@ def test_the_record_of_a_round_is_read_once_for_all_clients_of_the_next(finished
     run, read, need_json = RunFolder(finished({"strategy": "flora"})), [], RunFolder.need_json
     monkeypatch.setattr(RunFolder, "need_json", lambda run, name: (read.append(name), need_json(run, name))[1])
     traffic._of.cache_clear()
-    assert all(traffic.missed_base(run, Turn(0, 2, client), 10**9) > 0 for client in range(3))
-    assert read == ["rounds/001/record.json"]
+    assert all(traffic.missed_base(run, Turn(0, 3, client), 10**9) > 0 for client in range(3))
+    assert read == ["rounds/002/record.json"]
 
 
 def test_a_client_downloads_what_it_missed_of_the_base(finished):

@@ -13,6 +13,7 @@ import typer
 from deployments.local import environment
 from fedlora.config import addresses
 from fedlora.errors import ConfigError, FedloraError, counted
+from fedlora_cli import bench as cli_bench
 from fedlora_cli import datasets as cli_datasets
 from fedlora_cli import generate as cli_generate
 from fedlora_cli import output
@@ -46,6 +47,7 @@ app.command()(cli_run.watch)
 app.command()(cli_sweep.sweep)
 app.command()(cli_sweep.report)
 app.command()(cli_generate.generate)
+app.command()(cli_bench.bench)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
 from prefect.tasks import exponential_backoff
 
 from fedlora.data import picture
@@ -82,7 +83,7 @@ def fine_tune(
     """Train a group of clients in the next free slot; why each that could not, could not."""
     runner = run.folder.config.runner
     with workers.current_pool(runner).slot() as slot, held(runner, slot.device):
-        return groups.train(slot, run.folder, ask, clients, ended)
+        return groups.train(slot, run.folder, ask, clients, ended, get_run_logger().warning)
 
 
 @_round_step("receive")

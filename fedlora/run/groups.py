@@ -127,11 +127,17 @@ def _passed_on(heard: SimpleQueue[Any], first: int) -> Callable[[Any], None]:
 
 
 def train(
-    slot: Slot, run: RunFolder, ask: Ask, clients: Sequence[int], ended: Callable[[], None]
+    slot: Slot,
+    run: RunFolder,
+    ask: Ask,
+    clients: Sequence[int],
+    ended: Callable[[], None],
+    say: Callable[[str], None] = lambda line: None,
 ) -> Worked[str | None]:
     """Let clients train one after the other in a slot; why each that could not, could not.
 
-    A client is tried again after a passing fault, `runner.retries` times; after that the others go on without it.
+    A client is tried again after a passing fault, `runner.retries` times, which is said; after that the others go on
+    without it.
 
     Raises:
         FedloraError: what concerns not one client alone.
@@ -146,7 +152,7 @@ def train(
             worked |= slot.run_within(runner.timeout_s, jobs.fine_tune, run.path, ask.round, client, ask.attempt)
 
         try:
-            again(runner.retries, once)
+            again(runner.retries, once, say)
         except (ClientFailed, WorkerError) as error:
             return str(error), True
         return None, worked
@@ -176,7 +182,7 @@ def _worked(pieces: Sequence[P], one: Callable[[P], tuple[T, bool]], ended: Call
     return Worked(results, (time.perf_counter() - begun) / count if count else None)
 
 
-def again(retries: int, call: Callable[[], T]) -> T:
+def again(retries: int, call: Callable[[], T], say: Callable[[str], None] = lambda line: None) -> T:
     """What a call returns; after a fault that may pass (`worth_retrying`) it is tried again, later each time."""
     for attempt in range(retries):
         try:
@@ -184,5 +190,6 @@ def again(retries: int, call: Callable[[], T]) -> T:
         except Exception as error:
             if not worth_retrying(error):
                 raise
+            say(f"{error}; trying again ({attempt + 1} of {retries})")
             time.sleep(attempt)
     return call()

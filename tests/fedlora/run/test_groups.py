@@ -113,11 +113,14 @@ def run(configure, tmp_path, monkeypatch):
 
 
 def test_each_client_of_a_group_is_tried_again_and_fails_by_itself(run):
-    slot, ended = Slot({1: 2, 2: 3}), []
-    worked = groups.train(slot, run, Ask(1, 0, (0, 1, 2, 9, 3)), (0, 1, 2, 9, 3), lambda: ended.append(1))
+    slot, ended, said = Slot({1: 2, 2: 3}), [], []
+    ask = Ask(1, 0, (0, 1, 2, 9, 3))
+    worked = groups.train(slot, run, ask, ask.clients, lambda: ended.append(1), said.append)
     assert worked.results == [None, None, "died with 2", "diverged", None]
     assert slot.asked == [0, 1, 1, 1, 2, 2, 2, 9, 3]
     assert len(ended) == 5
+    tried = [f"died with {client}; trying again ({attempt} of 2)" for client in (1, 2) for attempt in (1, 2)]
+    assert said == tried
 
 
 def test_clients_that_are_done_already_say_nothing_of_how_long_one_takes(run):

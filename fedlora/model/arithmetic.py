@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
 
+N = TypeVar("N", bound=nn.Module)
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKED = ("Params4bit", "Int8Params")
 """What bitsandbytes calls weights that it has quantised."""
+_REPACKS = "support_avx512bf16_for_cpu"
+"""Of a layer of bitsandbytes: whether it may bring its weight into a form that is for inference alone."""
 _BLOCK = 64
 """Weights of nf4 with one scale."""
 
@@ -67,6 +71,18 @@ def loading(config: ModelConfig, keep: Iterable[str] = ()) -> dict[str, Any]:
         )
     )
     return {**how, "quantization_config": packed, "device_map": {"": torch.get_default_device()}}
+
+
+def trained_as_scored(network: N) -> N:
+    """The network itself, whose layers of 4 bits keep the form that they can be trained in.
+
+    On a CPU with arithmetic for bf16, bitsandbytes brings them into another form when they are first used without being
+    trained, and from then on no gradient passes them, without a word.
+    """
+    for layer in network.modules():
+        if hasattr(layer, _REPACKS):
+            setattr(layer, _REPACKS, False)
+    return network
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -145,7 +145,7 @@ def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | No
     try:
         if pooling != "head":
             body = AutoModel.from_pretrained(location, **common, **arithmetic.loading(config))
-            return PooledClassifier(body, len(labels), pooling)
+            return arithmetic.trained_as_scored(PooledClassifier(body, len(labels), pooling))
         declared = AutoConfig.from_pretrained(location, **_source(config))
         heads = _heads(declared) if config.quantization != "none" else ()
         common |= arithmetic.loading(config, heads)
@@ -158,7 +158,7 @@ def load_base(config: ModelConfig, labels: Sequence[str], pad_token_id: int | No
         model.config.pad_token_id = pad_token_id
     for name in head_modules(model):
         model.get_submodule(name).float().register_forward_pre_hook(_to_its_precision)
-    classifier: nn.Module = model
+    classifier: nn.Module = arithmetic.trained_as_scored(model)
     return classifier
 
 
@@ -186,7 +186,7 @@ def load_writer(config: ModelConfig) -> nn.Module:
         network: nn.Module = AutoModelForCausalLM.from_pretrained(resolve(config.name), **how)
     except Exception as error:
         raise cannot_load(config, "weights", error) from error
-    return network
+    return arithmetic.trained_as_scored(network)
 
 
 def check_writer(config: ModelConfig, declared: Any) -> None:

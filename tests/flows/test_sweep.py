@@ -272,7 +272,7 @@ def test_a_pool_that_does_not_exist_or_has_no_worker_is_one_clear_line(prefect_s
     from flows import handover
 
     with pytest.raises(
-        ConfigError, match=r"there is no work pool 'cpu-wrokers'. There are: .*prefect work-pool create"
+        ConfigError, match=r"there is no work pool 'cpu-wrokers'\..* There are: .*prefect work-pool create"
     ):
         handover.check("cpu-wrokers")
     with get_client(sync_client=True) as client:

@@ -171,6 +171,26 @@ def test_a_base_update_is_applied_beside_a_quantised_layer(wide_llama, quantizat
         assert torch.equal(layer(x), before)
 
 
+def test_a_base_of_four_bits_that_was_scored_is_trained_like_one_that_was_not(wide_llama, monkeypatch):
+    """On processors with bf16 bitsandbytes repacks what is scored, and then passes no gradient back."""
+    from bitsandbytes.nn import modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    ids, slopes = torch.arange(5, 25)[None], []
+    for scored in (False, True):
+        model = build(wide_llama(), quantization="nf4")
+        parameters = model.trainable(frozenset({"B"}))
+        if scored:
+            model.peft.eval()
+            with torch.inference_mode():
+                model.peft(input_ids=ids)
+        model.peft.train()
+        model.peft(input_ids=ids, labels=ids).loss.backward()
+        slopes.append([parameter.grad for parameter in parameters])
+    assert all(slope.any() for slope in slopes[0])
+    torch.testing.assert_close(*slopes, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("strategy", ["flora", "fedex-lora", "oracle"])
 def test_a_strategy_that_changes_the_base_runs_on_a_quantised_one(writing, wide_llama, tmp_path, strategy):
     """Its adapter is loaded as it was trained, and merged into the base in full precision."""

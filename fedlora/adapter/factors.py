@@ -83,6 +83,10 @@ class ProductSum:
             return Factors(torch.cat(self.left, dim=1), torch.cat(self.right, dim=1).T)
         return beside_identity(self.dense)
 
+    def matrix(self) -> Tensor:
+        """The sum itself (d_out × d_in, float64); where it is dense already, not a copy."""
+        return self.dense if self.dense is not None else self.factors().product()
+
     def times(self, matrix: Tensor) -> Tensor:
         """`(Σ c_k B_k A_k) @ matrix` (d_out × n) for a `matrix` (d_in × n)."""
         wanted = matrix.to(torch.float64)
@@ -119,7 +123,7 @@ class Frame:
         self._others = [pair.to(torch.float64) for pair in others]
         self._sides: tuple[_Side, _Side] | None = None
         if total.dense is not None or width >= min(total.shape):
-            self.total = total.dense if total.dense is not None else total.factors().product()
+            self.total = total.matrix()
             return
         self._sides = (
             _Side([*total.left, *(pair.B for pair in self._others)]),

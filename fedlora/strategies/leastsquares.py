@@ -20,7 +20,7 @@ _WIDE = 2**21
 """The same where blocks are multiplied with each other."""
 KEPT = 2**23
 """Numbers of a factor, of all clients together, up to which they are kept in float64 (64 MB)."""
-_SETTLED = 1e-8
+_SETTLED = 1e-10
 """LSQR's atol and btol; the objective is then nearer to its minimum by far, as its gradient vanishes there."""
 _SLOW = 150
 """Iterations after which the triangle of the uploads' inner products is worth its cost, cubic in the clients."""

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fedlora.adapter import leading
 from fedlora.adapter.base_update import BaseUpdate
-from fedlora.adapter.factors import Frame, ProductSum, apart, spread_about
+from fedlora.adapter.factors import Frame, ProductSum
 from fedlora.adapter.leading import Distances, distances, square
+from fedlora.adapter.spread import Spread, apart
 from fedlora.adapter.updates import Updates, ranks_of
 from fedlora.adapter.weights import Adapter, Factors
 
@@ -189,16 +190,16 @@ def measure_module(
     w = weights.tolist()
     groups = _groups(broadcasts, common)
     hats = [_held(broadcasts[members[0]], base) for members in groups]
-    heaviest = _heaviest(uploads, w, sum(hat.rank for hat in hats))
-    ideal, moves, about = ProductSum(broadcasts[0].shape), [], []
+    spread = _spread(uploads, w, sum(hat.rank for hat in hats))
+    ideal, moves = ProductSum(broadcasts[0].shape), []
     for weight, upload, hat in zip(w, uploads, broadcasts, strict=True):
         own = upload.to_double()
         ideal.add(weight, own)
         moves.append(_moved(own, hat))
-        if heaviest is not None and weight:
-            about.append(weight * apart(own, heaviest))
+        if spread is not None:
+            spread.add(weight, own)
     ranks = {hat.rank for hat in broadcasts}
-    found, dispersion = _distances(ideal, hats, ranks, heaviest, about, w)
+    found, dispersion = _distances(ideal, hats, ranks, spread, w)
     errors2 = [0.0] * len(w)
     for error2, members in zip(found.errors2, groups, strict=True):
         for position in members:
@@ -219,35 +220,30 @@ def measure_module(
     )
 
 
-def _heaviest(uploads: Sequence[Factors], w: Sequence[float], others: int) -> Factors | None:
-    """The upload with the most weight, in float64, where the others are measured against it: their joint rank is too
-    large for coordinates of them all."""
+def _spread(uploads: Sequence[Factors], w: Sequence[float], others: int) -> Spread | None:
+    """Where the joint rank of the uploads and others is too large for coordinates of them all, uploads are measured
+    against the one with the most weight, as they are read."""
     joint, side = sum(ranks_of(uploads)), min(uploads[0].shape)
     if joint < leading.LARGE and joint + others < side:
         return None
-    return uploads[max(range(len(w)), key=w.__getitem__)].to_double()
+    return Spread(uploads[max(range(len(w)), key=w.__getitem__)].to_double(), many=joint >= leading.LARGE)
 
 
 def _distances(
-    ideal: ProductSum,
-    hats: Sequence[Factors],
-    ranks: Collection[int],
-    heaviest: Factors | None,
-    about: Iterable[float],
-    w: Sequence[float],
+    ideal: ProductSum, hats: Sequence[Factors], ranks: Collection[int], spread: Spread | None, w: Sequence[float]
 ) -> tuple[Distances, float]:
     """Of the ideal to what is held, and the dispersion: by leading directions where they suffice, otherwise in
     coordinates of everything."""
-    if heaviest is not None:
-        found = distances(ideal.operator(), [*hats, heaviest], ranks)
+    if spread is not None:
+        found = distances(ideal.operator(), [*hats, spread.about], ranks)
         if found is not None:
             *errors2, error2 = found.errors2
-            return Distances(found.ideal2, errors2, found.tails2), spread_about(math.fsum(about), error2)
+            return Distances(found.ideal2, errors2, found.tails2), spread.of(error2)
     frame = Frame(ideal, hats)
     exact = frame.distances(len(hats), ranks)
-    if heaviest is None or not frame.is_dense:
+    if spread is None or not frame.is_dense:
         return exact, frame.spread(w)
-    return exact, spread_about(math.fsum(about), square(frame.total - heaviest.product()))
+    return exact, spread.of(square(frame.total - spread.about.product()))
 
 
 def _groups(broadcasts: Sequence[Factors], common: bool) -> list[list[int]]:

@@ -172,7 +172,7 @@ class Frame:
     def spread(self, weights: Sequence[float]) -> float:
         """`Σ w_k ‖B_k A_k − Σ w_v B_v A_v‖²` of the stacked pairs of which the total was made with these weights."""
         if self._sides is None:
-            raise ValueError("the spread about a dense sum is that about one of its pairs: spread_about")
+            raise ValueError("the spread about a dense sum is taken about one of its pairs: Spread")
         left, right = (side.coordinates[:, : self._begin].split(self._widths, dim=1) for side in self._sides)
         return math.fsum(  # the left columns carry the weight
             weight * square(own / weight @ other.T - self.total)
@@ -185,21 +185,6 @@ class Frame:
         if self._sides is None:
             return left, right
         return self._sides[0].lift(left), self._sides[1].lift(right)
-
-
-def spread_about(about: float, error2: float) -> float:
-    """`Σ w_k ‖P_k − W‖²` of products with the mean W, from `about = Σ w_k ‖P_k − H‖²` and `error2 = ‖H − W‖²`, where H
-    is the product with the most weight.
-
-    The terms are of the spread's own size (at most one over that weight larger), so little cancels even where clients
-    are nearly equal.
-    """
-    return max(about - error2, 0.0)
-
-
-def apart(pair: Factors, other: Factors) -> float:
-    """`‖BA − B'A'‖²` of two pairs, in coordinates of their own."""
-    return square(Frame(ProductSum.of([pair, other], [1.0, -1.0])).total)
 
 
 class _Side:

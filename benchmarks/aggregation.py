@@ -190,9 +190,6 @@ def cells() -> Iterator[dict[str, Any]]:
 
 
 def _cell(name: str, shape: tuple[int, int], rank: int, adapters: list[Adapter], updates: Updates) -> dict[str, Any]:
-    clients = len(updates)
-    if name == "flora-na" and 3 * 8 * (clients * rank) ** 2 > 8e9:
-        return {"note": "Gram blocks of U²r² do not fit"}
     strategy = registry.make(name)
     state = start(shape, rank, strategy, adapters)
     return measured(lambda: advance(strategy, state, updates) and None)

@@ -8,16 +8,19 @@ compared without the scaling s, which cancels in ρ; R, P, Q and the dispersion 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedlora.adapter import leading
 from fedlora.adapter.base_update import BaseUpdate
-from fedlora.adapter.factors import Frame, ProductSum, square
-from fedlora.adapter.updates import Updates
+from fedlora.adapter.factors import Frame, ProductSum
+from fedlora.adapter.leading import Distances, distances, square
+from fedlora.adapter.spread import Spread, apart
+from fedlora.adapter.updates import Updates, ranks_of
 from fedlora.adapter.weights import Adapter, Factors
 
 
@@ -185,23 +188,23 @@ def measure_module(
         common: whether clients of one rank receive the same, which is then measured once.
     """
     w = weights.tolist()
+    groups = _groups(broadcasts, common)
+    hats = [_held(broadcasts[members[0]], base) for members in groups]
+    spread = _spread(uploads, w, sum(hat.rank for hat in hats))
     ideal, moves = ProductSum(broadcasts[0].shape), []
     for weight, upload, hat in zip(w, uploads, broadcasts, strict=True):
         own = upload.to_double()
         ideal.add(weight, own)
         moves.append(_moved(own, hat))
-    groups = _groups(broadcasts, common)
-    hats = [_held(broadcasts[members[0]], base) for members in groups]
-    frame = Frame(ideal, hats)
+        if spread is not None:
+            spread.add(weight, own)
+    ranks = {hat.rank for hat in broadcasts}
+    found, dispersion = _distances(ideal, hats, ranks, spread, w)
     errors2 = [0.0] * len(w)
-    for index, members in enumerate(groups):
-        error2 = square(frame.other(index) - frame.total)
+    for error2, members in zip(found.errors2, groups, strict=True):
         for position in members:
             errors2[position] = error2
-    ideal2 = square(frame.total)
-    dispersion = frame.spread(uploads, w)
-    spectrum = torch.linalg.svdvals(frame.total).square()
-    tail_of = {rank: float(spectrum[rank:].sum()) for rank in {hat.rank for hat in broadcasts}}
+    ideal2, tail_of = found.ideal2, found.tails2
     return ModuleDivergence(
         error2=_weighted(w, errors2),
         ideal2=ideal2,
@@ -215,6 +218,32 @@ def measure_module(
         if len(groups) == 1 or clients is None
         else {client: _ratio(each, ideal2) for client, each in zip(clients, errors2, strict=True)},
     )
+
+
+def _spread(uploads: Sequence[Factors], w: Sequence[float], others: int) -> Spread | None:
+    """Where the joint rank of the uploads and others is too large for coordinates of them all, uploads are measured
+    against the one with the most weight, as they are read."""
+    joint, side = sum(ranks_of(uploads)), min(uploads[0].shape)
+    if joint < leading.LARGE and joint + others < side:
+        return None
+    return Spread(uploads[max(range(len(w)), key=w.__getitem__)].to_double(), many=joint >= leading.LARGE)
+
+
+def _distances(
+    ideal: ProductSum, hats: Sequence[Factors], ranks: Collection[int], spread: Spread | None, w: Sequence[float]
+) -> tuple[Distances, float]:
+    """Of the ideal to what is held, and the dispersion: by leading directions where they suffice, otherwise in
+    coordinates of everything."""
+    if spread is not None:
+        found = distances(ideal.operator(), [*hats, spread.about], ranks)
+        if found is not None:
+            *errors2, error2 = found.errors2
+            return Distances(found.ideal2, errors2, found.tails2), spread.of(error2)
+    frame = Frame(ideal, hats)
+    exact = frame.distances(len(hats), ranks)
+    if spread is None or not frame.is_dense:
+        return exact, frame.spread(w)
+    return exact, spread.of(square(frame.total - spread.about.product()))
 
 
 def _groups(broadcasts: Sequence[Factors], common: bool) -> list[list[int]]:
@@ -236,7 +265,7 @@ def _held(hat: Factors, base: Factors | None) -> Factors:
 def _jumps(uploads: Sequence[Factors], w: Sequence[float], hats: Sequence[Factors], groups: list[list[int]]) -> float:
     """`Σ w_u ‖Ŵ_u/s − B_uA_u‖²`, each difference taken in coordinates of its own two pairs."""
     hat_of = {u: hat for hat, members in zip(hats, groups, strict=True) for u in members}
-    jumps = (square(Frame(ProductSum.of([own, hat_of[u]], [-1.0, 1.0])).total) for u, own in enumerate(uploads))
+    jumps = (apart(own, hat_of[u]) for u, own in enumerate(uploads))
     return _weighted(w, jumps)
 
 

@@ -7,12 +7,14 @@ of squares: those gave 7e-4 for a true 3e-5 in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fedlora.adapter import leading
+from fedlora.adapter.leading import Distances, Operator, square, subspace
 from fedlora.adapter.weights import Factors, Kind
 
 _NULL = 1e-12
@@ -83,12 +85,29 @@ class ProductSum:
             return Factors(torch.cat(self.left, dim=1), torch.cat(self.right, dim=1).T)
         return beside_identity(self.dense)
 
+    def matrix(self) -> Tensor:
+        """The sum itself (d_out × d_in, float64); where it is dense already, not a copy."""
+        return self.dense if self.dense is not None else self.factors().product()
+
     def times(self, matrix: Tensor) -> Tensor:
         """`(Σ c_k B_k A_k) @ matrix` (d_out × n) for a `matrix` (d_in × n)."""
         wanted = matrix.to(torch.float64)
         if self.dense is not None:
             return self.dense @ wanted
         return torch.cat(self.left, dim=1) @ (torch.cat(self.right, dim=1).T @ wanted)
+
+    def operator(self) -> Operator:
+        """The sum as something that is applied."""
+        return Operator(self.dense, self.left, self.right)
+
+    def leading(self, rank: int) -> Triples:
+        """The best approximation of rank `rank` (or of the joint rank where that is less), without the values that it
+        leaves out: by block Krylov iteration where the sum is large, to ten digits of the tail, otherwise and where
+        that does not certify itself as `truncated`."""
+        found = subspace(self.operator(), rank) if min(self.shape) >= leading.LARGE else None
+        if found is None:
+            return self.truncated(rank)
+        return Triples(found.basis @ found.left[:, :rank], found.S[:rank], found.Vh[:rank])
 
     def truncated(self, rank: int) -> TruncatedSVD:
         """The best approximation of rank `rank`, or of the joint rank where that is less (Eckart–Young): by QR of the
@@ -119,7 +138,7 @@ class Frame:
         self._others = [pair.to(torch.float64) for pair in others]
         self._sides: tuple[_Side, _Side] | None = None
         if total.dense is not None or width >= min(total.shape):
-            self.total = total.dense if total.dense is not None else total.factors().product()
+            self.total = total.matrix()
             return
         self._sides = (
             _Side([*total.left, *(pair.B for pair in self._others)]),
@@ -139,39 +158,33 @@ class Frame:
         found: Tensor = left @ right.T
         return found
 
-    def spread(self, pairs: Sequence[Factors], weights: Sequence[float]) -> float:
-        """`Σ w_k ‖B_k A_k − Σ w_v B_v A_v‖²` of the pairs of which the total was made, in order, with these weights.
+    @property
+    def is_dense(self) -> bool:
+        """Whether coordinates are the original ones."""
+        return self._sides is None
 
-        In coordinates while there are some. Beyond, the total is dense and pairs are measured against one of them, the
-        one with the most weight, each in coordinates of its own: `Σ w_k ‖D_k‖² − ‖Σ w_k D_k‖²` with D_k what pair k
-        differs by. Its terms are of the spread's own size (at most one over that weight larger), so nothing cancels
-        where clients are nearly equal.
-        """
-        if self._sides is not None:
-            left, right = (side.coordinates[:, : self._begin].split(self._widths, dim=1) for side in self._sides)
-            return math.fsum(  # the left columns carry the weight
-                weight * square(own / weight @ other.T - self.total)
-                for weight, own, other in zip(weights, left, right, strict=True)
-                if weight
-            )
-        heaviest = pairs[max(range(len(weights)), key=weights.__getitem__)].to(torch.float64)
-        about = math.fsum(
-            weight * square(Frame(ProductSum.of([pair, heaviest], [1.0, -1.0])).total)
-            for weight, pair in zip(weights, pairs, strict=True)
+    def distances(self, count: int, ranks: Collection[int]) -> Distances:
+        """Of the total to the first `count` of the other pairs, and what ranks leave out of it."""
+        spectrum = torch.linalg.svdvals(self.total).square()
+        errors2 = [square(self.other(index) - self.total) for index in range(count)]
+        return Distances(square(self.total), errors2, {rank: float(spectrum[rank:].sum()) for rank in ranks})
+
+    def spread(self, weights: Sequence[float]) -> float:
+        """`Σ w_k ‖B_k A_k − Σ w_v B_v A_v‖²` of the stacked pairs of which the total was made with these weights."""
+        if self._sides is None:
+            raise ValueError("the spread about a dense sum is taken about one of its pairs: Spread")
+        left, right = (side.coordinates[:, : self._begin].split(self._widths, dim=1) for side in self._sides)
+        return math.fsum(  # the left columns carry the weight
+            weight * square(own / weight @ other.T - self.total)
+            for weight, own, other in zip(weights, left, right, strict=True)
             if weight
         )
-        return max(about - square(self.total - heaviest.product()), 0.0)
 
     def lift(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Columns in these coordinates as columns in the original ones, left (d_out × k) and right (d_in × k)."""
         if self._sides is None:
             return left, right
         return self._sides[0].lift(left), self._sides[1].lift(right)
-
-
-def square(matrix: Tensor) -> float:
-    """`‖M‖²` in the Frobenius sense."""
-    return float(matrix.square().sum())
 
 
 class _Side:
@@ -192,21 +205,12 @@ class _Side:
 
 
 @dataclass(frozen=True)
-class TruncatedSVD:
-    """The best rank-r approximation `U diag(S) Vᵀ` of a sum of products, and the singular values it leaves out.
-
-    Shapes: `U` (d_out × r), `S` (r), `Vh` (r × d_in), `tail` (the other singular values, descending).
-    """
+class Triples:
+    """Leading singular directions `U diag(S) Vᵀ` of a sum of products: `U` (d_out × r), `S` (r), `Vh` (r × d_in)."""
 
     U: Tensor
     S: Tensor
     Vh: Tensor
-    tail: Tensor
-
-    def first(self, count: int) -> TruncatedSVD:
-        """The leading `count` directions of these; the others join the tail."""
-        tail = torch.cat([self.S[count:], self.tail])
-        return TruncatedSVD(self.U[:, :count], self.S[:count], self.Vh[:count], tail)
 
     def balanced(self) -> Factors:
         """`B = U√S`, `A = √S Vᵀ`: the split with equal norms on both sides.
@@ -228,6 +232,18 @@ class TruncatedSVD:
         if not self.S.numel() or self.S.max() <= 0:
             return torch.zeros_like(self.S, dtype=torch.bool)
         return _NULL * self.S.max() < self.S
+
+
+@dataclass(frozen=True)
+class TruncatedSVD(Triples):
+    """The best rank-r approximation of a sum of products, and the singular values it leaves out: `tail`, descending."""
+
+    tail: Tensor
+
+    def first(self, count: int) -> TruncatedSVD:
+        """The leading `count` directions of these; the others join the tail."""
+        tail = torch.cat([self.S[count:], self.tail])
+        return TruncatedSVD(self.U[:, :count], self.S[:count], self.Vh[:count], tail)
 
 
 def mean(tensors: Iterable[Tensor], weights: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, overload
@@ -50,6 +50,18 @@ class ModuleUploads(Sequence[Factors]):
             return ModuleUploads(self._adapters[index], self._module, self._rank)
         pair = self._adapters[index].factors[self._module]
         return pair if self._rank is None else pair.at_rank(self._rank)
+
+    def ranks(self) -> Iterator[int]:
+        """The clients' ranks; nothing is read where factors in files say theirs."""
+        for index, adapter in enumerate(self._adapters):
+            known: Mapping[str, int] | None = getattr(adapter.factors, "ranks", None)
+            own = known[self._module] if known is not None else self[index].rank
+            yield own if self._rank is None else self._rank
+
+
+def ranks_of(uploads: Sequence[Factors]) -> Iterable[int]:
+    """The ranks of pairs, without reading them where that can be told."""
+    return uploads.ranks() if isinstance(uploads, ModuleUploads) else (pair.rank for pair in uploads)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, Mapping, Sequence
+import os
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 
 import safetensors
-from safetensors import safe_open
+import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedlora.errors import AdapterError
 from fedlora.files.limits import OWN, UPLOAD, Limits, clean
 from fedlora.files.tensorheader import read_header
+
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -51,6 +60,24 @@ def _unreadable(path: Path, error: Exception) -> AdapterError:
     return AdapterError(f"{path} cannot be read as safetensors: {clean(str(error))}")
 
 
+def _state(found: os.stat_result) -> tuple[int, int, int]:
+    """What tells a file from another, and from itself after it was written to."""
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _fill(file: FileIO, room: memoryview) -> None:
+    """Read until there is no room left.
+
+    Raises:
+        OSError: the file ends before.
+    """
+    while len(room):
+        count = file.readinto(room)
+        if not count:
+            raise OSError("it ends before its last tensor")
+        room = room[count:]
+
+
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a safetensors file, each read when it is asked for; nothing is kept, and no file stays open.
 
@@ -61,9 +88,10 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, limits: Limits = UPLOAD) -> None:
         self.path = path
-        header = read_header(path, limits)
-        self.shapes = {name: tensor.shape for name, tensor in header.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in header.items()}
+        self._state = _state(path.stat()) if path.exists() else None
+        self._header = read_header(path, limits)
+        self.shapes = {name: tensor.shape for name, tensor in self._header.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self._header.items()}
 
     def layout(self) -> list[tuple[str, tuple[int, ...], str]]:
         """Name, shape and type of every tensor: all that the size of the file depends on."""
@@ -75,19 +103,30 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def each(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors one after the other, with the file opened once and one of them in memory at a time."""
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                for name in self.shapes:
-                    yield name, file.get_tensor(name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise _unreadable(self.path, error) from None
+        yield from zip(self.shapes, self._values(self.shapes), strict=True)
 
     def read(self, names: Sequence[str]) -> list[Tensor]:
         """Several tensors, with the file opened once."""
+        return list(self._values(names))
+
+    def _values(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Tensors by their places in the header, which is not read again: with thousands of clients a module is two
+        small tensors in each of thousands of files.
+
+        Raises:
+            AdapterError: the file cannot be read, or has changed since.
+        """
         try:
-            with safe_open(self.path, framework="pt") as file:
-                return [file.get_tensor(name) for name in names]
-        except (OSError, safetensors.SafetensorError) as error:
+            with self.path.open("rb", buffering=0) as file:
+                if _state(os.fstat(file.fileno())) != self._state:
+                    raise OSError("it has changed since it was opened")
+                for name in names:
+                    dtype, shape, begin = self._header[name]
+                    tensor = torch.empty(shape, dtype=_TYPES[dtype])
+                    file.seek(begin)
+                    _fill(file, tensor.view(-1).view(torch.uint8).numpy().data)
+                    yield tensor
+        except OSError as error:
             raise _unreadable(self.path, error) from None
 
     def __getitem__(self, name: str) -> Tensor:

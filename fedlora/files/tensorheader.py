@@ -28,10 +28,11 @@ _LARGEST_EMPTY = 2**31
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: its type, as safetensors names it, and its shape."""
+    """A tensor in a file: its type, as safetensors names it, its shape, and the byte at which its values begin."""
 
     dtype: str
     shape: tuple[int, ...]
+    begin: int
 
 
 def read_header(path: Path, limits: Limits = UPLOAD) -> dict[str, Stored]:
@@ -46,7 +47,7 @@ def read_header(path: Path, limits: Limits = UPLOAD) -> dict[str, Stored]:
         if size > limits.total_bytes:
             raise ValueError(f"its {size} bytes are above the limit of {limits.total_bytes}")
         content, length = _content(path, size, limits)
-        tensors = _tensors(content, size - 8 - length)
+        tensors = _tensors(content, size, 8 + length)
     except (OSError, ValueError, RecursionError) as error:
         reason = "its header is nested" if isinstance(error, RecursionError) else clean(str(error))
         raise AdapterError(f"{path} cannot be read as safetensors: {reason}") from None
@@ -73,27 +74,29 @@ def _content(path: Path, size: int, limits: Limits) -> tuple[dict[str, Any], int
     return content, length
 
 
-def _tensors(content: Mapping[str, Any], values: int) -> dict[str, Stored]:
-    """The entries, when they are well-formed and fill the `values` bytes after the header without gap or overlap."""
+def _tensors(content: Mapping[str, Any], size: int, start: int) -> dict[str, Stored]:
+    """The entries, when they are well-formed and fill the file from `start` to its `size` without gap or overlap."""
     metadata = content.get(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError(f"{_METADATA} is not text by name")
     tensors, places = {}, []
     for name, entry in content.items():
         if name != _METADATA:
-            tensors[name], place = _entry(name, entry)
+            tensors[name], place = _entry(name, entry, start)
             places.append(place)
     end = 0
     for first, last in sorted(places):
         if first != end:
             raise ValueError(f"its tensors overlap, or leave a gap, at byte {min(first, end)}")
         end = last
-    if end != values:
-        raise ValueError(f"its tensors need {end} bytes, but there are {values}; cut off, or with something behind")
+    if end != size - start:
+        raise ValueError(
+            f"its tensors need {end} bytes, but there are {size - start}; cut off, or with something behind"
+        )
     return tensors
 
 
-def _entry(name: str, entry: Any) -> tuple[Stored, tuple[int, int]]:
+def _entry(name: str, entry: Any, start: int) -> tuple[Stored, tuple[int, int]]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {short(name)} is not described by dtype, shape and data_offsets")
     dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -106,7 +109,7 @@ def _entry(name: str, entry: Any) -> tuple[Stored, tuple[int, int]]:
     size = _SIZES.get(dtype)
     if size is not None and math.prod(shape) * size != place[1] - place[0]:
         raise ValueError(f"tensor {short(name)} of shape {short(shape)} in {place[1] - place[0]} bytes of {dtype}")
-    return Stored(dtype, tuple(shape)), (place[0], place[1])
+    return Stored(dtype, tuple(shape), start + place[0]), (place[0], place[1])
 
 
 def _counts(value: Any) -> bool:
@@ -117,7 +120,7 @@ def _counts(value: Any) -> bool:
 def _check(path: Path, tensors: Mapping[str, Stored], limits: Limits) -> None:
     if len(tensors) > limits.tensors:
         raise AdapterError(f"{path} holds {len(tensors)} tensors; at most {limits.tensors} are allowed")
-    for name, (dtype, shape) in tensors.items():
+    for name, (dtype, shape, _) in tensors.items():
         if not name or not name.isprintable() or len(name) > _LONGEST_NAME:
             what = "cannot be printed" if len(name) <= _LONGEST_NAME else f"is longer than {_LONGEST_NAME} characters"
             raise AdapterError(f"{path}: tensor {short(name)} has a name that {what}")

@@ -18,4 +18,4 @@ class FlexLoRA(Strategy):
     traits = Traits(family=Family.SUM_PRODUCT, exact=False, in_svd_order=True, any_scaling=True)
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
-        return state.with_factors({m: updates.mean_product(m).truncated(state.rank(m)).on_b() for m in updates.modules})
+        return state.with_factors({m: updates.mean_product(m).leading(state.rank(m)).on_b() for m in updates.modules})

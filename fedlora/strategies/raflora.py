@@ -27,7 +27,7 @@ class RAFLoRA(Strategy):
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         return state.with_factors(
-            {m: owners_product(state, updates, m).truncated(state.rank(m)).balanced() for m in updates.modules}
+            {m: owners_product(state, updates, m).leading(state.rank(m)).balanced() for m in updates.modules}
         )
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 _STEPS = 500
 _SETTLED = 1e-12
+
+
+class Applied(Protocol):
+    """A symmetric matrix that is only ever applied."""
+
+    def __matmul__(self, x: Tensor, /) -> Tensor: ...
 
 
 def project_to_simplex(point: Tensor) -> Tensor:
@@ -18,11 +26,14 @@ def project_to_simplex(point: Tensor) -> Tensor:
     return (point - excess[support - 1] / support).clamp_min(0)
 
 
-def minimise_on_simplex(H: Tensor, h: Tensor, start: Tensor) -> Tensor:
+def minimise_on_simplex(H: Applied, h: Tensor, start: Tensor, largest: float | None = None) -> Tensor:
     """The minimiser of `xᵀHx − 2xᵀh` (H symmetric, positive semi-definite) on the simplex, by projected gradient steps
-    with momentum from `start`; never worse than `start`."""
-    lipschitz = float(torch.linalg.matrix_norm(H, 2))
-    if lipschitz == 0:
+    with momentum from `start`; never worse than `start`.
+
+    `largest` bounds the eigenvalues of H from above; it must be given where H is not a matrix.
+    """
+    lipschitz = float(torch.linalg.matrix_norm(H, 2)) if isinstance(H, Tensor) else largest
+    if not lipschitz:
         return start
     x = y = start
     speed = 1.0
@@ -37,5 +48,5 @@ def minimise_on_simplex(H: Tensor, h: Tensor, start: Tensor) -> Tensor:
     return x if _value(H, h, x) <= _value(H, h, start) else start
 
 
-def _value(H: Tensor, h: Tensor, x: Tensor) -> float:
-    return float(x @ H @ x - 2 * x @ h)
+def _value(H: Applied, h: Tensor, x: Tensor) -> float:
+    return float(x @ (H @ x) - 2 * x @ h)

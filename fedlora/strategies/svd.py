@@ -10,7 +10,8 @@ class SVD(Strategy):
     """`Σ w_u B_uA_u` cut to rank r, split evenly: `B = U√S`, `A = √S Vᵀ` (sum-product).
 
     No rank-r broadcast is nearer to the mean product (Eckart–Young), so ρ equals its floor. Ranks are free: the indices
-    are in the order of the singular values, so a client's first r_u are its optimum. Our reading;
+    are in the order of the singular values, so a client's first r_u are its optimum. Of large layers only the leading
+    directions are computed, to ten digits of what is left out (`fedlora.adapter.leading`). Our reading;
     FlexLoRA (arXiv 2402.11505) is the same truncation with an uneven split.
     """
 
@@ -21,5 +22,5 @@ class SVD(Strategy):
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         return state.with_factors(
-            {m: updates.mean_product(m).truncated(state.rank(m)).balanced() for m in updates.modules}
+            {m: updates.mean_product(m).leading(state.rank(m)).balanced() for m in updates.modules}
         )

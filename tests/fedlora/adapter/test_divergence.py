@@ -8,10 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapter import Adapter, Factors
+from fedlora.adapter import Adapter, Factors, leading
 from fedlora.adapter.base_update import BaseUpdate
 from fedlora.adapter.divergence import Divergence, effective_clients, measure, measure_module
 from fedlora.adapter.updates import Updates
+
+
+@pytest.fixture(autouse=True, scope="module", params=[leading.LARGE, 6], ids=["small", "as if large"])
+def _route(request):
+    """Everything here also where leading directions are tried before a full decomposition."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leading, "LARGE", request.param)
+        yield
 
 
 def make(uploads, shape, ranks, seed=0, dtype=torch.float64):

@@ -190,3 +190,12 @@ class TestReadWhenLookedAt:
         assert Counted.read == 3
         with pytest.raises(IndexError):
             some[3]
+
+    def test_measuring_reads_every_upload_once(self, situation):
+        """Beside the first for its shape, and the one about which the dispersion is taken."""
+        state, updates = situation(shared=False)
+        for adapter in updates.adapters:
+            adapter.factors.ranks = dict.fromkeys(updates.modules, 2)  # as factors in files have
+        found = measure(updates, [state.adapter] * 40, common=True)
+        assert Counted.read == len(updates.modules) * (40 + 2)
+        assert found.dispersion > 0

@@ -70,10 +70,11 @@ def tasks(home: Path) -> list[tuple[str, float, float]]:
     """Prefect's task runs: kind, begin and end in seconds since 1970."""
     with sqlite3.connect(home / "prefect.db") as database:
         rows = database.execute("select name, start_time, end_time from task_run where end_time is not null").fetchall()
-    return [(name.split()[-1], _seconds(begin), _seconds(end)) for name, begin, end in rows]
+    return [(name.split()[-1], seconds_of(begin), seconds_of(end)) for name, begin, end in rows]
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str) -> float:
+    """A time of Prefect's database, since 1970."""
     return datetime.fromisoformat(text if "+" in text else text + "+00:00").timestamp()
 
 

@@ -5,12 +5,13 @@
 
 W1  the demo's FedIT: 10 clients of 20 steps, 6 rounds
 W2  100 clients of one step, 3 rounds
-W3  1,000 clients of one step, 2 rounds
+W3  1,000 clients of one step, 3 rounds
 
 The loop holds everything in memory: two processes with a model each, to which clients are dealt in turn; no files, no
 tasks, no tracking. Both train and score the same; the adapters after round one must agree, or the comparison is void.
-A round is the median of those after the first; memory is the largest sum of resident sizes of all processes, read twice
-a second (shared memory counts in each).
+A round is from one record to the next, the median of those after the first. The loop's start-up is without the imports
+of this process, and its memory with what it holds; memory is the largest sum of resident sizes of all processes, read
+twice a second (shared memory counts in each).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import multiprocessing
 import os
 import re
+import sqlite3
 import statistics
 import sys
 import tempfile
@@ -27,6 +29,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import psutil
 import torch
-from demo import resident, tasks
+from demo import resident, seconds_of
 
 from deployments.shipped import PRESETS
 from fedlora.adapter import Adapter
@@ -60,7 +63,7 @@ ONE_STEP = {"training.local_steps": 1, "partition.name": "iid"}
 WORKLOADS: dict[str, dict[str, Any]] = {
     "W1": {"strategy": "fedit", "rounds": 6},
     "W2": {"strategy": "fedit", "rounds": 3, "clients": 100, **ONE_STEP},
-    "W3": {"strategy": "fedit", "rounds": 2, "clients": 1000, "data.train_size": 20_000, **ONE_STEP},
+    "W3": {"strategy": "fedit", "rounds": 3, "clients": 1000, "partition.min_size": 1, **ONE_STEP},
 }
 PROCESSES = 2
 
@@ -139,23 +142,37 @@ def once(command: Path, changes: dict[str, Any], home: Path, name: str) -> Cost:
     if process.wait():
         raise SystemExit(f"{' '.join(line)} ended with {process.returncode}")
     total = time.time() - begun
-    records = rounds.records(RunFolder(home / "runs" / name))
-    each = [record.metrics["time/round_s"] for record in records[2:] or records[1:]]
-    count = sum(start > begun for _, start, _ in tasks(home)) / len(records)
-    return Cost(first, statistics.median(each), total, peak.megabytes, count)
+    run = RunFolder(home / "runs" / name)
+    records = rounds.records(run)
+    closed = [(run.path / run.record_name(record.round)).stat().st_mtime for record in records]
+    each = [after - before for before, after in pairwise(closed[1:] if len(closed) > 2 else closed)]
+    names = [task for task, start in names_of(home) if start > begun and task.startswith("round 2 ")]
+    return Cost(first, statistics.median(each), total, peak.stop(), len(names))
+
+
+def names_of(home: Path) -> list[tuple[str, float]]:
+    """Prefect's task runs: name, and begin in seconds since 1970."""
+    with sqlite3.connect(home / "prefect.db") as database:
+        rows = database.execute("select name, start_time from task_run where end_time is not null").fetchall()
+    return [(name, seconds_of(begin)) for name, begin in rows]
 
 
 class Peak:
     """The most that a process and its descendants hold together while it lives."""
 
     def __init__(self, process: psutil.Process) -> None:
-        self.megabytes, self._process = 0.0, process
+        self._megabytes, self._ended, self._process = 0.0, False, process
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE:
-            self.megabytes = max(self.megabytes, resident(self._process) / 1e6)
+        while not self._ended and self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE:
+            self._megabytes = max(self._megabytes, resident(self._process) / 1e6)
             time.sleep(0.5)
+
+    def stop(self) -> float:
+        """Megabytes so far."""
+        self._ended = True
+        return self._megabytes
 
 
 # -- by hand
@@ -189,7 +206,7 @@ def by_hand(config: RunConfig, path: Path) -> tuple[Cost, Adapter]:
         first = state.adapter if number == 1 else first
     for pipe in pipes:
         pipe.send(None)
-    return Cost(start_up, statistics.median(each[1:] or each), time.time() - begun, peak.megabytes), first
+    return Cost(start_up, statistics.median(each[1:] or each), time.time() - begun, peak.stop()), first
 
 
 def _who(sent: tuple[int, int, Any]) -> int:

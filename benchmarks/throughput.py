@@ -1,10 +1,11 @@
 """Tokens a second of a client's training and of writing, against loops of plain PyTorch, Transformers and PEFT.
 
-    .venv/bin/python benchmarks/throughput.py --out docs/data/throughput.json       (ten minutes; `make decoder-model`)
+    .venv/bin/python benchmarks/throughput.py --out docs/data/throughput.json   (a quarter of an hour)
     .venv/bin/python benchmarks/throughput.py --device cuda --dtype bf16
 
-SmolLM2-135M in one process on one thread, by turns: a machine that slows down slows both. Both train the same batches
-from the same adapter and must come to the same losses; both write, without drawing, and must write the same.
+SmolLM2-135M (`make decoder-model`) in one process on one thread, by turns: a machine that slows down slows both. Both
+train the same batches from the same adapter and must come to the same losses; both write without drawing, in fp32 the
+same words.
 
 training  a client's steps: the demo's definitions, and texts of 256 tokens of which half are trained
 writing   answers to prompts of the demo, batches of 16, against `model.generate` as a person would call it
@@ -171,7 +172,9 @@ def writing(ours: ResidentModel, bare: Any, data: TokenisedData, tokenizer: Any,
         return total(answers["bare"])
 
     same_start(ours, bare)
-    return compared("writing", library, loop, ours.device, repeats)
+    result = compared("writing", library, loop, ours.device, repeats)
+    assert ours.dtype != "fp32" or answers["ours"] == answers["bare"], "the two did not write the same"
+    return result
 
 
 def generated(

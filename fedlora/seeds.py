@@ -48,16 +48,17 @@ def torch_generator(seed: int, purpose: str, round_number: int = 0, client: int 
 def seed_torch(
     seed: int, purpose: str, round_number: int = 0, client: int = 0, device: torch.device | None = None
 ) -> None:
-    """Seed torch's global generator of a device (the CPU's by default), which initialisation and dropout draw from.
+    """Seed torch's global generator of a device (the default one unless said): initialisation and dropout draw from it.
 
     Its own generator alone is touched: on another, somebody may be training another client at this moment, and
     `torch.manual_seed`, which seeds all, takes a millisecond for those that are not there.
     """
     value = key(seed, purpose, round_number, client)
-    if device is not None and device.type == "cuda":
+    device = device or torch.get_default_device()  # a quantised base is loaded, and its head drawn, on its device
+    if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(value)
-    elif device is not None and device.type == "mps":
+    elif device.type == "mps":
         torch.mps.manual_seed(value)
     else:
         torch.default_generator.manual_seed(value)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedlora.errors import counted
+from fedlora.errors import counted, saving
 from fedlora_cli import output
 
 
@@ -34,7 +36,10 @@ def bench(
     runner = configfile.build({"runner.device": device, "runner.threads": threads}).runner
     chosen = torch.device(slot_devices(runner)[0])
     if out is not None:
-        check_writable(out.absolute().parent)
+        with saving(out, "another --out"):
+            if out.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            check_writable(out.absolute().parent)
     machine = speed.Machine.here(chosen, threads)
     versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
     print(f"{machine.processor}, {counted(machine.cores, 'core')}, {machine.memory_gb:g} GB; on {machine.device}, "
@@ -44,7 +49,8 @@ def bench(
         found.append(figure)
         print(f"{figure.what:<48} {_rounded(figure.value):>8} {figure.unit}", flush=True)
     if out is not None:
-        write_json(out, {"machine": asdict(machine), "figures": [asdict(figure) for figure in found]})
+        with saving(out, "another --out"):
+            write_json(out, {"machine": asdict(machine), "figures": [asdict(figure) for figure in found]})
         print(f"\nwritten           {out}")
 
 

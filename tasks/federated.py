@@ -7,7 +7,7 @@ folder and not done again, so results need no store of Prefect's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from prefect import task
@@ -50,13 +50,13 @@ def _step(name: str) -> Callable[[Callable[..., Any]], Any]:
     return task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
 
 
-def _round_step(name: str, of: str = "", retries: int = RETRIES) -> Callable[[Callable[..., Any]], Any]:
+def _round_step(name: str, of: str = "") -> Callable[[Callable[..., Any]], Any]:
     return task(
         name=name,
         task_run_name=f"round {{number}} {of}{name}",
         cache_policy=NO_CACHE,
         persist_result=False,
-        retries=retries,
+        retries=RETRIES,
         retry_delay_seconds=exponential_backoff(backoff_factor=1),
         retry_jitter_factor=0.5,
         retry_condition_fn=_worth_retrying,
@@ -76,14 +76,13 @@ def initialise(run: Run) -> str | None:
     return head
 
 
-@_round_step("fine-tune", "{group} ", retries=0)  # each client is tried again by itself
-def fine_tune(
-    run: Run, number: int, group: str, ask: Ask, clients: Sequence[int], ended: Callable[[], None]
-) -> Worked[str | None]:
-    """Train a group of clients in the next free slot; why each that could not, could not."""
+@_round_step("fine-tune", "{group} ")
+def fine_tune(run: Run, number: int, group: str, ask: Ask, ended: Callable[[], None]) -> Worked[str | None]:
+    """Train a group of clients in the next free slot; why each that could not, could not. A client is tried again by
+    itself; the group is where the device is not to be had, or not to be given back: what is done is found."""
     runner = run.folder.config.runner
     with workers.current_pool(runner).slot() as slot, held(runner, slot.device):
-        return groups.train(slot, run.folder, ask, clients, ended, get_run_logger().warning)
+        return groups.train(slot, run.folder, ask, ended, get_run_logger().warning)
 
 
 @_round_step("receive")
@@ -98,11 +97,11 @@ def aggregate(run: Run, number: int) -> float:
     return run.server.aggregate(number).seconds
 
 
-@_round_step("evaluate", "{group} ", retries=0)
+@_round_step("evaluate", "{group} ")
 def evaluate(run: Run, number: int, group: str, parts: Sequence[Part], ended: Callable[[], None]) -> Worked[Scores]:
     """Score the broadcast model on some parts of the test set."""
     with workers.current_pool(run.folder.config.runner).slot() as slot:
-        return groups.evaluate(slot, run.folder, number, parts, ended)
+        return groups.evaluate(slot, run.folder, number, parts, ended, get_run_logger().warning)
 
 
 @_step("open-tracking")
@@ -164,8 +163,8 @@ class TaskHands:
 
     def fine_tune(self, ask: Ask, trained: Trained) -> Mapping[int, str]:
         def submit(clients: Sequence[int], ended: Callable[[], None]) -> Future[Worked[str | None]]:
-            name = _named("client", clients)
-            return cast(Future[Worked[str | None]], fine_tune.submit(self._run, ask.round, name, ask, clients, ended))
+            name, some = _named("client", clients), replace(ask, clients=tuple(clients))
+            return cast(Future[Worked[str | None]], fine_tune.submit(self._run, ask.round, name, some, ended))
 
         why = self._dealer.deal(ask.clients, lambda client: "clients", submit, trained)
         return {client: each for client, each in zip(ask.clients, why, strict=True) if each}

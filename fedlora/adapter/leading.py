@@ -135,6 +135,8 @@ def subspace(operator: Operator, rank: int) -> Subspace | None:
         inside.append(operator.back(blocks[-1]))
         if len(blocks) == check:
             found = Subspace.of(torch.cat(blocks, dim=1), torch.cat(inside, dim=1).T)
+            if not found.S[0] > 0:
+                return None  # nothing to find: the columns of further blocks would be those of the first
             tail2, all2 = square(found.S[rank:]), square(found.S)
             if found.falls_short(operator, rank) <= max(_DIGITS * tail2, _NOTHING**2 * all2):
                 return found

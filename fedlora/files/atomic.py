@@ -49,9 +49,13 @@ Stamp = tuple[int, int, int]
 def stamp(path: Path) -> Stamp | None:
     """Of a file as it is now; None where there is none. What was read of a file holds while its stamp does."""
     try:
-        found = path.stat()
+        return stamped(path.stat())
     except OSError:
         return None
+
+
+def stamped(found: os.stat_result) -> Stamp:
+    """The stamp of a file that the system has told of."""
     return found.st_mtime_ns, found.st_ino, found.st_size
 
 

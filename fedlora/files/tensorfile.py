@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedlora.errors import AdapterError
+from fedlora.files.atomic import stamp, stamped
 from fedlora.files.limits import OWN, UPLOAD, Limits, clean
 from fedlora.files.tensorheader import read_header
 
@@ -60,11 +61,6 @@ def _unreadable(path: Path, error: Exception) -> AdapterError:
     return AdapterError(f"{path} cannot be read as safetensors: {clean(str(error))}")
 
 
-def _state(found: os.stat_result) -> tuple[int, int, int]:
-    """What tells a file from another, and from itself after it was written to."""
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
 def _fill(file: FileIO, room: memoryview) -> None:
     """Read until there is no room left.
 
@@ -88,7 +84,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, limits: Limits = UPLOAD) -> None:
         self.path = path
-        self._state = _state(path.stat()) if path.exists() else None
+        self._state = stamp(path)
         self._header = read_header(path, limits)
         self.shapes = {name: tensor.shape for name, tensor in self._header.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self._header.items()}
@@ -118,7 +114,7 @@ class StoredTensors(Mapping[str, Tensor]):
         """
         try:
             with self.path.open("rb", buffering=0) as file:
-                if _state(os.fstat(file.fileno())) != self._state:
+                if stamped(os.fstat(file.fileno())) != self._state:
                     raise OSError("it has changed since it was opened")
                 for name in names:
                     dtype, shape, begin = self._header[name]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
-from fedlora.errors import ClientFailed, WorkerError, worth_retrying
+from fedlora.errors import ClientFailed, FedloraError, WorkerError, worth_retrying
 from fedlora.objective import Scores
 from fedlora.run import jobs
 from fedlora.run.participation import Ask
@@ -44,6 +44,13 @@ class Future(Protocol[T_co]):
     def result(self) -> T_co: ...
 
     def add_done_callback(self, fn: Callable[[Any], None], /) -> None: ...
+
+
+Say = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    """Nobody listens."""
 
 
 Submit = Callable[[Sequence[P], Callable[[], None]], Future[Worked[T]]]
@@ -84,14 +91,16 @@ class Dealer:
         by_first: dict[int, Sequence[T]] = {}
         heard: SimpleQueue[tuple[int, Future[Worked[T]]] | None] = SimpleQueue()
         next_piece = under_way = done = 0
+        told = False
         while next_piece < len(pieces) or under_way:
             while next_piece < len(pieces) and under_way < _AHEAD * self._slots:
                 group = self._cut(pieces, next_piece, kind)
                 future = submit(group, lambda: heard.put(None))
                 future.add_done_callback(_passed_on(heard, next_piece))
                 next_piece, under_way = next_piece + len(group), under_way + 1
-                if next_piece == len(group):
-                    ended(0)
+            if not told:
+                told = True
+                ended(0)
             news = heard.get()
             if news is None:
                 done = min(done + 1, len(pieces))
@@ -126,14 +135,7 @@ def _passed_on(heard: SimpleQueue[Any], first: int) -> Callable[[Any], None]:
     return lambda future: heard.put((first, future))
 
 
-def train(
-    slot: Slot,
-    run: RunFolder,
-    ask: Ask,
-    clients: Sequence[int],
-    ended: Callable[[], None],
-    say: Callable[[str], None] = lambda line: None,
-) -> Worked[str | None]:
+def train(slot: Slot, run: RunFolder, ask: Ask, ended: Callable[[], None], say: Say = _silent) -> Worked[str | None]:
     """Let clients train one after the other in a slot; why each that could not, could not.
 
     A client is tried again after a passing fault, `runner.retries` times, which is said; after that the others go on
@@ -157,16 +159,16 @@ def train(
             return str(error), True
         return None, worked
 
-    return _worked(clients, one, ended)
+    return _worked(ask.clients, one, ended)
 
 
 def evaluate(
-    slot: Slot, run: RunFolder, number: int, parts: Sequence[Part], ended: Callable[[], None]
+    slot: Slot, run: RunFolder, number: int, parts: Sequence[Part], ended: Callable[[], None], say: Say = _silent
 ) -> Worked[Scores]:
     """Score parts after a round one after the other in a slot."""
 
     def one(part: Part) -> tuple[Scores, bool]:
-        return again(RETRIES, lambda: slot.run(jobs.evaluate, run.path, number, part)), True
+        return again(RETRIES, lambda: slot.run(jobs.evaluate, run.path, number, part), say), True
 
     return _worked(parts, one, ended)
 
@@ -182,7 +184,7 @@ def _worked(pieces: Sequence[P], one: Callable[[P], tuple[T, bool]], ended: Call
     return Worked(results, (time.perf_counter() - begun) / count if count else None)
 
 
-def again(retries: int, call: Callable[[], T], say: Callable[[str], None] = lambda line: None) -> T:
+def again(retries: int, call: Callable[[], T], say: Say = _silent) -> T:
     """What a call returns; after a fault that may pass (`worth_retrying`) it is tried again, later each time."""
     for attempt in range(retries):
         try:
@@ -190,6 +192,7 @@ def again(retries: int, call: Callable[[], T], say: Callable[[str], None] = lamb
         except Exception as error:
             if not worth_retrying(error):
                 raise
-            say(f"{error}; trying again ({attempt + 1} of {retries})")
+            kind = "" if isinstance(error, FedloraError) else f"{type(error).__name__}: "
+            say(f"{kind}{error}; trying again ({attempt + 1} of {retries})")
             time.sleep(attempt)
     return call()

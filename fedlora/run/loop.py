@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,7 +89,9 @@ class LocalHands:
 
     def fine_tune(self, ask: Ask, trained: Trained) -> Mapping[int, str]:
         def submit(clients: Sequence[int], ended: Callable[[], None]) -> Future[Worked[str | None]]:
-            return self._threads.submit(self._in_slot, lambda slot: groups.train(slot, self._run, ask, clients, ended))
+            return self._threads.submit(
+                self._in_slot, lambda slot: groups.train(slot, self._run, replace(ask, clients=tuple(clients)), ended)
+            )
 
         why = self._dealer.deal(ask.clients, lambda client: "clients", submit, trained)
         return {client: each for client, each in zip(ask.clients, why, strict=True) if each}

@@ -48,6 +48,7 @@ _MODELS: tuple[dict[str, Any], ...] = (
     {**_DATA, "model.name": "bert-tiny"},
     {**_DATA, "task": "generation", "model.name": "llama-tiny", "data.name": "wordnet-definitions"},
 )
+_WORDS = "lm_head"
 _CLIENTS = 40
 _SHAPE, _RANK, _MODULES, _UPLOADS = (768, 768), 8, 24, 10
 """Adapters of BERT-base's query and value projections, from ten clients."""
@@ -166,8 +167,10 @@ def _model(config: RunConfig, device: torch.device, rate: float) -> Iterator[Mea
 
 def _weights(network: nn.Module) -> int:
     """Numbers that are multiplied for each token, forward and again for the gradient of what comes in: 4 operations
-    each, for frozen weights have no gradient of their own (our reading; attention and embeddings are left out)."""
-    return sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, nn.Linear))
+    each, for frozen weights have no gradient of their own (our reading; attention, embeddings and what writes words,
+    which few tokens meet, are left out)."""
+    layers = [layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and _WORDS not in name]
+    return sum(layer.weight.numel() for layer in layers)
 
 
 def _clients(threads: int) -> Iterator[Measured]:

@@ -77,6 +77,19 @@ def test_the_end_of_each_piece_is_told_and_none_more_than_once():
     assert max(told) == 5
 
 
+def test_all_slots_are_at_work_before_anything_else_is_done():
+    """What is done once clients are at work (deliveries, pictures) may take its time."""
+    cut, told = [], []
+    with ThreadPoolExecutor(1) as threads:
+
+        def submit(group, ended):
+            cut.append(group)
+            return threads.submit(lambda: Worked(list(group), 1.0))
+
+        Dealer(2.0, 3).deal(range(20), lambda piece: "", submit, lambda done: told.append((done, len(cut))))
+    assert told[0] == (0, 6)
+
+
 def test_what_goes_wrong_in_a_group_is_raised():
     def submit(group, ended):
         raise OSError("no room")
@@ -115,7 +128,7 @@ def run(configure, tmp_path, monkeypatch):
 def test_each_client_of_a_group_is_tried_again_and_fails_by_itself(run):
     slot, ended, said = Slot({1: 2, 2: 3}), [], []
     ask = Ask(1, 0, (0, 1, 2, 9, 3))
-    worked = groups.train(slot, run, ask, ask.clients, lambda: ended.append(1), said.append)
+    worked = groups.train(slot, run, ask, lambda: ended.append(1), said.append)
     assert worked.results == [None, None, "died with 2", "diverged", None]
     assert slot.asked == [0, 1, 1, 1, 2, 2, 2, 9, 3]
     assert len(ended) == 5
@@ -125,5 +138,5 @@ def test_each_client_of_a_group_is_tried_again_and_fails_by_itself(run):
 
 def test_clients_that_are_done_already_say_nothing_of_how_long_one_takes(run):
     ask = Ask(1, 0, (0, 1))
-    assert groups.train(Slot({}, found=(0, 1)), run, ask, (0, 1), lambda: None).each_s is None
-    assert groups.train(Slot({}, found=(0,)), run, ask, (0, 1), lambda: None).each_s > 0
+    assert groups.train(Slot({}, found=(0, 1)), run, ask, lambda: None).each_s is None
+    assert groups.train(Slot({}, found=(0,)), run, ask, lambda: None).each_s > 0

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -274,3 +275,31 @@ def test_bad_settings_end_the_flow_with_one_line(run_flow, changes, error, messa
     with pytest.raises(error, match=message) as raised:
         run_flow(changes)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("when", ["taken", "given back"])
+def test_a_device_that_is_once_not_to_be_had_costs_no_client(run_flow, monkeypatch, when):
+    """A group is tried again, and finds what is done."""
+    trained, failed = [], []
+    real = jobs.fine_tune
+
+    @contextmanager
+    def held(runner, device):
+        if when == "taken" and not failed:
+            failed.append(1)
+            raise RuntimeError("the server says 500")
+        yield
+        if not failed:
+            failed.append(1)
+            raise RuntimeError("the server says 500")
+
+    def fine_tune(bench, folder, number, client, attempt):
+        worked = real(bench, folder, number, client, attempt)
+        trained.extend([(number, client)] * worked)
+        return worked
+
+    monkeypatch.setattr("tasks.federated.held", held)
+    monkeypatch.setattr(jobs, "fine_tune", fine_tune)
+    run_flow({"rounds": 1, "runner.kind": "threads", "runner.slots": 1})
+    assert failed
+    assert sorted(trained) == [(1, 0), (1, 1), (1, 2)]

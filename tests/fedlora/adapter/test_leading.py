@@ -198,3 +198,12 @@ def test_no_matrix_of_the_layer_s_size_and_none_of_the_joint_rank_s_square():
         total.leading(4)
         assert distances(total.operator(), pairs[:1], [4]) is not None
     assert largest.numbers == 400 * 1500
+
+
+def test_a_sum_that_is_nothing_is_no_matter_for_iteration():
+    """Further blocks would repeat the columns of the first."""
+    left = [torch.zeros(600, 8, dtype=torch.float64)] * 60
+    right = [torch.randn(600, 8, dtype=torch.float64)] * 60
+    assert leading.subspace(leading.Operator(None, left, right), 8) is None
+    pair = Factors(torch.randn(600, 8, dtype=torch.float64), torch.randn(8, 600, dtype=torch.float64))
+    assert leading.distances(leading.Operator(None, left, right), [pair], {8}) is None

@@ -198,7 +198,7 @@ def by_hand(config: RunConfig, path: Path) -> tuple[Cost, Adapter]:
     for number in range(1, config.rounds + 1):
         since = time.time()
         sent = [one for answer in told(pipes, (number, state.adapter.tensors())) for one in answer]
-        updates = Updates.collect(Update(who, many, Adapter.from_tensors(t)) for who, many, t in sorted(sent, key=_who))
+        updates = Updates.collect(Update(who, many, adapter_of(arrays)) for who, many, arrays in sorted(sent, key=_who))
         state = advance(strategy, state, updates)
         measure(updates, [state.adapter] * len(updates), common=True)
         told(pipes, (0, state.adapter.tensors()))
@@ -207,6 +207,10 @@ def by_hand(config: RunConfig, path: Path) -> tuple[Cost, Adapter]:
     for pipe in pipes:
         pipe.send(None)
     return Cost(start_up, statistics.median(each[1:] or each), time.time() - begun, peak.stop()), first
+
+
+def adapter_of(arrays: dict[str, Any]) -> Adapter:
+    return Adapter.from_tensors({name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def _who(sent: tuple[int, int, Any]) -> int:
@@ -243,7 +247,8 @@ def work(pipe: Any, path: Path, half: int) -> None:
             turn, parts_trained = Turn(config.seed, number, chosen), run.strategy.plan(number).trains
             trained = client.train(model, start, examples, config.training, turn, parts_trained, data.padding)
             score(model, data, parts.test[chosen], config)
-            sent.append((chosen, len(examples), trained.adapter.tensors()))
+            arrays = {name: tensor.numpy() for name, tensor in trained.adapter.tensors().items()}
+            sent.append((chosen, len(examples), arrays))  # a tensor would travel as an open file
         pipe.send(sent)
 
 

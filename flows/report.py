@@ -6,7 +6,7 @@ prefect deployment run 'report/latest'
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ from fedlora import report  # noqa: E402
 from fedlora.files import home  # noqa: E402
 from fedlora.report import answers, boards, verdict  # noqa: E402
 from fedlora.report.decision import Decision, decide  # noqa: E402
-from fedlora.report.views import Cell, Table  # noqa: E402
+from fedlora.report.views import Table  # noqa: E402
 from flows import progress, refusals  # noqa: E402
 from mlflow_tracking import arrange, compare, store  # noqa: E402
 from mlflow_tracking.compare import LATEST, Source  # noqa: E402
@@ -163,27 +163,25 @@ _AFTER = (
 )
 
 
-def _answers(found: answers.SideBySide) -> list[str]:
-    """A heading and a table."""
-    rows = [
-        [Cell(f"**{literal(cell.text)}**" if cell.strong else literal(cell.text)) for cell in row]
-        for row in found.table.rows
-    ]
+def _answers(found: answers.SideBySide) -> Iterator[str]:
+    """Below each prompt what was written, a line each: Prefect's tables do not break lines, so that of long answers the
+    first would be seen alone."""
     label = ", ".join(filter(None, (found.condition, f"seed {found.seed}")))
-    return [f"**{plain(label)}**", "", *_rows(Table([literal(title) for title in found.table.titles], rows))]
+    yield from (f"### {literal(label)}", "")
+    _, *titles = found.table.titles
+    for prompt, *rest in found.table.rows:
+        yield from (f"**{literal(prompt.text)}**", "")
+        for title, cell in zip(titles, rest, strict=True):
+            text = literal(cell.text)
+            yield f"- *{literal(title)}*: " + (f"**{text}**" if cell.strong else text)
+        yield ""
 
 
 def of_condition(label: str, board: Table) -> list[str]:
     """A table in Markdown, below the condition that it is for where there are several."""
-    rows = [[Cell(plain(cell.text)) for cell in row] for row in board.rows]
+    rows = [f"| {' | '.join(plain(cell.text) for cell in row)} |" for row in board.rows]
     head = ["", f"**{plain(label)}**", ""] if label else [""]
-    return [*head, *_rows(Table(board.titles, rows))]
-
-
-def _rows(table: Table) -> list[str]:
-    """A table of what is Markdown already."""
-    rows = [f"| {' | '.join(cell.text for cell in row)} |" for row in table.rows]
-    return [f"| {' | '.join(table.titles)} |", "|---" * len(table.titles) + "|", *rows]
+    return [*head, f"| {' | '.join(board.titles)} |", "|---" * len(board.titles) + "|", *rows]
 
 
 def summary(written: Written) -> str:

@@ -67,20 +67,19 @@ def phases(home: Path) -> dict[str, float]:
 
 
 def tasks(home: Path) -> list[tuple[str, float, float]]:
-    """Prefect's task runs: kind, begin and end in seconds since 1970."""
+    """Prefect's task runs: name, begin and end in seconds since 1970; the last word of a name is its kind."""
     with sqlite3.connect(home / "prefect.db") as database:
         rows = database.execute("select name, start_time, end_time from task_run where end_time is not null").fetchall()
-    return [(name.split()[-1], seconds_of(begin), seconds_of(end)) for name, begin, end in rows]
+    return [(name, _seconds(begin), _seconds(end)) for name, begin, end in rows]
 
 
-def seconds_of(text: str) -> float:
-    """A time of Prefect's database, since 1970."""
+def _seconds(text: str) -> float:
     return datetime.fromisoformat(text if "+" in text else text + "+00:00").timestamp()
 
 
 def split(home: Path, begun: float, wall: float) -> dict[str, float]:
     """The wall time by what it was spent on; the parts add up to it."""
-    done = tasks(home)
+    done = [(name.split()[-1], begin, end) for name, begin, end in tasks(home)]
     first = min(end for kind, _, end in done if kind == "initialise")
     parts = {"start-up, to the first model in memory": first - begun}
     parts |= phases(home)

@@ -21,7 +21,6 @@ import json
 import multiprocessing
 import os
 import re
-import sqlite3
 import statistics
 import sys
 import tempfile
@@ -39,7 +38,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import psutil
 import torch
-from demo import resident, seconds_of
+from demo import resident, tasks
 
 from deployments.shipped import PRESETS
 from fedlora.adapter import Adapter
@@ -146,15 +145,8 @@ def once(command: Path, changes: dict[str, Any], home: Path, name: str) -> Cost:
     records = rounds.records(run)
     closed = [(run.path / run.record_name(record.round)).stat().st_mtime for record in records]
     each = [after - before for before, after in pairwise(closed[1:] if len(closed) > 2 else closed)]
-    names = [task for task, start in names_of(home) if start > begun and task.startswith("round 2 ")]
-    return Cost(first, statistics.median(each), total, peak.stop(), len(names))
-
-
-def names_of(home: Path) -> list[tuple[str, float]]:
-    """Prefect's task runs: name, and begin in seconds since 1970."""
-    with sqlite3.connect(home / "prefect.db") as database:
-        rows = database.execute("select name, start_time from task_run where end_time is not null").fetchall()
-    return [(name, seconds_of(begin)) for name, begin in rows]
+    count = sum(start > begun and task.startswith("round 2 ") for task, start, _ in tasks(home))
+    return Cost(first, statistics.median(each), total, peak.stop(), count)
 
 
 class Peak:

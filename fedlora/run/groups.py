@@ -87,8 +87,7 @@ class Dealer:
             submit: hands over a group.
             ended: is told how many pieces have come to an end; 0 once the first are handed over.
         """
-        found: list[T] = []
-        by_first: dict[int, Sequence[T]] = {}
+        found: dict[int, Sequence[T]] = {}
         heard: SimpleQueue[tuple[int, Future[Worked[T]]] | None] = SimpleQueue()
         next_piece = under_way = done = 0
         told = False
@@ -108,12 +107,10 @@ class Dealer:
                 continue
             first, future = news
             worked, under_way = future.result(), under_way - 1
-            by_first[first] = worked.results
+            found[first] = worked.results
             if worked.each_s is not None:
                 self._each[kind(pieces[first])] = worked.each_s
-        for first in sorted(by_first):
-            found += by_first[first]
-        return found
+        return [result for first in sorted(found) for result in found[first]]
 
     def _cut(self, pieces: Sequence[P], first: int, kind: Callable[[P], str]) -> Sequence[P]:
         of = kind(pieces[first])

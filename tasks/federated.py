@@ -7,7 +7,7 @@ folder and not done again, so results need no store of Prefect's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 from prefect import task
@@ -162,12 +162,11 @@ class TaskHands:
         return head
 
     def fine_tune(self, ask: Ask, trained: Trained) -> Mapping[int, str]:
-        def submit(clients: Sequence[int], ended: Callable[[], None]) -> Future[Worked[str | None]]:
-            name, some = _named("client", clients), replace(ask, clients=tuple(clients))
-            return cast(Future[Worked[str | None]], fine_tune.submit(self._run, ask.round, name, some, ended))
+        def submit(some: Ask, ended: Callable[[], None]) -> Future[Worked[str | None]]:
+            name = _named("client", some.clients)
+            return cast(Future[Worked[str | None]], fine_tune.submit(self._run, some.round, name, some, ended))
 
-        why = self._dealer.deal(ask.clients, lambda client: "clients", submit, trained)
-        return {client: each for client, each in zip(ask.clients, why, strict=True) if each}
+        return self._dealer.train(ask, submit, trained)
 
     def receive(self, ask: Ask, failed: Mapping[int, str]) -> Roll:
         roll: Roll = receive.submit(self._run, ask.round, ask, dict(failed)).result()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -111,6 +111,21 @@ class Dealer:
             if worked.each_s is not None:
                 self._each[kind(pieces[first])] = worked.each_s
         return [result for first in sorted(found) for result in found[first]]
+
+    def train(
+        self,
+        ask: Ask,
+        submit: Callable[[Ask, Callable[[], None]], Future[Worked[str | None]]],
+        trained: Callable[[int], None],
+    ) -> dict[int, str]:
+        """Have the clients of an attempt trained (`train`), some of them in a group; why each that could not, could
+        not."""
+
+        def some(clients: Sequence[int], ended: Callable[[], None]) -> Future[Worked[str | None]]:
+            return submit(replace(ask, clients=tuple(clients)), ended)
+
+        why = self.deal(ask.clients, lambda client: "clients", some, trained)
+        return {client: each for client, each in zip(ask.clients, why, strict=True) if each}
 
     def _cut(self, pieces: Sequence[P], first: int, kind: Callable[[P], str]) -> Sequence[P]:
         of = kind(pieces[first])

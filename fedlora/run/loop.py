@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,13 +87,10 @@ class LocalHands:
         return head
 
     def fine_tune(self, ask: Ask, trained: Trained) -> Mapping[int, str]:
-        def submit(clients: Sequence[int], ended: Callable[[], None]) -> Future[Worked[str | None]]:
-            return self._threads.submit(
-                self._in_slot, lambda slot: groups.train(slot, self._run, replace(ask, clients=tuple(clients)), ended)
-            )
+        def submit(some: Ask, ended: Callable[[], None]) -> Future[Worked[str | None]]:
+            return self._threads.submit(self._in_slot, lambda slot: groups.train(slot, self._run, some, ended))
 
-        why = self._dealer.deal(ask.clients, lambda client: "clients", submit, trained)
-        return {client: each for client, each in zip(ask.clients, why, strict=True) if each}
+        return self._dealer.train(ask, submit, trained)
 
     def receive(self, ask: Ask, failed: Mapping[int, str]) -> Roll:
         return again(RETRIES, lambda: self._server.receive(ask, failed))

@@ -202,7 +202,8 @@ def _require_enough(examples: int, clients: int, config: PartitionConfig) -> Non
         raise DataError(
             f"{counted(examples, 'training example')} cannot give {counted(clients, 'client')} "
             f"partition.min_size={config.min_size} each "
-            f"({clients * config.min_size} needed); lower clients or partition.min_size, or raise data.train_size"
+            f"({clients * config.min_size} needed); lower clients or partition.min_size, or use a larger set (or a "
+            "larger data.train_size, where that is what cuts it)"
         )
 
 

@@ -9,7 +9,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, lsqr  # type: ignore[import-untyped]
 from torch import Tensor
 
 from fedlora.strategies.simplex import Applied
@@ -176,11 +175,13 @@ class Half(Applied):
                 found = torch.linalg.solve_triangular(triangle.T, found[:, None], upper=False)[:, 0]
             return found.numpy()
 
-        operator = LinearOperator((sum(sizes), len(self._w)), matvec=times, rmatvec=dots, dtype=np.float64)
+        from scipy.sparse import linalg  # type: ignore[import-untyped]  # half a second of every start otherwise
+
+        operator = linalg.LinearOperator((sum(sizes), len(self._w)), matvec=times, rmatvec=dots, dtype=np.float64)
         rest = torch.cat([wanted.reshape(-1) for wanted in self.wanted])
         if start is not None:
             rest = rest - torch.cat([each.times(start).reshape(-1) for each in self.columns])
-        z, reason = lsqr(operator, rest.numpy(), damp, _SETTLED, _SETTLED, conlim=0, iter_lim=most)[:2]
+        z, reason = linalg.lsqr(operator, rest.numpy(), damp, _SETTLED, _SETTLED, conlim=0, iter_lim=most)[:2]
         step = within(torch.from_numpy(z))
         return step if start is None else start + step, reason != 7
 

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 
 _PRELOAD = ["fedlora.run.preloaded"]
-_FREE = ("FEDLORA_", "PREFECT_", "MLFLOW_", "PYTEST_")
-"""Variables that are read when they are used, not when a library is imported."""
+_FREE = ("FEDLORA_", "PREFECT_", "MLFLOW_", "PYTEST_", "TORCHINDUCTOR_")
+"""Variables that are read when they are used, not when a library is imported; torch sets the last by itself."""
 
 _begun_with: dict[str, str] | None = None
 _lock = threading.Lock()

@@ -32,7 +32,7 @@ def test_imports_under_way_end_with_the_process_they_are_for():
 
 
 HEAVY = {
-    "flows.federated": {"datasets", "pandas", "mlflow", "transformers", "peft", "matplotlib"},
+    "flows.federated": {"datasets", "pandas", "mlflow", "transformers", "peft", "matplotlib", "scipy"},
     "fedlora.run.preloaded": {"datasets", "pandas", "mlflow"},
 }
 
@@ -43,3 +43,22 @@ def test_what_the_first_score_does_not_need_is_not_imported():
     code += "    importlib.import_module(module); print(module, *sorted(heavy & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.splitlines() == list(HEAVY)
+
+
+FORKED = """
+import os
+from fedlora.training import forerunner
+forerunner.begin()
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+cache_dir()
+print(forerunner.context("cpu").get_start_method())
+os.environ["OMP_NUM_THREADS"] = "7"
+print(forerunner.context("cpu").get_start_method())
+"""
+
+
+def test_what_libraries_set_by_themselves_does_not_stop_the_forking_of_workers():
+    """Torch names the folder of compiled code in the environment as soon as anything asks for it; a setting of the
+    user's that came later is another matter."""
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["forkserver", "spawn"]

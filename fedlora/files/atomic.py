@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,27 @@ def stamped(found: os.stat_result) -> Stamp:
 
 def write_json(path: Path, content: Any, allow_nan: bool = True, durable: bool = True) -> None:
     """Write a value as JSON, so that it is there whole or not at all (`durable`: as for `write_atomic`)."""
-    write_atomic(path, (json.dumps(content, indent=1, allow_nan=allow_nan) + "\n").encode(), durable)
+    write_atomic(path, (laid_out(content, allow_nan) + "\n").encode(), durable)
+
+
+def laid_out(content: Any, allow_nan: bool = True, depth: int = 1) -> str:
+    """JSON to be read by people too: a line for each entry of a mapping, in a list of lists or mappings for each of
+    these, and one for a list of numbers. Also a fraction of the time that `indent` takes, which goes number by number.
+
+    Raises:
+        ValueError: a number is not finite, without `allow_nan`.
+    """
+    if isinstance(content, Mapping):
+        ends = "{}"
+        named = ((json.dumps({key: 0})[1:-1].removesuffix("0"), value) for key, value in content.items())
+        lines = [key + laid_out(value, allow_nan, depth + 1) for key, value in named]
+    elif isinstance(content, list | tuple) and any(isinstance(value, list | tuple | Mapping) for value in content):
+        ends, lines = "[]", [json.dumps(value, allow_nan=allow_nan) for value in content]
+    else:
+        ends, lines = "", []
+    if not lines:
+        return json.dumps(content, allow_nan=allow_nan)
+    return f"{ends[0]}\n{' ' * depth}" + f",\n{' ' * depth}".join(lines) + f"\n{' ' * (depth - 1)}{ends[1]}"
 
 
 def check_writable(folder: Path) -> None:

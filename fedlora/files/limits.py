@@ -15,6 +15,7 @@ FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
 LARGEST_JSON = 10_000_000
 """Bytes of a JSON file beside an adapter."""
 _DEEPEST = 30
+_NESTING = (list, dict)
 _LONGEST_LINE = 300
 
 
@@ -171,14 +172,11 @@ def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_depth(content: Any) -> None:
     """Deep content would stop whoever goes through it later, by recursion."""
-    level = [content]
+    level = [content] if isinstance(content, _NESTING) else []
     for _ in range(_DEEPEST):
-        inner = [value if isinstance(value, list) else list(value.values()) for value in level if _holds(value)]
-        level = [value for values in inner for value in values]
         if not level:
             return
-    raise ValueError(f"nested deeper than {_DEEPEST} levels")
-
-
-def _holds(value: Any) -> bool:
-    return isinstance(value, list | dict)
+        inner = [value if isinstance(value, list) else value.values() for value in level]
+        level = [value for values in inner for value in values if isinstance(value, _NESTING)]
+    if level:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")

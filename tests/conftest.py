@@ -73,6 +73,13 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFiles(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """What a run scored before training is not there for the next test: it shall not depend on which others ran."""
+    yield
+    shutil.rmtree(os.path.join(_home, "cache", "before"), ignore_errors=True)
+
+
 def pytest_unconfigure():
     shutil.rmtree(_home, ignore_errors=True)
 

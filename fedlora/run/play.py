@@ -11,7 +11,7 @@ from typing import Protocol
 from fedlora.metrics import RoundRecord
 from fedlora.model import provenance
 from fedlora.objective import Scores
-from fedlora.run import jobs, participation, recovery, rounds
+from fedlora.run import before, jobs, participation, recovery, rounds
 from fedlora.run.participation import Ask, Roll
 from fedlora.run.records import Part
 from fedlora.run.runfolder import RunFolder
@@ -138,9 +138,21 @@ def play_round(server: Server, number: int, hands: Hands, observer: Observer) ->
         hands.aggregate(number)
         watch.next()
     parts = rounds.evaluation_parts(run, number)
-    scores = hands.evaluate(number, parts)
+    scores = _scores(server, number, parts, hands, observer)
     watch.lap("evaluate")
     return server.close(number, parts, scores, watch.timings())
+
+
+def _scores(server: Server, number: int, parts: Sequence[Part], hands: Hands, observer: Observer) -> Sequence[Scores]:
+    """What the parts come to; before training perhaps as another run knows it, which began alike."""
+    if number:
+        return hands.evaluate(number, parts)
+    if found := before.known(server, parts):
+        observer.say("the scores before training are those of an earlier run that began alike")
+        return found
+    scores = hands.evaluate(number, parts)
+    before.keep(server, parts, scores)
+    return scores
 
 
 def _collect(run: RunFolder, number: int, hands: Hands, observer: Observer, watch: _Stopwatch) -> None:

@@ -166,7 +166,7 @@ class TaskHands:
             name = _named("client", some.clients)
             return cast(Future[Worked[str | None]], fine_tune.submit(self._run, some.round, name, some, ended))
 
-        return self._dealer.train(ask, submit, trained)
+        return self._dealer.train(self._run.folder, ask, submit, trained)
 
     def receive(self, ask: Ask, failed: Mapping[int, str]) -> Roll:
         roll: Roll = receive.submit(self._run, ask.round, ask, dict(failed)).result()

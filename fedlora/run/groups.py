@@ -30,6 +30,11 @@ _LEAST = 0.1
 """Of a group's seconds: what the last groups of a round are not cut below."""
 
 
+_SENT = "sent"
+"""The kind of clients whose uploads are there, of a round that is gone on with: they are looked at, not trained."""
+_LOOK_S = 0.005
+
+
 @dataclass(frozen=True)
 class Worked(Generic[T_co]):
     """What came of each piece of a group, and the seconds of a piece; None where nothing was left to do."""
@@ -70,7 +75,7 @@ class Dealer:
 
     def __init__(self, seconds: float, slots: int) -> None:
         self._seconds, self._slots = seconds, slots
-        self._each: dict[str, float] = {}
+        self._each: dict[str, float] = {_SENT: _LOOK_S}
 
     def deal(
         self,
@@ -114,6 +119,7 @@ class Dealer:
 
     def train(
         self,
+        run: RunFolder,
         ask: Ask,
         submit: Callable[[Ask, Callable[[], None]], Future[Worked[str | None]]],
         trained: Callable[[int], None],
@@ -124,7 +130,8 @@ class Dealer:
         def some(clients: Sequence[int], ended: Callable[[], None]) -> Future[Worked[str | None]]:
             return submit(replace(ask, clients=tuple(clients)), ended)
 
-        why = self.deal(ask.clients, lambda client: "clients", some, trained)
+        sent = {client for client in ask.clients if (run.path / f"{run.client_stem(ask.round, client)}.json").exists()}
+        why = self.deal(ask.clients, lambda client: _SENT if client in sent else "clients", some, trained)
         return {client: each for client, each in zip(ask.clients, why, strict=True) if each}
 
     def _cut(self, pieces: Sequence[P], first: int, kind: Callable[[P], str]) -> Sequence[P]:

@@ -90,7 +90,7 @@ class LocalHands:
         def submit(some: Ask, ended: Callable[[], None]) -> Future[Worked[str | None]]:
             return self._threads.submit(self._in_slot, lambda slot: groups.train(slot, self._run, some, ended))
 
-        return self._dealer.train(ask, submit, trained)
+        return self._dealer.train(self._run, ask, submit, trained)
 
     def receive(self, ask: Ask, failed: Mapping[int, str]) -> Roll:
         return again(RETRIES, lambda: self._server.receive(ask, failed))

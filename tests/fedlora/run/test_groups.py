@@ -1,6 +1,6 @@
 """Groups of clients: cut by what clients take, with each piece's result, failure and end its own."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -140,3 +140,26 @@ def test_clients_that_are_done_already_say_nothing_of_how_long_one_takes(run):
     ask = Ask(1, 0, (0, 1))
     assert groups.train(Slot({}, found=(0, 1)), run, ask, lambda: None).each_s is None
     assert groups.train(Slot({}, found=(0,)), run, ask, lambda: None).each_s > 0
+
+
+def test_a_round_that_is_gone_on_with_hands_over_those_who_had_sent_together(run):
+    """A thousand uploads are there and a hundred clients are left: not a thousand task runs to find that out."""
+    for client in range(1000):
+        file = run.path / f"{run.client_stem(1, client)}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    cut = []
+
+    def submit(some, ended):
+        future = Future()
+        cut.append(some.clients)
+        future.set_result(Worked([None] * len(some.clients), None if some.clients[0] < 1000 else 0.5))
+        return future
+
+    Dealer(2.0, 2).train(run, Ask(1, 0, tuple(range(1100))), submit, lambda done: None)
+    assert [client for clients in cut for client in clients] == list(range(1100))
+    there = [clients for clients in cut if clients[0] < 1000]
+    assert len(there) < 15
+    assert all(clients[-1] < 1000 for clients in there)
+    assert len(cut[len(there)]) == 1
+    assert max(map(len, cut[len(there) :])) <= 4

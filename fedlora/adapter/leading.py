@@ -67,11 +67,19 @@ class Operator:
 
     def times(self, columns: Tensor) -> Tensor:
         """`W @ columns`."""
-        return self.dense @ columns if self.dense is not None else self.left @ (self.right.T @ columns)
+        return self.dense @ columns if self.dense is not None else self.left @ _transposed(self.right, columns)
 
     def back(self, columns: Tensor) -> Tensor:
         """`Wᵀ @ columns`."""
-        return self.dense.T @ columns if self.dense is not None else self.right @ (self.left.T @ columns)
+        if self.dense is not None:
+            return _transposed(self.dense, columns)
+        return self.right @ _transposed(self.left, columns)
+
+
+def _transposed(matrix: Tensor, columns: Tensor) -> Tensor:
+    """`matrixᵀ @ columns`, read along the rows: of few columns that takes half the time."""
+    found: Tensor = (columns.T @ matrix).T
+    return found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedlora.adapter import Adapter, Factors, leading
+from fedlora.adapter import Adapter, Factors, factors, leading
 from fedlora.adapter.divergence import measure_module
 from fedlora.adapter.factors import ProductSum
 from fedlora.adapter.leading import Operator, distances, subspace
@@ -297,10 +297,24 @@ def test_what_leading_directions_leave(shape, clients, drift, kept, monkeypatch)
 @pytest.mark.parametrize("exact_rank", [1, 2, 4])
 @pytest.mark.parametrize(("shape", "clients"), SIZES.values(), ids=SIZES.keys())
 def test_what_leading_directions_leave_of_a_sum_that_has_no_more(shape, clients, exact_rank):
-    pairs, w = around(shape, exact_rank, clients, 0.5)
+    """Others cancel each other: where fewer directions than are kept carry anything, the rest may lie anywhere."""
+    pairs, w = around(shape, exact_rank, clients // 2, 0.5)
+    others, v = around(shape, 4, clients // 4, 1.0, seed=5)
     shared = [Factors(pair.B, pairs[0].A).at_rank(4) for pair in pairs]
-    total = ProductSum.of(shared, w)
+    total = ProductSum.of([*shared, *others, *others], torch.cat([w, v, -v]))
     found, rest = total.divided(4, 4)
     left_out = total.matrix() - (found.U * found.S) @ found.Vh
     assert torch.dist(rest.product(), left_out) < 1e-12 * found.S[0]
     assert float(left_out.norm()) < 1e-9 * found.S[0]
+
+
+def test_what_is_not_left_to_rounding_is_decomposed(monkeypatch):
+    """Were something of the rest in the coordinates that are dropped, the exact way is taken."""
+    pairs, w = around((520, 440), 4, 100, 0.3)
+    total = ProductSum.of(pairs, w)
+    monkeypatch.setattr(factors, "product_norm", lambda _: 1.0)
+    found, rest = total.divided(4, 3, scale=2.0)
+    exact = total.truncated(440)
+    assert torch.equal(found.S, exact.S[:4])
+    assert torch.equal(rest.B, exact.U[:, 3:] * (2.0 * exact.S[3:]))
+    assert torch.equal(rest.A, exact.Vh[3:])

@@ -4,7 +4,8 @@
     .venv/bin/python benchmarks/aggregation.py --only ratio                                (five minutes)
 
 ratio     svd in factor space against a dense sum with a full SVD and against PEFT's add_weighted_adapter("svd")
-cells     every strategy, per module: BERT-base and LLaMA-7B shapes, ranks, numbers of clients; and the cost of ρ
+cells     strategies, per module: BERT-base and LLaMA-7B shapes, ranks, numbers of clients; and the cost of ρ
+modules   ρ, floor, R, P, Q of all modules of small models, a few clients
 clients   fedlora.aggregate on 10,000 BERT-base adapter folders (hard links to 100 different ones)
 
 Each measurement runs in a process of its own, forked after the inputs were made: its memory is what it adds to them.
@@ -18,7 +19,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,6 +50,13 @@ CELLS = {
 }
 """Ranks and numbers of clients for each."""
 STRATEGIES = ["fedit", "replication", "lora-fair", "fedex-lora", "flora", "flora-na", "svd"]
+"""Unless others are asked for."""
+MODELS = {
+    "BERT-base q, v": ((768, 768), 24, 8, 10),
+    "BERT-base, every linear layer of attention": ((768, 768), 48, 8, 10),
+    "as wide as BERT-Tiny": ((128, 128), 48, 8, 10),
+}
+"""Shape and number of modules, rank, clients."""
 LIMIT_S = 60
 DISTINCT = 20
 """Different adapters among the clients of a cell; more clients share them, which changes no operation."""
@@ -126,7 +135,8 @@ def ratio() -> list[dict[str, Any]]:
         adapters = pool(shape, rank, 10)
         updates, strategy = updates_of(adapters, 10), registry.make("svd")
         state = start(shape, rank, strategy, adapters)
-        ours = min((measured(lambda: _best_of(5, strategy, state, updates)) for _ in range(3)), key=_seconds)  # noqa: B023
+        once = partial(advance, strategy, state, updates)
+        ours = min((measured(lambda: _least(5, once)) for _ in range(3)), key=_seconds)  # noqa: B023
         dense = measured(lambda: _dense(updates, rank) and None, 600)  # noqa: B023
         peft = measured(lambda: _peft_svd(updates, shape, rank), 600)  # noqa: B023
         ours["seconds"] = ours["value"]
@@ -139,11 +149,12 @@ def ratio() -> list[dict[str, Any]]:
     return rows
 
 
-def _best_of(times: int, strategy: Strategy, state: ServerState, updates: Updates) -> float:
+def _least(times: int, job: Callable[[], Any]) -> float:
+    """The least seconds of several tries."""
     best = float("inf")
     for _ in range(times):
         begun = time.perf_counter()
-        advance(strategy, state, updates)
+        job()
         best = min(best, time.perf_counter() - begun)
     return best
 
@@ -175,14 +186,14 @@ def _peft_svd(updates: Updates, shape: tuple[int, int], rank: int) -> None:
     model.add_weighted_adapter(names, updates.weights.tolist(), "mean", combination_type="svd", svd_rank=rank)
 
 
-def cells() -> Iterator[dict[str, Any]]:
-    """Every strategy on one module of each shape, and ρ of the result."""
+def cells(strategies: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Strategies on one module of each shape, and ρ of a broadcast."""
     for name, (shape, modules) in SHAPES.items():
         for rank, clients in CELLS[name]:
             adapters = pool(shape, rank, clients)
             updates = updates_of(adapters, clients)
             row: dict[str, Any] = {"shape": name, "modules": modules, "rank": rank, "clients": clients}
-            for chosen in STRATEGIES:
+            for chosen in strategies:
                 row[chosen] = _cell(chosen, shape, rank, adapters, updates)
             row["ρ"] = measured(lambda: measure(updates, [adapters[0]] * clients, common=True) and None)  # noqa: B023
             print(_line(row), flush=True)
@@ -193,6 +204,20 @@ def _cell(name: str, shape: tuple[int, int], rank: int, adapters: list[Adapter],
     strategy = registry.make(name)
     state = start(shape, rank, strategy, adapters)
     return measured(lambda: advance(strategy, state, updates) and None)
+
+
+def modules() -> list[dict[str, Any]]:
+    """ρ and what is measured with it, of whole models: milliseconds a round."""
+    rows = []
+    for name, (shape, count, rank, clients) in MODELS.items():
+        pools = [pool(shape, rank, clients) for _ in range(count)]
+        factors = [{f"m{i}": each[u].factors["m"] for i, each in enumerate(pools)} for u in range(clients)]
+        adapters = [Adapter(each) for each in factors]
+        updates = updates_of(adapters, clients)
+        found = measured(lambda: _least(15, lambda: measure(updates, [adapters[0]] * clients, common=True)))  # noqa: B023
+        rows.append({"model": name, "modules": count, "rank": rank, "clients": clients, **found})
+        print(f"{name}, {count} modules, r {rank}, {clients} clients: ρ {found['value'] * 1e3:.1f} ms", flush=True)
+    return rows
 
 
 def clients(count: int = 10000, different: int = 100) -> list[dict[str, Any]]:
@@ -247,8 +272,12 @@ def _times(found: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    parts = " | ".join(f"{name} {_shown(row[name])}" for name in [*STRATEGIES, "ρ"])
+    parts = " | ".join(f"{name} {_shown(row[name])}" for name in _columns(row))
     return f"{row['shape']} r {row['rank']} U {row['clients']}: {parts}"
+
+
+def _columns(row: dict[str, Any]) -> list[str]:
+    return [name for name, value in row.items() if isinstance(value, dict)]
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -256,18 +285,24 @@ def markdown(results: dict[str, Any]) -> str:
     lines: list[str] = []
     for row in results.get("cells", []):
         if not lines:
-            lines += [f"| module | r | U | {' | '.join([*STRATEGIES, 'ρ'])} |", "|---" * (len(STRATEGIES) + 4) + "|"]
-        values = " | ".join(_shown(row[name]) for name in [*STRATEGIES, "ρ"])
+            lines += [f"| module | r | U | {' | '.join(_columns(row))} |", "|---" * (len(_columns(row)) + 3) + "|"]
+        values = " | ".join(_shown(row[name]) for name in _columns(row))
         lines.append(f"| {row['shape']} | {row['rank']} | {row['clients']} | {values} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["ratio", "cells", "clients"])
+    parser.add_argument("--only", choices=["ratio", "cells", "modules", "clients"])
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="of cells, with commas")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    jobs: dict[str, Callable[[], Any]] = {"ratio": ratio, "cells": lambda: list(cells()), "clients": clients}
+    jobs: dict[str, Callable[[], Any]] = {
+        "ratio": ratio,
+        "cells": lambda: list(cells(arguments.strategies.split(","))),
+        "modules": modules,
+        "clients": clients,
+    }
     wanted = [arguments.only] if arguments.only else list(jobs)
     torch.set_num_threads(1)
     results = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}

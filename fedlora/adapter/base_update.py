@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedlora.adapter.factors import ProductSum, beside_identity
+from fedlora.adapter.factors import ProductSum, beside_identity, is_identity
 from fedlora.adapter.weights import Factors
 from fedlora.errors import AdapterError
 from fedlora.files.atomic import write_atomic
@@ -118,11 +118,6 @@ def _stored(pair: Factors) -> dict[str, Tensor]:
         if is_identity(eye):
             return {"dense": dense}
     return {"left": pair.B, "right": pair.A}
-
-
-def is_identity(side: Tensor) -> bool:
-    """Whether a matrix is one that changes nothing."""
-    return side.shape[0] == side.shape[1] and torch.equal(side, torch.eye(len(side), dtype=side.dtype))
 
 
 def _pair(module: str, sides: Mapping[str, Tensor]) -> Factors:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import leading
-from fedlora.adapter.leading import Distances, Operator, square, subspace
+from fedlora.adapter.leading import Distances, Operator, Subspace, directions_for, square, subspace
 from fedlora.adapter.weights import Factors, Kind
 
 _NULL = 1e-12
@@ -67,10 +67,15 @@ class ProductSum:
 
     def add(self, coefficient: float, pair: Factors) -> ProductSum:
         """Add `coefficient·B@A` in place; returns itself."""
+        if coefficient == 1 and not self.left and (whole := _whole(pair)) is not None:
+            if self._dense is None:
+                self._dense = whole.new_zeros(self.shape, dtype=torch.float64)
+            self._dense += whole
+            return self
         self.left.append(coefficient * pair.B.to(torch.float64))
         self.right.append(pair.A.T.to(torch.float64))
         if self._dense is None and self.width >= min(self.shape):
-            self._dense = torch.zeros(self.shape, dtype=torch.float64)
+            self._dense = pair.B.new_zeros(self.shape, dtype=torch.float64)
         if self._dense is not None and self.width >= _WORTH_A_PRODUCT:
             self._flush(self._dense)
         return self
@@ -96,6 +101,11 @@ class ProductSum:
             return self.dense @ wanted
         return torch.cat(self.left, dim=1) @ (torch.cat(self.right, dim=1).T @ wanted)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether a full decomposition takes more than milliseconds."""
+        return min(self.shape) >= leading.LARGE and (self.dense is not None or self.width >= leading.LARGE)
+
     def operator(self) -> Operator:
         """The sum as something that is applied."""
         return Operator(self.dense, self.left, self.right)
@@ -104,10 +114,50 @@ class ProductSum:
         """The best approximation of rank `rank` (or of the joint rank where that is less), without the values that it
         leaves out: by block Krylov iteration where the sum is large, to ten digits of the tail, otherwise and where
         that does not certify itself as `truncated`."""
-        found = subspace(self.operator(), rank) if min(self.shape) >= leading.LARGE else None
-        if found is None:
-            return self.truncated(rank)
-        return Triples(found.basis @ found.left[:, :rank], found.S[:rank], found.Vh[:rank])
+        found = subspace(self.operator(), rank) if self.is_large else None
+        return self.truncated(rank) if found is None else Triples.within(found, rank)
+
+    def holding(self, share: float, about: int, least: int = 0) -> Triples:
+        """The fewest leading directions whose squares make up `share` of those of all, but no fewer than `least`; as in
+        `leading`, where they are few: first `about` that many are tried. With a share of 1, or where they are many, all
+        are decomposed."""
+        found = leading.holding(self.operator(), share, max(about, least)) if self.is_large else None
+        if found is not None:
+            return Triples.within(found[0], max(found[1], least))
+        exact = self.truncated(min(self.shape))
+        return exact.first(max(directions_for(exact.S, share), least))
+
+    def divided(self, rank: int, kept: int, scale: float = 1.0) -> tuple[Triples, Factors]:
+        """The leading `rank` directions, and `scale` times what the first `kept` (≤ rank) of them leave, to rounding,
+        whatever they are: as a pair of the joint rank less `kept`, or as a dense matrix beside an identity."""
+        found = subspace(self.operator(), rank) if self.is_large else None
+        if found is not None:
+            divided = self._divided(found, rank, kept, scale)
+            if divided is not None:
+                return divided
+        exact = self.truncated(min(self.shape))
+        rest = Factors(exact.U[:, kept:] * (scale * exact.S[kept:]), exact.Vh[kept:])
+        return exact.first(rank), rest
+
+    def _divided(self, found: Subspace, rank: int, kept: int, scale: float) -> tuple[Triples, Factors] | None:
+        """As `divided`, or None where the sum has hardly as many directions as are kept.
+
+        Of `W = LRᵀ` in R stacked columns: with `uᵀW = S vᵀ`, the projection `W(I − vvᵀ)` takes nothing from the row
+        space of `uᵀL`, so that it is a product in the R − kept coordinates beside that. What is kept is `Wvvᵀ`.
+        """
+        best = Triples.within(found, rank)
+        if self.dense is not None:
+            first = best.first(kept)
+            return best, beside_identity(torch.addmm(self.dense, first.U * first.S, first.Vh, beta=scale, alpha=-scale))
+        left, right = torch.cat(self.left, dim=1), torch.cat(self.right, dim=1)
+        rows = best.Vh[:kept]
+        along = rows @ right
+        turned, scales = torch.geqrf((best.U[:, :kept].T @ left).T)
+        outer = torch.ormqr(turned, scales, left, left=False)
+        inner = torch.ormqr(turned, scales, right - rows.T @ along, left=False)
+        if product_norm(Factors(outer[:, :kept], inner[:, :kept].T)) > _NULL * float(best.S[0]):
+            return None
+        return best.with_first(left @ along.T, rows), Factors(scale * outer[:, kept:], inner[:, kept:].T)
 
     def truncated(self, rank: int) -> TruncatedSVD:
         """The best approximation of rank `rank`, or of the joint rank where that is less (Eckart–Young): by QR of the
@@ -120,8 +170,24 @@ class ProductSum:
 
 def beside_identity(dense: Tensor) -> Factors:
     """A matrix (d_out × d_in) as a pair: itself, and an identity on its smaller side."""
-    eye = torch.eye(min(dense.shape), dtype=dense.dtype)
+    eye = torch.eye(min(dense.shape), dtype=dense.dtype, device=dense.device)
     return Factors(eye, dense) if dense.shape[0] <= dense.shape[1] else Factors(dense, eye)
+
+
+def _whole(pair: Factors) -> Tensor | None:
+    """The matrix that stands beside an identity, where one does: what `beside_identity` was given."""
+    if pair.rank < min(pair.shape):
+        return None
+    if is_identity(pair.B):
+        return pair.A
+    return pair.B if is_identity(pair.A) else None
+
+
+def is_identity(side: Tensor) -> bool:
+    """Whether a matrix is one that changes nothing."""
+    if side.shape[0] != side.shape[1] or not (side.diagonal() == 1).all():
+        return False
+    return torch.equal(side, torch.eye(len(side), dtype=side.dtype, device=side.device))
 
 
 class Frame:
@@ -212,6 +278,26 @@ class Triples:
     S: Tensor
     Vh: Tensor
 
+    @classmethod
+    def within(cls, found: Subspace, rank: int) -> Triples:
+        """The first `rank` directions of a subspace."""
+        return cls(found.basis @ found.left[:, :rank], found.S[:rank], found.Vh[:rank])
+
+    def first(self, count: int) -> Triples:
+        """The leading `count` directions of these."""
+        return Triples(self.U[:, :count], self.S[:count], self.Vh[:count])
+
+    def with_first(self, columns: Tensor, rows: Tensor) -> Triples:
+        """These, with the first k of them those of a product of columns (d_out × k) and orthonormal rows (k × d_in)."""
+        k = len(rows)
+        basis, triangle = torch.linalg.qr(columns)
+        left, S, Vh = torch.linalg.svd(triangle)
+        return Triples(
+            torch.cat([basis @ left, self.U[:, k:]], dim=1),
+            torch.cat([S, self.S[k:]]),
+            torch.cat([Vh @ rows, self.Vh[k:]]),
+        )
+
     def balanced(self) -> Factors:
         """`B = U√S`, `A = √S Vᵀ`: the split with equal norms on both sides.
 
@@ -298,14 +384,15 @@ def keep_trainable(pair: Factors, before: Factors) -> Factors:
 def fresh_factors(
     shape: tuple[int, int], rank: int, kind: Kind = "linear", generator: torch.Generator | None = None
 ) -> Factors:
-    """Factors of a product (d_out × d_in) as every adapter starts, in fp32: B zero, and A uniform within ±1/√d_in, or
-    standard normal for an embedding, whose rows are looked up and not summed.
+    """Factors of a product (d_out × d_in) as every adapter starts, in fp32 on the CPU: B zero, and A uniform within
+    ±1/√d_in, or standard normal for an embedding, whose rows are looked up and not summed.
 
     Drawn from torch's global generator where none is given. PEFT draws the A of linear layers before round one: the
     same distribution of another stream, on which the bits of finished runs depend.
     """
     d_out, d_in = shape
     if kind in ("embedding", "hira_embedding"):
-        return Factors(torch.zeros(d_out, rank), torch.randn(rank, d_in, generator=generator))
-    uniform = 2 * torch.rand(rank, d_in, generator=generator) - 1
-    return Factors(torch.zeros(d_out, rank), uniform / d_in**0.5)
+        drawn = torch.randn(rank, d_in, generator=generator, device="cpu")
+    else:
+        drawn = (2 * torch.rand(rank, d_in, generator=generator, device="cpu") - 1) / d_in**0.5
+    return Factors(drawn.new_zeros(d_out, rank), drawn)

@@ -26,6 +26,10 @@ _MORE = 8
 """Columns of a block beyond the directions that are wanted."""
 _LARGEST_SHARE = 3
 """Columns in all are at most this fraction of the side: beyond, a full decomposition costs no more."""
+_BLOCKS = 8
+"""Blocks within which a further attempt is likely to settle; each that does not costs a third of a decomposition."""
+_PROBES = 16
+"""Random columns of which a norm is taken where tens of percent suffice."""
 _DIGITS = 1e-10
 """Share of the tail by which directions may fall short of the leading ones."""
 _NOTHING = 1e-12
@@ -34,7 +38,7 @@ _ROUNDING = 1e-15
 """Share of the terms of a sum by which it may be off."""
 _TRUSTED = 1e-9
 """Share of a distance that rounding may be."""
-_WIDTH = 256
+_WIDTH = 128
 """Columns of a stack that are multiplied with others at a time."""
 
 
@@ -57,13 +61,25 @@ class Operator:
         """A bound of the rank: the joint rank of a stack, the smaller side of a matrix."""
         return min(self.shape) if self.dense is not None else self.left.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.left.device if self.dense is None else self.dense.device
+
     def times(self, columns: Tensor) -> Tensor:
         """`W @ columns`."""
-        return self.dense @ columns if self.dense is not None else self.left @ (self.right.T @ columns)
+        return self.dense @ columns if self.dense is not None else self.left @ _transposed(self.right, columns)
 
     def back(self, columns: Tensor) -> Tensor:
         """`Wᵀ @ columns`."""
-        return self.dense.T @ columns if self.dense is not None else self.right @ (self.left.T @ columns)
+        if self.dense is not None:
+            return _transposed(self.dense, columns)
+        return self.right @ _transposed(self.left, columns)
+
+
+def _transposed(matrix: Tensor, columns: Tensor) -> Tensor:
+    """`matrixᵀ @ columns`, read along the rows: of few columns that takes half the time."""
+    found: Tensor = (columns.T @ matrix).T
+    return found
 
 
 @dataclass(frozen=True)
@@ -93,16 +109,33 @@ class Subspace:
         """
         if operator.dense is not None:
             return square(torch.addmm(operator.dense, self.basis, self.inside, alpha=-1)), 0.0
-        known = square(operator.times(self.Vh.T) - self.basis @ (self.left * self.S))
-        left = torch.split(operator.left - self.basis @ (self.basis.T @ operator.left), _WIDTH, dim=1)
-        right = torch.split(operator.right - self.Vh.T @ (self.Vh @ operator.right), _WIDTH, dim=1)
+        along = self.Vh @ operator.right
+        left = torch.addmm(operator.left, self.basis, self.basis.T @ operator.left, alpha=-1)
+        right = torch.addmm(operator.right, self.Vh.T, along, alpha=-1)
         rest2 = terms = 0.0
-        for i in range(len(left)):
-            for j in range(i + 1):
-                each = (left[i].T @ left[j]).mul_(right[i].T @ right[j])
-                count = 1 if i == j else 2
-                rest2, terms = rest2 + count * float(each.sum()), terms + count * float(each.abs_().sum())
-        return known + max(rest2, 0.0), _ROUNDING * terms
+        for begin in range(0, left.shape[1], _WIDTH):
+            end = begin + _WIDTH
+            each = (left[:, begin:end].T @ left[:, :end]).mul_(right[:, begin:end].T @ right[:, :end])
+            each[:, :begin] *= 2
+            rest2, terms = rest2 + float(each.sum()), terms + float(each.abs_().sum())
+        return square(left @ along.T) + max(rest2, 0.0), _ROUNDING * terms
+
+    def rest_about(self, operator: Operator) -> float:
+        """`‖W − QQᵀW‖²` to within tens of percent, of random columns."""
+        columns = _random(operator, _PROBES, seed=1)
+        images = operator.times(columns)
+        return square(images - self.basis @ (self.basis.T @ images)) / _PROBES
+
+    def count(self, share: float, rank: int, all2: float) -> float:
+        """How many leading directions make up a share of all squares, of which `rank` are known: exact where these do,
+        not too few where those of the basis do (its values are never above W's), and else about so many."""
+        squares = self.S.square()
+        reached = squares.cumsum(0)
+        found = int((reached < share * all2).sum()) + 1
+        if found <= len(squares):
+            return found
+        missing, beyond = share * all2 - float(reached[rank - 1]), float(squares[rank])
+        return rank + missing / beyond if beyond else math.inf
 
     def falls_short(self, operator: Operator, rank: int) -> float:
         """By how much the squares of the first `rank` singular values fall short of W's, in second order: of residuals
@@ -125,8 +158,7 @@ def subspace(operator: Operator, rank: int) -> Subspace | None:
     width = rank + _MORE
     if operator.size < LARGE or 3 * width > most or not rank:
         return None
-    generator = torch.Generator().manual_seed(0)
-    block = operator.times(torch.randn(operator.shape[1], width, generator=generator, dtype=torch.float64))
+    block = operator.times(_random(operator, width, seed=0))
     blocks: list[Tensor] = []
     inside: list[Tensor] = []
     check = 3
@@ -143,6 +175,57 @@ def subspace(operator: Operator, rank: int) -> Subspace | None:
             check += max(1, check // 3)
         block = operator.times(inside[-1])
     return None
+
+
+def _random(operator: Operator, count: int, seed: int) -> Tensor:
+    """Columns to which W can be applied (d_in × count): the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(operator.shape[1], count, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(operator.device)
+
+
+def holding(operator: Operator, share: float, rank: int) -> tuple[Subspace, int] | None:
+    """Columns that hold the fewest leading left directions with `share` of the squares of all, and how many these are;
+    None where W is small, they do not settle, or they are too many for that. First `rank` are tried.
+
+    Of more directions than are tried there must be room for some blocks, or they are given up at once: so many seldom
+    settle. That is looked at with the norm of the rest to within tens of percent before it is taken to all digits.
+    """
+    most = operator.size // (_LARGEST_SHARE * _BLOCKS) - _MORE
+    all2 = None
+    while share < 1:
+        found = subspace(operator, rank)
+        if found is None:
+            return None
+        if all2 is None:
+            held2 = square(found.S)
+            if found.count(share, rank, held2 + found.rest_about(operator) / 2) > max(rank, most):
+                return None
+            rest2, rounding = found.beside(operator)
+            all2 = held2 + rest2
+            if rounding > _TRUSTED * (1 - share) * all2:
+                return None
+        count = found.count(share, rank, all2)
+        if count <= rank:
+            return found, int(count)
+        if count > most:
+            return None
+        rank = math.ceil(count)
+    return None
+
+
+def directions_for(values: Tensor, share: float) -> int:
+    """The fewest leading singular values whose squares make up `share` of all squares (0 where all are zero).
+
+    A share of 1 takes every value above the rounding of the largest.
+    """
+    energy = values.double().square()
+    if not len(values) or float(energy.sum()) == 0:
+        return 0
+    if share >= 1:
+        return int((values > 1e-12 * values.max()).sum())
+    reached = energy.cumsum(0) >= share * energy.sum()
+    return int(torch.nonzero(reached)[0]) + 1
 
 
 def _beside(block: Tensor, others: Sequence[Tensor]) -> Tensor:

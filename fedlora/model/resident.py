@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fedlora import seeds
-from fedlora.adapter.base_update import BaseUpdate, is_identity
-from fedlora.adapter.factors import fresh_factors
+from fedlora.adapter.base_update import BaseUpdate
+from fedlora.adapter.factors import fresh_factors, is_identity
 from fedlora.adapter.weights import EVERY_PART, PEFT_PREFIX, Adapter, Factors, Part, full_core, parse_name
 from fedlora.config import ModelConfig
 from fedlora.config.lora import LoraConfig

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Factors
+from fedlora.adapter.factors import Triples
+from fedlora.adapter.leading import Operator, subspace
 from fedlora.sections import Section
 from fedlora.strategies.base import ServerState
 from fedlora.strategies.core import CoreStrategy, orthonormal, with_fixed
@@ -43,5 +45,12 @@ class FedSB(CoreStrategy):
 
 
 def _leading(weight: Tensor, rank: int) -> Factors:
-    left, _, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    """The leading directions of a matrix, with unit columns and rows; of a large one to ten digits of the rest."""
+    matrix = weight.double()
+    found = subspace(Operator(matrix), rank)
+    if found is None:
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        best = Triples.within(found, rank)
+        left, right = best.U, best.Vh
     return Factors(left[:, :rank], right[:rank]).to(torch.float32)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from pydantic import Field
 
 from fedlora.adapter import Factors
 from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
 from fedlora.strategies.base import Family, ServerState, Strategy
-from fedlora.strategies.energy import directions_for
 from fedlora.strategies.fedex_lora import FedExLoRA
 
 
@@ -42,9 +40,7 @@ class FedMomentum(Strategy):
         adapters, step = {}, {}
         for module in updates.modules:
             rank = state.rank(module)
-            found = updates.mean_product(module).truncated(min(state.adapter.factors[module].shape))
-            kept = max(directions_for(torch.cat([found.S, found.tail]), self.options.energy), rank)
+            found = updates.mean_product(module).holding(self.options.energy, rank, rank)
             adapters[module] = found.first(rank).balanced()
-            left, right = found.U[:, rank:kept], found.Vh[rank:kept]
-            step[module] = Factors(left * (state.scaling_of(module) * found.S[rank:kept]), right)
+            step[module] = Factors(found.U[:, rank:] * (state.scaling_of(module) * found.S[rank:]), found.Vh[rank:])
         return state.with_factors(adapters).with_base(step)

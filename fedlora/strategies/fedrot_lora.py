@@ -58,10 +58,10 @@ def turn(own: Factors, reference: Factors, rounds_done: int, strength: float) ->
 def soft_rotation(overlap: Tensor, strength: float) -> Tensor:
     """The rotation (r × r, determinant +1) that maximises `tr(Rᵀ overlap)`, blended with the identity."""
     left, _, right = torch.linalg.svd(overlap)
-    signs = torch.ones(len(overlap), dtype=overlap.dtype)
+    signs = overlap.new_ones(len(overlap))
     signs[-1] = torch.linalg.det(left @ right).sign()
     full: Tensor = (left * signs) @ right
-    blend = (1 - strength) * torch.eye(len(overlap), dtype=overlap.dtype) + strength * full
+    blend = (1 - strength) * torch.eye(len(overlap), dtype=overlap.dtype, device=overlap.device) + strength * full
     u, values, vh = torch.linalg.svd(blend)
     found: Tensor = u @ vh
     return found if values[-1] > 1e-8 else full

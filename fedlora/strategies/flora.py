@@ -45,4 +45,6 @@ def begun_anew(state: ServerState, module: str) -> Factors:
     adapter = state.adapter
     generator = torch_generator(state.seed, "fresh", state.round + 1, adapter.modules.index(module))
     kind = adapter.kinds.get(module, "linear")
-    return fresh_factors(adapter.factors[module].shape, state.rank(module), kind, generator)
+    before = adapter.factors[module]
+    drawn = fresh_factors(before.shape, before.rank, kind, generator)
+    return Factors(drawn.B.to(before.B.device), drawn.A.to(before.A.device))

@@ -105,14 +105,14 @@ def _by_turns(problem: Problem, options: FLoRANA.Options) -> Fit:
         objective.append(value)
         if objective[-2] - value <= options.tolerance * objective[-2]:
             break
-    return Fit(p, q, torch.tensor(objective, dtype=torch.float64))
+    return Fit(p, q, problem.w.new_tensor(objective))
 
 
 def _by_gradient(problem: Problem, options: FLoRANA.Options) -> Fit:
     """Adam on p and q together, in steps of a hundredth of an even weight; the best point that it passes is kept."""
     p, q = problem.w.clone(), problem.w.clone()
     optimizer = torch.optim.Adam([p, q], lr=0.01 / len(p))
-    best = Fit(p.clone(), q.clone(), torch.tensor([problem.value(p, q)], dtype=torch.float64))
+    best = Fit(p.clone(), q.clone(), p.new_tensor([problem.value(p, q)]))
     for _ in range(options.max_sweeps):
         p.grad, q.grad = problem.slopes(p, q)
         optimizer.step()
@@ -130,5 +130,5 @@ def _combine(factors: Sequence[Factors], weights: Tensor, fit: Fit) -> Factors:
     hat = Factors(mean([pair.B for pair in factors], fit.p), mean([pair.A for pair in factors], fit.q))
     bar = mean_factors(factors, weights)
     ratio = (bar.B.norm() * hat.A.norm()) / (bar.A.norm() * hat.B.norm())
-    gauge = ratio.sqrt() if torch.isfinite(ratio) and ratio > 0 else torch.ones(())
+    gauge = ratio.sqrt() if torch.isfinite(ratio) and ratio > 0 else torch.ones_like(ratio)
     return Factors(hat.B * gauge, hat.A / gauge)

@@ -10,7 +10,6 @@ from fedlora.adapter import Factors
 from fedlora.adapter.updates import Updates
 from fedlora.sections import Section
 from fedlora.strategies.base import ServerState
-from fedlora.strategies.energy import directions_for
 from fedlora.strategies.flora import FLoRA, begun_anew
 
 
@@ -35,8 +34,7 @@ class FLoRIST(FLoRA):
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         fresh, step = {}, {}
         for module in updates.modules:
-            found = updates.mean_product(module).truncated(min(state.adapter.factors[module].shape))
-            kept = found.first(directions_for(found.S, self.options.energy))
+            kept = updates.mean_product(module).holding(self.options.energy, state.rank(module))
             step[module] = Factors(kept.U * (state.scaling_of(module) * kept.S), kept.Vh)
             fresh[module] = begun_anew(state, module)
         return state.with_factors(fresh).with_base(step)

@@ -66,6 +66,6 @@ class HetLoRA(Strategy):
 
 def sparsity_weights(updates: Updates, module: str) -> Tensor:
     """`‖B_uA_u‖_F / Σ` (U, float64) over clients with a positive weight; their own weights where all norms are zero."""
-    norms = torch.tensor([product_norm(pair) for pair in updates.factors(module)], dtype=torch.float64)
+    norms = updates.weights.new_tensor([product_norm(pair) for pair in updates.factors(module)])
     norms = torch.where(updates.weights > 0, norms, torch.zeros_like(norms))
     return norms / norms.sum() if norms.sum() > 0 else updates.weights

@@ -46,7 +46,7 @@ class Rows:
             yield slice(0, clients), self._rows
             return
         height = max(1, most // numbers)
-        room = torch.empty(height, numbers, dtype=torch.float64)
+        room = self._rows.new_empty((height, numbers), dtype=torch.float64)
         for begin in range(0, clients, height):
             chosen = slice(begin, min(begin + height, clients))
             yield chosen, room[: chosen.stop - begin].copy_(self._rows[chosen])
@@ -56,14 +56,14 @@ class Rows:
 
     def sum(self, x: Tensor) -> Tensor:
         """`Σ x_u F_u`, in the factor's shape."""
-        total = torch.zeros(self._rows.shape[1], dtype=torch.float64)
+        total = self._rows.new_zeros(self._rows.shape[1], dtype=torch.float64)
         for chosen, block in self.blocks():
             total.addmv_(block.T, x[chosen])
         return total.view(self.shape)
 
     def dots(self, matrix: Tensor) -> Tensor:
         """`⟨F_u, matrix⟩` for every client (U)."""
-        wanted, found = matrix.reshape(-1), torch.empty(len(self._rows), dtype=torch.float64)
+        wanted, found = matrix.reshape(-1), self._rows.new_empty(len(self._rows), dtype=torch.float64)
         for chosen, block in self.blocks():
             torch.mv(block, wanted, out=found[chosen])
         return found
@@ -74,7 +74,7 @@ class Rows:
         clients, numbers = self._rows.shape
         if clients >= numbers:
             return None
-        gram = torch.empty(clients, clients, dtype=torch.float64)
+        gram = self._rows.new_empty((clients, clients), dtype=torch.float64)
         for chosen, block in self.blocks(_WIDE):
             for others, other in self.blocks(_WIDE):
                 if others.start <= chosen.start:
@@ -164,16 +164,16 @@ class Half(Applied):
             return found[:, 0]
 
         def times(z: np.ndarray) -> np.ndarray:
-            x = within(torch.from_numpy(z.reshape(-1)))
-            return torch.cat([each.times(x).reshape(-1) for each in self.columns]).numpy()
+            x = within(self._own(z))
+            return torch.cat([each.times(x).reshape(-1) for each in self.columns]).cpu().numpy()
 
         def dots(y: np.ndarray) -> np.ndarray:
-            parts = torch.split(torch.from_numpy(y.reshape(-1)), sizes)
+            parts = torch.split(self._own(y), sizes)
             pairs = zip(self.columns, parts, strict=True)
             found = torch.stack([each.dots(part.view(each.rows.shape)) for each, part in pairs]).sum(0)
             if triangle is not None:
                 found = torch.linalg.solve_triangular(triangle.T, found[:, None], upper=False)[:, 0]
-            return found.numpy()
+            return found.cpu().numpy()
 
         from scipy.sparse import linalg  # type: ignore[import-untyped]  # half a second of every start otherwise
 
@@ -181,9 +181,13 @@ class Half(Applied):
         rest = torch.cat([wanted.reshape(-1) for wanted in self.wanted])
         if start is not None:
             rest = rest - torch.cat([each.times(start).reshape(-1) for each in self.columns])
-        z, reason = linalg.lsqr(operator, rest.numpy(), damp, _SETTLED, _SETTLED, conlim=0, iter_lim=most)[:2]
-        step = within(torch.from_numpy(z))
+        z, reason = linalg.lsqr(operator, rest.cpu().numpy(), damp, _SETTLED, _SETTLED, conlim=0, iter_lim=most)[:2]
+        step = within(self._own(z))
         return step if start is None else start + step, reason != 7
+
+    def _own(self, vector: np.ndarray) -> Tensor:
+        """LSQR's numbers where the uploads are."""
+        return torch.from_numpy(vector.reshape(-1)).to(self._w.device)
 
 
 def _singular(triangle: Tensor) -> bool:

@@ -32,7 +32,7 @@ class Local(Strategy):
 
     def aggregate(self, state: ServerState, updates: Updates) -> ServerState:
         own = dict(zip(updates.clients, updates.adapters, strict=True))
-        alone = {module: {"p": torch.ones(1)} for module in updates.modules}
+        alone = {module: {"p": torch.ones(1, device=updates.weights.device)} for module in updates.modules}
         return replace(state, personal={**state.personal, **own}, diagnostics=alone)
 
     def broadcast(self, state: ServerState, client: int) -> Adapter:

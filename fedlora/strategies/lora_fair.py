@@ -44,6 +44,6 @@ def correction(missed: Tensor, A: Tensor, ridge: float) -> Tensor:
     trace = float(gram.trace())
     if trace == 0:
         return torch.zeros_like(missed)
-    damped = gram + ridge * trace / A.shape[0] * torch.eye(A.shape[0], dtype=gram.dtype)
+    damped = gram + ridge * trace / A.shape[0] * torch.eye(A.shape[0], dtype=gram.dtype, device=gram.device)
     solution: Tensor = missed @ torch.linalg.pinv(damped, hermitian=True, rtol=1e-12)
     return solution

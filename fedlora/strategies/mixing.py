@@ -96,7 +96,8 @@ class Problem(ABC):
 def problem_of(modules: Sequence[Sequence[Factors]], weights: Tensor, ridge: float) -> Problem:
     """The problem of some modules' uploads, on the cheaper route."""
     stacks = [Stacked.of(factors) for factors in modules]
-    return StreamedProblem(stacks, weights, ridge) if _streams(stacks) else GramProblem(stacks, weights, ridge)
+    own = weights.to(stacks[0].B.device)
+    return StreamedProblem(stacks, own, ridge) if _streams(stacks) else GramProblem(stacks, own, ridge)
 
 
 def _streams(stacks: Sequence[Stacked]) -> bool:
@@ -174,7 +175,7 @@ class GramProblem(Problem):
 
     def _pulled(self, system: tuple[Tensor, Tensor], ridge: float) -> tuple[Tensor, Tensor]:
         left, right = system
-        return left + ridge * torch.eye(len(right), dtype=left.dtype), right + ridge * self.w
+        return left + ridge * torch.eye(len(right), dtype=left.dtype, device=left.device), right + ridge * self.w
 
     def _fit(self, p: Tensor, q: Tensor) -> float:
         left, right = _sum_systems(self._for_p, q)
@@ -190,8 +191,9 @@ def _best(left: Tensor, right: Tensor, start: Tensor, simplex: bool) -> Tensor:
     """The minimiser of `xᵀHx − 2xᵀh`, on the simplex or free (then of minimum norm: clients may coincide)."""
     if simplex:
         return minimise_on_simplex(left, right, start)
-    solution: Tensor = torch.linalg.lstsq(left, right[:, None], rcond=1e-12, driver="gelsd").solution
-    return solution[:, 0]
+    system = (left.cpu(), right[:, None].cpu())  # least norm is for processors alone
+    solution: Tensor = torch.linalg.lstsq(*system, rcond=1e-12, driver="gelsd").solution
+    return solution[:, 0].to(right.device)
 
 
 # -- many clients: products with the uploads ------------------------------------------------------------------------

@@ -33,15 +33,14 @@ class Oracle(Strategy):
         lowest = min([*state.ranks.values(), state.adapter.rank])
         kept, step = {}, {}
         for module in updates.modules:
-            found = updates.mean_product(module).truncated(min(state.adapter.factors[module].shape))
-            leading = found.first(state.rank(module))
+            rank = state.rank(module)
+            own = min(lowest, rank)  # a module may have fewer indices than any client
+            leading, step[module] = updates.mean_product(module).divided(rank, own, state.scaling_of(module))
             kept[module] = _cut_off(leading.balanced(), lowest, leading.Vh)
-            rest = slice(min(lowest, state.rank(module)), None)  # a module may have fewer indices than any client
-            step[module] = Factors(found.U[:, rest] * (state.scaling_of(module) * found.S[rest]), found.Vh[rest])
         return state.with_factors(kept).with_base(step)
 
 
 def _cut_off(pair: Factors, rank: int, directions: torch.Tensor) -> Factors:
     """The product of the first `rank` indices; beyond them B = 0 and A the unit `directions`."""
-    keep = torch.arange(pair.rank) < rank
+    keep = torch.arange(pair.rank, device=pair.B.device) < rank
     return Factors(pair.B * keep, torch.where(keep[:, None], pair.A, directions))

@@ -34,7 +34,8 @@ class RAFLoRA(Strategy):
 def owners_product(state: ServerState, updates: Updates, module: str) -> ProductSum:
     """The sum of products with every rank index averaged over its owners alone."""
     before = state.adapter.factors[module]
-    owned = ownership([pair.rank for pair in updates.factors(module)], updates.weights, before.rank)
+    weights = updates.weights.to(before.B.device)
+    owned = ownership([pair.rank for pair in updates.factors(module)], weights, before.rank)
     missing = owned == 0
     total = ProductSum(before.shape)
     if missing.any():

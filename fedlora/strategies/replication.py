@@ -30,7 +30,8 @@ class Replication(Strategy):
 def owners_mean(state: ServerState, updates: Updates, module: str) -> Factors:
     """`B̄, Ā` (float64) with every rank index averaged over its owners alone."""
     before = state.adapter.factors[module].to_double()
-    owned = ownership([pair.rank for pair in updates.factors(module)], updates.weights, before.rank)
+    weights = updates.weights.to(before.B.device)
+    owned = ownership([pair.rank for pair in updates.factors(module)], weights, before.rank)
     sums = mean_factors(updates.factors(module, before.rank), updates.weights)
     share = torch.where(owned > 0, owned, torch.ones_like(owned))
     kept = owned > 0
@@ -41,5 +42,6 @@ def owners_mean(state: ServerState, updates: Updates, module: str) -> Factors:
 
 def ownership(ranks: list[int], weights: Tensor, rank: int) -> Tensor:
     """The summed weight (rank, float64) of the clients that hold each rank index."""
-    held = torch.arange(rank)[None, :] < torch.tensor(ranks)[:, None]
+    indices = torch.arange(rank, device=weights.device)
+    held = indices[None, :] < indices.new_tensor(ranks)[:, None]
     return weights @ held.to(torch.float64)

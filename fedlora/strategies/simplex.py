@@ -21,7 +21,7 @@ def project_to_simplex(point: Tensor) -> Tensor:
     """The nearest (U) vector that is non-negative with sum one (by the sorted cumulative sums)."""
     ordered = point.sort(descending=True).values
     excess = ordered.cumsum(0) - 1
-    counts = torch.arange(1, len(point) + 1, dtype=point.dtype)
+    counts = torch.arange(1, len(point) + 1, dtype=point.dtype, device=point.device)
     support = int((ordered - excess / counts > 0).sum())
     return (point - excess[support - 1] / support).clamp_min(0)
 

@@ -5,11 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlora.adapter import Factors
 from fedlora.adapter.factors import (
     Frame,
     ProductSum,
+    beside_identity,
     fresh_factors,
     keep_trainable,
     mean,
@@ -35,6 +37,19 @@ def make(uploads, shape, ranks, seed=0, dtype=torch.float64):
     return [uploads.factors(shape, rank, generator, dtype) for rank in ranks]
 
 
+class Products(TorchDispatchMode):
+    """The ranks of the products of matrices that are added to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_ranks = []
+
+    def __torch_dispatch__(self, operation, types, given=(), named=None):
+        if "mm" in str(operation):
+            self.of_ranks.append(given[-1].shape[0])
+        return operation(*given, **(named or {}))
+
+
 @pytest.fixture(params=ROUTES.values(), ids=ROUTES.keys())
 def case(request, uploads):
     """(factors, coefficients of mixed sign)."""
@@ -52,6 +67,25 @@ class TestProductSum:
         assert pair.B.dtype == torch.float64
         matrix = torch.randn(wanted.shape[1], 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         np.testing.assert_allclose(total.times(matrix), wanted @ matrix.numpy(), atol=1e-11)
+
+    @pytest.mark.parametrize("shape", [(7, 9), (9, 7), (8, 8)])
+    def test_a_matrix_beside_an_identity_is_added_as_it_is(self, uploads, shape):
+        """Without a product of the layer's size, to the bits that one has."""
+        (thin,) = make(uploads, shape, [2])
+        matrices = [torch.randn(shape, generator=uploads.generator(seed), dtype=torch.float64) for seed in (1, 2)]
+        whole = [beside_identity(matrix) for matrix in matrices]
+        before = [matrix.clone() for matrix in matrices]
+        with Products() as products:
+            found = ProductSum.of([*whole, thin], [1.0] * 3).matrix()
+        assert products.of_ranks == [thin.rank]
+        wanted = torch.zeros(shape, dtype=torch.float64)
+        for pair in (*whole, thin):
+            wanted.addmm_(pair.B, pair.A)
+        assert torch.equal(found, wanted)
+        assert all(torch.equal(matrix, kept) for matrix, kept in zip(matrices, before, strict=True))
+        almost = Factors(whole[0].B.clone(), whole[0].A.clone())
+        (almost.B if shape[0] <= shape[1] else almost.A)[0, 1] = 0.5
+        torch.testing.assert_close(ProductSum.of([almost], [1.0]).matrix(), almost.product())
 
     def test_does_not_grow_with_the_pairs(self, dense, uploads):
         """Memory is bounded by the dense matrix and a stack of a few hundred columns, however many are added."""

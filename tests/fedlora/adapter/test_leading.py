@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedlora.adapter import Adapter, Factors, leading
+from fedlora.adapter import Adapter, Factors, factors, leading
 from fedlora.adapter.divergence import measure_module
 from fedlora.adapter.factors import ProductSum
 from fedlora.adapter.leading import Operator, distances, subspace
@@ -207,3 +207,114 @@ def test_a_sum_that_is_nothing_is_no_matter_for_iteration():
     assert leading.subspace(leading.Operator(None, left, right), 8) is None
     pair = Factors(torch.randn(600, 8, dtype=torch.float64), torch.randn(8, 600, dtype=torch.float64))
     assert leading.distances(leading.Operator(None, left, right), [pair], {8}) is None
+
+
+@pytest.mark.parametrize(("shape", "clients"), SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_the_fewest_that_hold_a_share(shape, clients, share):
+    pairs, w = around(shape, 4, clients, 0.2)
+    total = ProductSum.of(pairs, w)
+    matrix = total.matrix().numpy()
+    U, values, Vh = np.linalg.svd(matrix)
+    wanted = int(np.argmax(np.cumsum(values**2) >= share * (values**2).sum())) + 1
+    for least in (0, 4):
+        found, count = total.holding(share, 4, least), max(wanted, least)
+        assert type(found).__name__ == "Triples"  # the full decomposition was not needed
+        np.testing.assert_allclose(found.S, values[:count], rtol=1e-12)
+        best = U[:, :count] * values[:count] @ Vh[:count]
+        np.testing.assert_allclose((found.U * found.S) @ found.Vh, best, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    decay=st.floats(0.5, 0.999),
+    share=st.floats(0.05, 0.9999),
+    rank=st.integers(1, 6),
+    dense=st.booleans(),
+    blocks=st.sampled_from([2, 8]),
+    seed=st.integers(0, 1000),
+)
+def test_a_share_however_many_directions_it_takes(decay, share, rank, dense, blocks, seed):
+    """Found with what is tried first, with more, or by a full decomposition."""
+    wide = with_values(decay ** torch.arange(60, dtype=torch.float64), (80, 70), seed)
+    rows = torch.eye(70, dtype=torch.float64)
+    pairs = [Factors(wide[:, k : k + 10], rows[k : k + 10]) for k in range(0, 70, 10)]
+    total = ProductSum.of(pairs if dense else pairs[:6], [1.0] * (7 if dense else 6))
+    assert (total.dense is not None) == dense
+    values = torch.linalg.svdvals(total.matrix()).square()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("LARGE", 20), ("_MORE", 1), ("_BLOCKS", blocks)):
+            patch.setattr(leading, name, value)
+        found = total.holding(share, rank)
+    count, all2 = len(found.S), float(values.sum())
+    assert float(found.S.square().sum()) >= share * all2 * (1 - 1e-9)
+    assert float(values[: count - 1].sum()) < share * all2 * (1 + 1e-9)
+    torch.testing.assert_close(found.S.square(), values[:count], rtol=0, atol=1e-8 * all2)
+
+
+def test_a_share_that_takes_too_many_is_given_up_before_the_rest_is_taken_to_all_digits(monkeypatch):
+    pairs, w = around((800, 800), 4, 120, 1.0)
+    total = ProductSum.of(pairs, w)
+    monkeypatch.setattr(leading.Subspace, "beside", lambda *_: pytest.fail("it was"))
+    assert subspace(total.operator(), 4) is not None
+    assert leading.holding(total.operator(), 0.9999, 4) is None
+    found, exact = total.holding(0.9999, 4), total.truncated(800)
+    assert torch.equal(found.S, exact.S[: len(found.S)])
+    assert float(found.S.square().sum()) >= 0.9999 * float(exact.S.square().sum())
+
+
+def test_a_share_that_takes_more_than_are_tried_is_found_in_a_second_attempt():
+    total = ProductSum.of(
+        [Factors(with_values(0.8 ** torch.arange(800).double(), (800, 810)), torch.eye(810).double())], [1.0]
+    )
+    found = total.holding(0.999, 4)
+    assert type(found).__name__ == "Triples"
+    assert len(found.S) == 16  # 0.8^(2·16) = 8e-4, and 0.8^(2·15) = 1.2e-3
+    np.testing.assert_allclose(found.S, 0.8 ** np.arange(16), rtol=1e-10)
+
+
+@pytest.mark.parametrize("kept", [2, 4])
+@pytest.mark.parametrize("drift", [1.0, 1e-3])
+@pytest.mark.parametrize(("shape", "clients"), SIZES.values(), ids=SIZES.keys())
+def test_what_leading_directions_leave(shape, clients, drift, kept, monkeypatch):
+    """Both together are the sum to rounding, however near the directions are to the leading ones."""
+    pairs, w = around(shape, 4, clients, drift)
+    total = ProductSum.of(pairs, w)
+    matrix, values = total.matrix(), torch.linalg.svdvals(total.matrix())
+    with monkeypatch.context() as patch:
+        patch.setattr(ProductSum, "truncated", lambda *_: pytest.fail("a full decomposition was taken"))
+        patch.setattr(leading, "_DIGITS", 1e-3)
+        patch.setattr(leading, "_NOTHING", 1e-3)
+        found, rest = total.divided(4, kept, scale=3.0)
+    first = found.first(kept)
+    assert torch.dist(first.U * first.S @ first.Vh + rest.product() / 3, matrix) < 1e-12 * values[0]
+    assert rest.rank == (min(shape) if total.dense is not None else 4 * clients - kept)
+    assert float(rest.product().norm() / 3) == pytest.approx(float(values[kept:].norm()), rel=1e-2)
+    for columns in (found.U[:, :kept], found.Vh.T):
+        np.testing.assert_allclose(columns.T @ columns, np.eye(columns.shape[1]), atol=1e-12)
+
+
+@pytest.mark.parametrize("exact_rank", [1, 2, 4])
+@pytest.mark.parametrize(("shape", "clients"), SIZES.values(), ids=SIZES.keys())
+def test_what_leading_directions_leave_of_a_sum_that_has_no_more(shape, clients, exact_rank):
+    """Others cancel each other: where fewer directions than are kept carry anything, the rest may lie anywhere."""
+    pairs, w = around(shape, exact_rank, clients // 2, 0.5)
+    others, v = around(shape, 4, clients // 4, 1.0, seed=5)
+    shared = [Factors(pair.B, pairs[0].A).at_rank(4) for pair in pairs]
+    total = ProductSum.of([*shared, *others, *others], torch.cat([w, v, -v]))
+    found, rest = total.divided(4, 4)
+    left_out = total.matrix() - (found.U * found.S) @ found.Vh
+    assert torch.dist(rest.product(), left_out) < 1e-12 * found.S[0]
+    assert float(left_out.norm()) < 1e-9 * found.S[0]
+
+
+def test_what_is_not_left_to_rounding_is_decomposed(monkeypatch):
+    """Were something of the rest in the coordinates that are dropped, the exact way is taken."""
+    pairs, w = around((520, 440), 4, 100, 0.3)
+    total = ProductSum.of(pairs, w)
+    monkeypatch.setattr(factors, "product_norm", lambda _: 1.0)
+    found, rest = total.divided(4, 3, scale=2.0)
+    exact = total.truncated(440)
+    assert torch.equal(found.S, exact.S[:4])
+    assert torch.equal(rest.B, exact.U[:, 3:] * (2.0 * exact.S[3:]))
+    assert torch.equal(rest.A, exact.Vh[3:])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora.adapter.leading import directions_for
 from fedlora.strategies import registry
-from fedlora.strategies.energy import directions_for
 from fedlora.strategies.fedit import FedIT
 from fedlora.strategies.step import advance, measure_round
 from fedlora.testing import EQUAL, begin, upload

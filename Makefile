@@ -96,7 +96,7 @@ chaos: setup-dev
 	$(BIN)/python benchmarks/chaos.py
 
 # fedlora beside loops by hand, pfl-research and Flower (docs/performance.md), on a machine that does nothing else. The
-# peers have environments of their own (1.3 GB each) with the torch, transformers and PEFT that we are tested with; pfl
+# peers have environments of their own (1.3 and 1.6 GB) with the torch, transformers and PEFT that we are tested with; pfl
 # needs Python 3.11 or 3.12. BENCH is for other choices, as in BENCH="--only W2 --contestants pfl,fedlora --repeats 1".
 PEERS := $(VENV)/peers
 BENCH ?= --out docs/data/peers.json

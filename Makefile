@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Two busy cores: threads that wait must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup setup-dev standard decoder decoder-model demo test test-fast test-system test-newest test-browser fuzz chaos screenshots lint types audit up down format clean
+.PHONY: setup setup-dev standard decoder decoder-model demo test test-fast test-system test-newest test-browser fuzz chaos bench-peers screenshots lint types audit up down format clean
 
 # Compiled by all cores, which pip does with one. Not left to the first import: where PYTHONDONTWRITEBYTECODE is set, as
 # in many images, every process would do it again (ten seconds each).
@@ -54,7 +54,7 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 
 types: setup-dev
-	$(BIN)/mypy fedlora deployments mlflow_tracking tasks flows fedlora_cli benchmarks/*.py
+	$(BIN)/mypy fedlora deployments mlflow_tracking tasks flows fedlora_cli benchmarks/*.py benchmarks/peers/*.py
 
 test: lint types
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
@@ -94,6 +94,22 @@ fuzz: setup-dev
 # Thirty runs killed at random moments and continued, each against one that nobody touched (docs/reliability.md).
 chaos: setup-dev
 	$(BIN)/python benchmarks/chaos.py
+
+# fedlora beside loops by hand, pfl-research and Flower (docs/performance.md), on a machine that does nothing else. The
+# peers have environments of their own (1.3 and 1.6 GB) with the torch, transformers and PEFT that we are tested with; pfl
+# needs Python 3.11 or 3.12. BENCH is for other choices, as in BENCH="--only W2 --contestants pfl,fedlora --repeats 1".
+PEERS := $(VENV)/peers
+BENCH ?= --out docs/data/peers.json
+bench-peers: setup $(PEERS)/pfl/.installed $(PEERS)/flower/.installed
+	$(BIN)/python benchmarks/rounds.py $(BENCH)
+$(PEERS)/pfl/.installed: PEER := pfl[pytorch]==0.6.*
+$(PEERS)/flower/.installed: PEER := flwr[simulation]==1.42.*
+$(PEERS)/%/.installed: constraints.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-compile \
+	  $$(grep -E '^(torch|transformers|peft|numpy|safetensors)==' $<) '$(PEER)'
+	$(@D)/bin/python -m compileall -qq -j 0 $(@D)/lib || true
+	touch $@
 
 # What the pages of MLflow, Prefect and the report show, in Debian's Chromium (apt-get install chromium).
 test-browser: setup-dev

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,7 @@ class Fedlora(Contestant):
     def execute(self, folder: Path, work: Path, changes: Mapping[str, Any]) -> Done:
         home, folder = folder.parent / "home", folder.absolute()
         folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(home / "cache/before", ignore_errors=True)  # everybody scores before training
         wanted = {**changes, "keep_rounds": "null", "runner.device": "cpu", "runner.slots": PROCESSES}
         settings = [f"{key}={value}" for key, value in wanted.items()]
         given: list[str | Path] = ["demo", *settings, "--run-dir", folder] if self.tracked else [folder, *settings]

@@ -30,7 +30,6 @@ what several share, each has its part (PSS). Cells are the median of the repeats
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -46,10 +45,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import psutil
 from peers import exported
 from peers.contestants import LIMIT, PEERS, Contestant, Done, Fedlora
-from peers.measured import Cost, check_same
+from peers.measured import Cost, Failed, check_same
 
 from deployments.shipped import PRESETS
 from fedlora.config import configfile
+from fedlora.files.atomic import write_json
 
 ONE_STEP = {"training.local_steps": 1, "partition.name": "iid"}
 WORKLOADS: dict[str, dict[str, Any]] = {
@@ -75,8 +75,8 @@ def main() -> None:
             exported.write(configfile.load("demo", {**changes, "runner.device": "cpu"}, PRESETS), work)
             found[name] = compare(work, changes, chosen, given.repeats)
         print(f"\n{table(name, found[name])}", flush=True)
-    if given.out:
-        given.out.write_text(json.dumps({"machine": machine() | {"load": load}, "workloads": found}, indent=1) + "\n")
+        if given.out:
+            write_json(given.out.absolute(), {"machine": machine() | {"load": load}, "workloads": found})
 
 
 def _given() -> argparse.Namespace:
@@ -112,7 +112,7 @@ def compare(
     for repeat in range(repeats + 1):
         of = changes if repeat else {**changes, "rounds": 1}
         for name in sorted(contestants, key=lambda name: name != LIMIT):  # with which the others are compared
-            new = contestants[name].execute(work.parent / name / f"run{repeat}", work, of)
+            new = _executed(contestants[name], work.parent / name, repeat, work, of)
             if name == LIMIT and not repeat:
                 limit = new.adapter
             far[name] = max(far.get(name, 0.0), check_same(name, new.adapter, limit))
@@ -122,6 +122,15 @@ def compare(
         name: {"packages": each[0].packages, "apart": far[name], "runs": [asdict(one.cost) for one in each]}
         for name, each in done.items()
     }
+
+
+def _executed(contestant: Contestant, folder: Path, repeat: int, work: Path, changes: Mapping[str, Any]) -> Done:
+    """One execution; one that fails is said, and done again once: hours of others shall not be lost by it."""
+    try:
+        return contestant.execute(folder / f"run{repeat}", work, changes)
+    except Failed as error:
+        print(f"{error}\n{folder.name} failed, and is done again", flush=True)
+        return contestant.execute(folder / f"run{repeat}-again", work, changes)
 
 
 def table(name: str, found: Mapping[str, Any]) -> str:

@@ -24,6 +24,10 @@ class Void(SystemExit):
     """A contestant that did not do the work of the others."""
 
 
+class Failed(SystemExit):
+    """An execution ended with an error; says which, and the end of what it wrote."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """Of one execution: seconds and megabytes."""
@@ -52,7 +56,7 @@ def run(line: Sequence[str | Path], environ: Mapping[str, str], log: Path) -> tu
     """Run a command; when it began and ended (seconds since 1970), and the most megabytes that it held.
 
     Raises:
-        SystemExit: it failed; with the end of what it wrote.
+        Failed: it did not end with 0.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW", "FEDLORA"))}
     begun = time.time()
@@ -63,7 +67,7 @@ def run(line: Sequence[str | Path], environ: Mapping[str, str], log: Path) -> tu
     ended = time.time()
     if failed:
         said = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-        raise SystemExit(f"{said}\n\n{' '.join(map(str, line))} ended with {failed}")
+        raise Failed(f"{said}\n\n{' '.join(map(str, line))} ended with {failed}")
     return begun, ended, peak.stop()
 
 

@@ -153,6 +153,8 @@ def main(folder: Path, out: Path, rounds: int) -> None:
         training,
         callbacks=[Scoring(work, Said(out, "pfl") if distributed.global_rank == 0 else None)],
     )
+    torch.distributed.barrier()  # a process that ends while the other still speaks to it would be aborted
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from fedlora.files.limits import UPLOAD, clean
 from fedlora.files.tensorfile import read_tensors, serialise
 from fedlora.files.tensorheader import read_header
 from fedlora.model import base as models
+from fedlora.model import peftlibrary
 from fedlora.model.arithmetic import is_packed
 from fedlora.model.heads import PooledClassifier
 from fedlora.model.resident import add_to_weight, apply_beside
@@ -170,19 +171,19 @@ def attach(model: Any, folder: Path) -> Any:
     Raises:
         AdapterError: the folder is not that of a LoRA or HiRA adapter, or does not fit the model.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-
+    peft = peftlibrary.load()
+    saved_by = peft.get_peft_model_state_dict
     opened = open_peft_folder(folder)
     _grow(model, opened)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            attached = PeftModel.from_pretrained(model, str(folder), config=_peft_config(opened))
+            attached = peft.PeftModel.from_pretrained(model, str(folder), config=_peft_config(opened))
     except Exception as error:
         raise AdapterError(f"{folder} does not fit the base model: {clean(_words(error))}") from error
-    wanted = {name.removesuffix(".weight") for name in get_peft_model_state_dict(attached, save_embedding_layers=False)}
+    wanted = {name.removesuffix(".weight") for name in saved_by(attached, save_embedding_layers=False)}
     given = {name.removesuffix(".weight") for name in opened.stored if not name.endswith(".base_layer.weight")}
-    saved = {name.removesuffix(".weight") for name in get_peft_model_state_dict(attached, save_embedding_layers=True)}
+    saved = {name.removesuffix(".weight") for name in saved_by(attached, save_embedding_layers=True)}
     for name in sorted((given ^ wanted) - (given & saved)):
         state = "is not in the base model" if name in given else "is missing"
         raise AdapterError(f"{folder} does not fit the base model: tensor '{name}' {state}")
@@ -207,8 +208,7 @@ def _words(error: Exception) -> str:
 
 def _peft_config(folder: PeftFolder) -> Any:
     """PEFT's own object; never made from the file, whose other keys PEFT would act upon."""
-    import peft
-
+    peft = peftlibrary.load()
     content = {key: value for key, value in folder.peft_content().items() if key != "peft_type"}
     return (peft.HiraConfig if folder.variant == "hira" else peft.LoraConfig)(**content)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
+from fedlora.model import peftlibrary
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -138,9 +139,8 @@ def is_packed(layer: nn.Module) -> bool:
 
 def plain_weight(layer: Any) -> Tensor:
     """A layer's weight, unpacked where it is quantised."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight: Tensor = dequantize_module_weight(layer) if is_packed(layer) else layer.weight
+    unpacked = peftlibrary.load().utils.integrations.dequantize_module_weight
+    weight: Tensor = unpacked(layer) if is_packed(layer) else layer.weight
     return weight.detach()
 
 

@@ -22,6 +22,7 @@ from fedlora.adapter.weights import EVERY_PART, PEFT_PREFIX, Adapter, Factors, P
 from fedlora.config import ModelConfig
 from fedlora.config.lora import LoraConfig
 from fedlora.errors import ModelError
+from fedlora.model import peftlibrary
 from fedlora.model.arithmetic import (
     DTYPES,
     autocast,
@@ -79,8 +80,7 @@ class ResidentModel:
         Raises:
             ModelError: the model cannot be loaded, or the adapter does not fit it.
         """
-        import peft
-
+        peft = peftlibrary.load()
         with placed(config, device):
             base: Any = objective.load(config, labels, pad_token_id, seed)
         check_unpacking(config, device.type, packed_inputs(base))
@@ -295,8 +295,7 @@ def _keep_less(base: Any, config: ModelConfig) -> None:
 
 
 def _peft_config(base: Any, lora: LoraConfig, task_type: str | None) -> Any:
-    import peft
-
+    peft = peftlibrary.load()
     targets = target_modules(base, lora)
     common: dict[str, Any] = {
         "r": lora.highest_rank,
@@ -318,10 +317,8 @@ def _peft_config(base: Any, lora: LoraConfig, task_type: str | None) -> Any:
 
 def _handles(model: Any) -> dict[str, nn.Parameter]:
     """The adapter's and head's live parameters by the names under which PEFT saves them."""
-    from peft import get_peft_model_state_dict
-
     handles = {_saved_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    saved = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    saved = set(peftlibrary.load().get_peft_model_state_dict(model, save_embedding_layers=False))
     if saved != handles.keys():
         odd = sorted(saved ^ handles.keys())[0]
         raise ModelError(

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedlora.config.lora import ALL_LINEAR, LoraConfig
 from fedlora.errors import ModelError, did_you_mean
-from fedlora.model import peftpattern
+from fedlora.model import peftlibrary, peftpattern
 from fedlora.model.heads import head_modules
 
 
@@ -109,9 +109,8 @@ def ordinary(model: Any, adaptable: Mapping[str, Any]) -> set[str]:
 
 def default_targets(architecture: str) -> tuple[str, ...] | None:
     """What PEFT adapts in an architecture where nothing is said; None where it has no choice."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
-
-    found = DEFAULTS.get(architecture)
+    defaults = peftlibrary.load().utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    found = defaults.get(architecture)
     return tuple(found) if found else None
 
 

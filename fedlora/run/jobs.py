@@ -21,7 +21,7 @@ from fedlora.data.partition import Partition, Split, partition
 from fedlora.errors import DataError
 from fedlora.files import home
 from fedlora.files.atomic import stamp
-from fedlora.model import arithmetic, outline, provenance
+from fedlora.model import arithmetic, outline, peftlibrary, provenance
 from fedlora.model.base import check_length, load_tokenizer
 from fedlora.model.resident import ResidentModel
 from fedlora.objective import Scores
@@ -37,8 +37,9 @@ from fedlora.training.workers import Workbench
 
 def warm_up(bench: Workbench) -> None:
     """Import what the other jobs need, while the server still does something else."""
-    import peft  # noqa: F401
     import transformers  # noqa: F401
+
+    peftlibrary.load()
 
 
 def peak_memory(bench: Workbench) -> int:

@@ -18,6 +18,7 @@ from fedlora.run.play import Observer, Trained, play
 from fedlora.run.records import Part
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.server import Server
+from fedlora.training import forerunner
 from fedlora.training.workers import Pool, Slot, open_pool, slot_devices
 
 T = TypeVar("T")
@@ -41,6 +42,7 @@ def train(
     Raises:
         FedloraError: whatever the user can mend, in one line; before there is a folder where it can be known then.
     """
+    forerunner.begin()
     preflight.before_run(config, Path(path))
     run = RunFolder.create(Path(path), config)
     # The pool is closed before the threads: one that waits for a worker that hangs would be waited for.

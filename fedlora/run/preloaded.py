@@ -25,7 +25,9 @@ gc.disable()  # imports make nothing but what stays
 import fedlora.run.jobs  # noqa: E402, F401
 
 # isort: split
-import peft  # noqa: E402, F401
+from fedlora.model import peftlibrary  # noqa: E402
+
+peftlibrary.load()
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402, F401
 
 gc.freeze()  # a collection in a worker would write to, and so copy, what it shares with the others

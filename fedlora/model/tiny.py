@@ -22,6 +22,7 @@ from fedlora.data.turns import IGNORED, Turns
 from fedlora.errors import counted
 
 WORDS, UNITS, LAYERS, POSITIONS = 2048, 128, 4, 512
+DATA = DataConfig(name="wordnet-definitions")
 STEPS, ROWS, RATE = 1200, 32, 3e-3
 _LONGEST, _SCORED = 64, 128
 
@@ -71,7 +72,7 @@ def network() -> Any:
 def make(out: Path, steps: int = STEPS) -> float:
     """Train it and write it to a folder; its loss on the test split, in nats per token."""
     torch.set_num_threads(1)  # the order of sums
-    text = sources.finish(dialogues.read(DataConfig(name="wordnet-definitions"), None, 0))
+    text = sources.finish(dialogues.read(DATA, None, 0))
     train, test = (text.tables[split]["messages"].to_pylist() for split in ("train", "test"))
     tokenizer = tokenizer_of([each["content"] for messages in train for each in messages])
     turns = Turns(tokenizer, _LONGEST, loss_on="all", too_long="cut")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedlora.config import ModelConfig
+from fedlora.config import DataConfig, ModelConfig
 from fedlora.config.generate import GenerateConfig
 from fedlora.config.lora import LoraConfig
 from fedlora.data.turns import Turns
@@ -40,6 +40,7 @@ def test_it_writes_a_definition_and_ends_it():
 
 def test_its_making_is_drawn_by_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "ROWS", 2)
+    monkeypatch.setattr(tiny, "DATA", DataConfig(name="wordnet-definitions", train_size=1000, test_size=50))
     losses = {tiny.make(tmp_path / name, steps=2) for name in ("one", "other")}
     assert len(losses) == 1
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))

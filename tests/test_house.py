@@ -1,6 +1,7 @@
 """The house: which room may import which, no circles, and nothing new at the root."""
 
 import ast
+import importlib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -109,3 +110,25 @@ def test_nothing_new_is_at_the_root():
 ])  # fmt: skip
 def test_what_plug_ins_and_programs_import_is_where_it_was(line):
     exec(line, {})
+
+
+SELDOM = [*(ROOT / "tests/browser").glob("*.py"), *(ROOT / "docs").glob("*.py")]
+"""What neither mypy nor every run of the tests looks at."""
+
+
+@pytest.mark.parametrize("path", SELDOM, ids=lambda path: path.name)
+def test_what_is_run_seldom_names_what_is_there(path):
+    """Of our own packages: `module.name` of what was imported, and what is imported itself."""
+    tree, known = ast.parse(path.read_text("utf-8")), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                owner = importlib.import_module(full if full in MODULES else node.module)
+                known[alias.asname or alias.name] = owner if full in MODULES else getattr(owner, alias.name)
+    named = [
+        (node.value.id, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    ]
+    assert [f"{name}.{attr}" for name, attr in named if name in known and not hasattr(known[name], attr)] == []

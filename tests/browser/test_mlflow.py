@@ -10,8 +10,11 @@ from urllib.parse import quote
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from fedlora.objective.classification import ACCURACY
 from fedlora.report.plots import colour
 from mlflow_tracking import store, views
+
+FIRST = views.first(ACCURACY)
 
 # One shown line per run: MLflow draws the smoothed one over a faint copy of the data.
 LINES = "card => card._fullData.filter(line => line.mode.includes('markers')).map(line => [line.name, line.line.color])"
@@ -45,7 +48,7 @@ def cards(mlflow: Page) -> Locator:
     return mlflow.get_by_test_id("experiment-view-compare-runs-card").filter(visible=True)
 
 
-@pytest.mark.parametrize(("section", "metric"), [(views.FIRST, "global/accuracy"), ("global", "global/macro_f1")])
+@pytest.mark.parametrize(("section", "metric"), [(FIRST, "global/accuracy"), ("global", "global/macro_f1")])
 def test_a_section_has_one_line_per_strategy_in_its_colour(site, mlflow, called, section, metric):
     mlflow.goto(chart_page(site))
     expect(mlflow.get_by_text(f"{len(site.children)} matching runs")).to_be_visible()
@@ -68,7 +71,7 @@ def test_the_printed_link_opens_every_run_condition_by_condition_with_accuracy_a
     expect(mlflow.get_by_text(f"{len(wide.names)} matching runs")).to_be_visible()
     in_model_training(mlflow)
     sections = mlflow.get_by_role("figure")
-    expect(sections.nth(0)).to_contain_text(re.compile(rf"^{views.FIRST}\s*\(3\)"))
+    expect(sections.nth(0)).to_contain_text(re.compile(rf"^{FIRST}\s*\(3\)"))
     expect(sections.nth(1)).to_contain_text(re.compile(r"^global\s*\("))
     for place, metric in enumerate(("global/accuracy", "rho/model", "final/accuracy")):
         expect(cards(mlflow).nth(place)).to_contain_text(metric)

@@ -183,15 +183,15 @@ class RoundRecord:
 
 
 def seconds(records: Sequence[RoundRecord]) -> float | None:
-    """Wall time of a run's rounds; a resumed one counts as the mean of those that were trained in one go.
+    """Wall time of a run's rounds of training; a resumed one counts as the mean of those that were trained in one go.
 
-    None where every round of training was resumed, or the times are not known.
+    What was scored before training is not counted: a run may have it from another that began alike (`fedlora.run
+    .before`), and strategies shall not differ by that. None where every round was resumed, or times are not known.
     """
-    if any(TIME_ROUND not in record.metrics for record in records):
+    trained = [record for record in records if record.round]
+    if not trained or any(TIME_ROUND not in record.metrics for record in trained):
         return None
-    whole = [record for record in records if not record.metrics.get(TIME_RESUMED)]
-    known = sum(record.metrics[TIME_ROUND] for record in whole)
-    if len(whole) == len(records):
-        return known
-    trained = [record.metrics[TIME_ROUND] for record in whole if record.round]
-    return known + (len(records) - len(whole)) * sum(trained) / len(trained) if trained else None
+    whole = [record.metrics[TIME_ROUND] for record in trained if not record.metrics.get(TIME_RESUMED)]
+    if len(whole) == len(trained):
+        return sum(whole)
+    return sum(whole) * len(trained) / len(whole) if whole else None

@@ -28,7 +28,7 @@ COSTS = {
     "server_seconds": Cost(
         "server s", "reading and aggregating (s)", "the server's seconds", 2, "{:.2g} s of the server"
     ),
-    "seconds": Cost("seconds", "wall time in rounds (s)", "seconds", 1),
+    "seconds": Cost("seconds", "wall time in rounds of training (s)", "seconds", 1),
     "client_memory": Cost(
         "client memory",
         "peak memory of a client (MB)",

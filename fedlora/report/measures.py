@@ -74,7 +74,7 @@ class Measures:
     megabytes: float
     """The budget: what the most frugal choice sends in the whole run, so that every choice has a score there."""
     seconds: float
-    """The same of wall time in rounds."""
+    """The same of wall time in rounds of training."""
     target: float
     """`TARGET` of the best final score."""
     choices: Sequence[Measured]
@@ -98,13 +98,13 @@ def curves(comparison: Comparison) -> dict[str, Curve]:
 
 
 def _seconds(rows: pd.DataFrame) -> np.ndarray:
-    """Cumulative wall time; not known from a resumed round on."""
+    """Cumulative wall time of training; not known from a resumed round on."""
     if metrics.TIME_ROUND not in rows:
         return np.full(len(rows), math.nan)
     spent = rows[metrics.TIME_ROUND].to_numpy(float)
     if metrics.TIME_RESUMED in rows:
         spent = np.where(rows[metrics.TIME_RESUMED].to_numpy(float) > 0, math.nan, spent)
-    return np.cumsum(spent)
+    return np.cumsum(np.where(rows["round"].to_numpy() > 0, spent, 0.0))
 
 
 def of(condition: Condition, found: Mapping[str, Curve]) -> Measures:

@@ -22,7 +22,7 @@ _BESIDE = (
 """A run's results beside its scores after the last round: local minus global score; the worst client's local score and
 the worst tenth's (the 10th percentile of all, or the 90th where lower is better); ρ in round one, its mean
 over rounds and in the last round, with that round's floor (blank where one client took part); mean number of clients
-whose updates a round used; 10⁶ bytes both ways; seconds of wall time in rounds."""
+whose updates a round used; 10⁶ bytes both ways; seconds of wall time in rounds of training."""
 
 UNBOUNDED = (-math.inf, math.inf)
 _NOT_NEGATIVE = ("rho_first", "rho_mean", "rho_last", "rho_floor", "megabytes", "seconds")
@@ -83,21 +83,22 @@ def results(comparison: Comparison) -> pd.DataFrame:
 
 
 def sums(rounds: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Metrics summed over each run's rounds (index: run id); a column for each that was measured.
+    """Metrics summed over each run's rounds of training (index: run id); a column for each that was measured. Scoring
+    before training is not counted: a run may have it from another.
 
     The seconds of a resumed round are those of what was left of it: it counts as the mean of the run's other rounds of
     training, and where there is none the sum is not known.
     """
     known = [name for name in names if name in rounds]
+    rounds = rounds[rounds["round"] > 0]
     total = rounds.groupby("run_id")[known].sum(min_count=1)
     if metrics.TIME_RESUMED not in rounds:
         return total
     again = rounds[metrics.TIME_RESUMED] > 0
     times = again.groupby(rounds["run_id"]).sum()
     for name in (name for name in metrics.PARTIAL if name in known):
-        whole = rounds[~again].groupby("run_id")[name].sum()
-        usual = rounds[~again & (rounds["round"] > 0)].groupby("run_id")[name].mean().reindex(times.index)
-        total[name] = total[name].where(times == 0, whole.reindex(times.index) + times * usual)
+        whole = rounds[~again].groupby("run_id")[name].agg(["sum", "mean"]).reindex(times.index)
+        total[name] = total[name].where(times == 0, whole["sum"] + times * whole["mean"])
     return total
 
 

@@ -69,8 +69,9 @@ def columns(results: Sequence[Result]) -> tuple[str, ...]:
 
 def row(found: Sequence[RoundRecord], scores: Sequence[Score] = _USUAL) -> dict[str, float | None]:
     """A run's results: final `scores`, the deciding one first, ρ in the first and last round and its last floor, mean
-    number of clients whose updates a round used, megabytes (10⁶ bytes) sent both ways, seconds of wall time in rounds;
-    and the means over rounds of R, P, Q and the dispersion, the observable sides of the conditions of arXiv 2508.01348.
+    number of clients whose updates a round used, megabytes (10⁶ bytes) sent both ways, seconds of wall time in
+    rounds of training; and the means over rounds of R, P, Q and the dispersion, the observable sides of the conditions
+    of arXiv 2508.01348.
     What was not measured is None, as ρ is where a round used one client's update."""
     trained = [record.metrics for record in found[1:]]
     used = [values[metrics.CLIENTS_COMPLETED] for values in trained if metrics.CLIENTS_COMPLETED in values]

@@ -1,7 +1,8 @@
 """Scores before training, kept for runs that begin alike: the strategies of a sweep differ only in what comes after.
 
 They are kept in `home.cache()/before`, under a digest of all that they depend on: the model with what was added to its
-base, the adapter as it is sent, rows and tokens, how it is scored, and the libraries that do it.
+base, the adapter as it is sent, rows and tokens, how it is scored, and the code that does it. Where a plug-in judges,
+nothing is kept: its code may change without anybody saying so.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from fedlora.errors import RunFolderError
 from fedlora.files import home, limits
 from fedlora.files.atomic import write_json
 from fedlora.files.tensorfile import serialise
-from fedlora.objective import Scores
+from fedlora.objective import Scores, scorers
 from fedlora.run.records import Part, Setup
 from fedlora.run.server import Server
 from fedlora.strategies import state as states
@@ -41,6 +43,8 @@ _MOST = 2000
 def known(server: Server, parts: Sequence[Part]) -> list[Scores] | None:
     """What each part came to when a run that began alike was scored; None where none was, or it is not whole."""
     kind = server.run.objective.scores
+    if not _judged_by_us(server):
+        return None
     try:
         found = [kind.from_json(scores) for scores in limits.read_json(_place(server, parts))]
     except (OSError, ValueError, KeyError, TypeError):
@@ -51,10 +55,21 @@ def known(server: Server, parts: Sequence[Part]) -> list[Scores] | None:
 def keep(server: Server, parts: Sequence[Part], scores: Sequence[Scores]) -> None:
     """Keep them for others, unless they are very many. A home that cannot be written is told of where something must
     be."""
-    if len(parts) > _MOST:
+    if len(parts) > _MOST or not _judged_by_us(server):
         return
     with suppress(RunFolderError):
         write_json(_place(server, parts), [each.to_json() for each in scores], durable=False)
+
+
+def _judged_by_us(server: Server) -> bool:
+    asked = map(scorers.find, server.run.config.evaluation.generate.scorers)
+    return all(type(each).__module__.split(".")[0] == fedlora.__name__ for each in (server.run.objective, *asked))
+
+
+@cache
+def _changed() -> int:
+    """When our own code was changed, in nanoseconds since 1970: who works on it must not meet scores of before."""
+    return max((path.stat().st_mtime_ns for path in Path(fedlora.__file__).parent.rglob("*.py")), default=0)
 
 
 def _place(server: Server, parts: Sequence[Part]) -> Path:
@@ -62,7 +77,7 @@ def _place(server: Server, parts: Sequence[Part]) -> Path:
     setup, config = Setup.read(run), run.config
     sent = {name: tensor for name, tensor in states.tensors(state).items() if name.startswith(_BEGINNING)}
     content = [
-        [fedlora.__version__, *(version(name) for name in _LIBRARIES)],
+        [fedlora.__version__, _changed(), *(version(name) for name in _LIBRARIES)],
         config.model_dump(mode="json", exclude=_LATER | {"runner"}),
         [config.runner.device, config.runner.threads],
         [str(setup.model), setup.tokens.name, list(setup.labels), run.need_json("partition.json")["hash"]],

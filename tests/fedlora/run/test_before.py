@@ -6,7 +6,8 @@ import pytest
 
 from fedlora.config import configfile
 from fedlora.files import home
-from fedlora.run import jobs, rounds
+from fedlora.objective.classification import OBJECTIVE
+from fedlora.run import before, jobs, rounds
 from fedlora.run.loop import train
 from fedlora.run.runfolder import RunFolder
 
@@ -81,3 +82,17 @@ def test_ranks_that_differ_are_no_secret_of_the_strategy(scored):
     first, parts = scored(strategy="zero-padding", **ranks)
     assert scored(strategy="flexlora", **ranks)[1] == parts
     assert scored(strategy="zero-padding", weighting="uniform", **ranks) == (first, 0)
+
+
+def test_where_a_plug_in_judges_nothing_is_kept(scored, monkeypatch):
+    """Its code may be another the next time."""
+    first, parts = scored()
+    monkeypatch.setattr(type(OBJECTIVE), "__module__", "somebody.judges")
+    assert scored() == (first, parts)
+    assert len(list((home.cache() / "before").iterdir())) == 1
+
+
+def test_who_works_on_our_code_does_not_meet_scores_of_before(scored, monkeypatch):
+    first, parts = scored()
+    monkeypatch.setattr(before, "_changed", lambda: 1)
+    assert scored() == (first, parts)

@@ -7,12 +7,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedlora.errors import saving
+
+_LISTS = (list, tuple)
+_NESTED = (*_LISTS, dict)
 
 
 def write_atomic(path: Path, content: bytes, durable: bool = True) -> None:
@@ -64,24 +67,26 @@ def write_json(path: Path, content: Any, allow_nan: bool = True, durable: bool =
     write_atomic(path, (laid_out(content, allow_nan) + "\n").encode(), durable)
 
 
-def laid_out(content: Any, allow_nan: bool = True, depth: int = 1) -> str:
+def laid_out(content: Any, allow_nan: bool = True) -> str:
     """JSON to be read by people too: a line for each entry of a mapping, in a list of lists or mappings for each of
-    these, and one for a list of numbers. Also a fraction of the time that `indent` takes, which goes number by number.
+    these, and one for a list of numbers. Of long lists it takes a fraction of the time of `indent`, which goes number by
+    number (a fifth, of 5,000 rows of 20).
 
     Raises:
         ValueError: a number is not finite, without `allow_nan`.
     """
-    if isinstance(content, Mapping):
-        ends = "{}"
-        named = ((json.dumps({key: 0})[1:-1].removesuffix("0"), value) for key, value in content.items())
-        lines = [key + laid_out(value, allow_nan, depth + 1) for key, value in named]
-    elif isinstance(content, list | tuple) and any(isinstance(value, list | tuple | Mapping) for value in content):
-        ends, lines = "[]", [json.dumps(value, allow_nan=allow_nan) for value in content]
-    else:
-        ends, lines = "", []
-    if not lines:
-        return json.dumps(content, allow_nan=allow_nan)
-    return f"{ends[0]}\n{' ' * depth}" + f",\n{' ' * depth}".join(lines) + f"\n{' ' * (depth - 1)}{ends[1]}"
+    return _laid_out(content, json.JSONEncoder(allow_nan=allow_nan).encode, "\n ")
+
+
+def _laid_out(content: Any, encode: Callable[[Any], str], begin: str) -> str:
+    if content and isinstance(content, dict):
+        keys = [encode(key) if isinstance(key, str) else encode({key: 0})[1:-4] for key in content]
+        values = [_laid_out(value, encode, begin + " ") for value in content.values()]
+        lines = [f"{key}: {value}" for key, value in zip(keys, values, strict=True)]
+        return f"{{{begin}{f',{begin}'.join(lines)}{begin[:-1]}}}"
+    if isinstance(content, _LISTS) and any(isinstance(value, _NESTED) for value in content):
+        return f"[{begin}{f',{begin}'.join(map(encode, content))}{begin[:-1]}]"
+    return encode(content)
 
 
 def check_writable(folder: Path) -> None:

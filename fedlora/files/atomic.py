@@ -69,8 +69,8 @@ def write_json(path: Path, content: Any, allow_nan: bool = True, durable: bool =
 
 def laid_out(content: Any, allow_nan: bool = True) -> str:
     """JSON to be read by people too: a line for each entry of a mapping, in a list of lists or mappings for each of
-    these, and one for a list of numbers. Of long lists it takes a fraction of the time of `indent`, which goes number by
-    number (a fifth, of 5,000 rows of 20).
+    these, and one for a list of numbers. Of long tables it takes a fraction of the time of `indent`, which goes number
+    by number (a fifth, of 5,000 rows of 20).
 
     Raises:
         ValueError: a number is not finite, without `allow_nan`.

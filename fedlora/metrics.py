@@ -185,8 +185,8 @@ class RoundRecord:
 def seconds(records: Sequence[RoundRecord]) -> float | None:
     """Wall time of a run's rounds of training; a resumed one counts as the mean of those that were trained in one go.
 
-    What was scored before training is not counted: a run may have it from another that began alike (`fedlora.run
-    .before`), and strategies shall not differ by that. None where every round was resumed, or times are not known.
+    What was scored before training is not counted: a run may have it from another that began alike, and strategies
+    shall not differ by that. None where every round was resumed, or times are not known.
     """
     trained = [record for record in records if record.round]
     if not trained or any(TIME_ROUND not in record.metrics for record in trained):

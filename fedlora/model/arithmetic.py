@@ -139,8 +139,10 @@ def is_packed(layer: nn.Module) -> bool:
 
 def plain_weight(layer: Any) -> Tensor:
     """A layer's weight, unpacked where it is quantised."""
-    unpacked = peftlibrary.load().utils.integrations.dequantize_module_weight
-    weight: Tensor = unpacked(layer) if is_packed(layer) else layer.weight
+    if is_packed(layer):
+        unpacked: Tensor = peftlibrary.load().utils.integrations.dequantize_module_weight(layer)
+        return unpacked.detach()
+    weight: Tensor = layer.weight
     return weight.detach()
 
 

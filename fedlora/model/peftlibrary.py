@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
 import torch
+
+_once = threading.Lock()
 
 
 def load() -> Any:
@@ -17,8 +21,10 @@ def load() -> Any:
     that torch's compiler is imported, three seconds in every process, also where no base is quantised. Here they are
     compiled when they are first called.
     """
-    with _compiled_when_called(), suppress(ImportError):
-        import bitsandbytes  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
+    with _once:  # two threads that put `torch.compile` back would leave it replaced
+        if "peft" not in sys.modules:
+            with _compiled_when_called(), suppress(ImportError):
+                import bitsandbytes  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
     import peft
 
     return peft

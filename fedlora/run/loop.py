@@ -42,7 +42,8 @@ def train(
     Raises:
         FedloraError: whatever the user can mend, in one line; before there is a folder where it can be known then.
     """
-    forerunner.begin()
+    if config.runner.kind == "processes" and config.runner.device in ("auto", "cpu"):
+        forerunner.begin()
     preflight.before_run(config, Path(path))
     run = RunFolder.create(Path(path), config)
     # The pool is closed before the threads: one that waits for a worker that hangs would be waited for.

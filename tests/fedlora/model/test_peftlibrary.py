@@ -38,3 +38,10 @@ def test_a_compiler_that_fails_is_heard_of_at_the_call(monkeypatch):
     with pytest.raises(RuntimeError, match="no compiler"):
         function("abc")
     assert torch.compile is compile_now
+
+
+def test_once_it_is_imported_the_compiler_is_left_alone(monkeypatch):
+    """By threads that ask at the same time, too: none finds what another has put in its place."""
+    peftlibrary.load()
+    monkeypatch.setattr(peftlibrary, "_compiled_when_called", lambda: pytest.fail("replaced again"))
+    assert peftlibrary.load().LoraConfig

@@ -5,8 +5,8 @@ prefect deployment run 'federated/custom' -p strategy=flora-na -p rounds=3
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -37,6 +37,8 @@ from tasks.federated import Run, TaskHands  # noqa: E402
 _PREPARING = {
     "processes": "preparing the data, and the model in the worker processes",
     "threads": "preparing the data and the model",
+    "ray": "preparing the data and the model here, for a cluster of Ray",
+    "dask": "preparing the data and the model here, for a cluster of Dask",
 }
 _TASKS: Any = ThreadPoolTaskRunner(max_workers=16)
 
@@ -73,7 +75,8 @@ def federated(
     with execution(folder, config) as (run, told):
         logbook = Logbook(run, run_name(config), mlflow_parent, told)
         told.say(_PREPARING[config.runner.kind])
-        play(run.server, TaskHands(run, logbook.deliver), Observers(told, logbook))
+        with hands(run, logbook.deliver, told) as working:
+            play(run.server, working, Observers(told, logbook))
     return str(folder.path)
 
 
@@ -96,6 +99,21 @@ def execution(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Run, Progr
         raise
     finally:
         told.end()
+
+
+@contextmanager
+def hands(run: Run, deliver: Callable[[], None], told: Progress) -> Iterator[TaskHands]:
+    """Who does the work: the slots of this machine, or a cluster."""
+    runner = run.folder.config.runner
+    if not runner.clustered:
+        yield TaskHands(run, deliver)
+        return
+    from tasks import engines, far  # extras
+
+    with engines.opened(runner), closing(far.FarHands(run, deliver)) as working:
+        yield working
+        if line := working.told():
+            told.say(line)
 
 
 def run_name(config: RunConfig) -> str:

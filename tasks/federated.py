@@ -136,7 +136,7 @@ def _in_pool(run: Run, job: Any, *args: Any) -> Any:
     return workers.current_pool(run.folder.config.runner).run(job, run.folder.path, *args)
 
 
-def _named(what: str, numbers: Sequence[int]) -> str:
+def named(what: str, numbers: Sequence[int]) -> str:
     """`client 3`, `clients 0–4`."""
     return f"{what}{'s' if len(numbers) > 1 else ''} {listed(numbers)}"
 
@@ -152,7 +152,8 @@ class TaskHands:
     def __init__(self, run: Run, deliver: Callable[[], None]) -> None:
         self._run, self._deliver = run, deliver
         runner = run.folder.config.runner
-        self._dealer = Dealer(runner.group_s, len(workers.current_pool(runner).slots))
+        slots = len(workers.current_pool(runner).slots)
+        self._dealer = Dealer(runner.group_s, lambda: slots)
 
     def prepare(self) -> None:
         partition.submit(self._run).result()
@@ -163,7 +164,7 @@ class TaskHands:
 
     def fine_tune(self, ask: Ask, trained: Trained) -> Mapping[int, str]:
         def submit(some: Ask, ended: Callable[[], None]) -> Future[Worked[str | None]]:
-            name = _named("client", some.clients)
+            name = named("client", some.clients)
             return cast(Future[Worked[str | None]], fine_tune.submit(self._run, some.round, name, some, ended))
 
         return self._dealer.train(self._run.folder, ask, submit, trained)
@@ -179,10 +180,17 @@ class TaskHands:
         places = {part: place for place, part in enumerate(parts)}
 
         def submit(some: Sequence[Part], ended: Callable[[], None]) -> Future[Worked[Scores]]:
-            name = _named("part", [places[part] for part in some])
+            name = named("part", [places[part] for part in some])
             return cast(Future[Worked[Scores]], evaluate.submit(self._run, number, name, some, ended))
 
         return self._dealer.deal(parts, lambda part: part.split, submit)
 
     def publish(self) -> None:
         self._deliver()
+
+    def close(self) -> None:
+        """Let go of what is under way."""
+
+    def told(self) -> str:
+        """A line of who has done the work, where that is not plain."""
+        return ""

@@ -131,11 +131,23 @@ class EvaluationConfig(Section):
 class RunnerConfig(Section):
     """Where clients are trained."""
 
-    kind: Literal["processes", "threads"] = "processes"
+    kind: Literal["processes", "threads", "ray", "dask"] = "processes"
     """`processes`: worker processes, each with its own resident base model. `threads`: in this process, one client at a
-    time on each device; no start-up cost."""
+    time on each device; no start-up cost. `ray`, `dask`: processes of a cluster, which needs no shared disk
+    (`docs/howto/use-a-cluster.md`); extras of the same names."""
     slots: int | None = Field(None, ge=1)
-    """Clients trained side by side. Empty: one per GPU, or one per CPU core (at most 8) without GPU."""
+    """Clients trained side by side. Empty: one per GPU, or one per CPU core (at most 8) without GPU; on a cluster with
+    an address, as many as it has room for."""
+    address: str | None = None
+    """Of the cluster, as `host:port` (`ray://host:port` from outside a cluster of Ray's). Empty: a local one, which is
+    started for the run and ends with it."""
+    gpus_per_client: float = Field(0.0, ge=0)
+    """GPUs of the cluster that a client has while it trains; four clients share one at 0.25."""
+    cpus_per_client: float = Field(1.0, gt=0)
+    """Cores of the cluster that a client has while it trains; how many it computes with says `threads`."""
+    shared_files: bool = True
+    """Workers of a cluster read files of the run where this machine has them, if they see the very same there; `false`:
+    they fetch them in any case."""
     device: str = "auto"
     """`auto` (every GPU there is, else the CPU), `cpu`, `cuda`, `cuda:0`, `mps`."""
     threads: int = Field(1, ge=1)
@@ -151,6 +163,31 @@ class RunnerConfig(Section):
     timeout_s: float | None = Field(None, gt=0)
     """Seconds after which a worker process that trains a client is taken for hung and ended (then `retries` apply).
     Empty: wait for it. Needs `runner.kind=processes`."""
+
+    @model_validator(mode="after")
+    def _of_cluster(self) -> RunnerConfig:
+        if self.clustered:
+            if self.exclusive:
+                raise ValueError(
+                    "exclusive=true guards devices of this machine; on a cluster a client has what *_per_client say"
+                )
+            if self.device.partition(":")[2]:
+                raise ValueError(f"device={self.device} names a GPU, and kind={self.kind} says itself which; set cuda")
+            if self.device == "cpu" and self.gpus_per_client:
+                raise ValueError(f"gpus_per_client={self.gpus_per_client:g} is not for device=cpu; set device=auto")
+            if self.device == "cuda" and not self.gpus_per_client:
+                raise ValueError("device=cuda on a cluster needs gpus_per_client, for example 1 or 0.25")
+            return self
+        usual = RunnerConfig.model_fields
+        for name in ("address", "gpus_per_client", "cpus_per_client", "shared_files"):
+            if (value := getattr(self, name)) != usual[name].default:
+                raise ValueError(f"{name}={value} is for kind=ray and kind=dask, and kind is {self.kind}")
+        return self
+
+    @property
+    def clustered(self) -> bool:
+        """Whether clients are trained by an engine that may span machines."""
+        return self.kind in ("ray", "dask")
 
     @field_validator("device")
     @classmethod
@@ -310,6 +347,10 @@ NEUTRAL = (
     "runner.retries",
     "runner.timeout_s",
     "runner.group_s",
+    "runner.address",
+    "runner.gpus_per_client",
+    "runner.cpus_per_client",
+    "runner.shared_files",
     "keep_rounds",
 )
 """Keys that change neither the numbers of a run nor where it is logged."""

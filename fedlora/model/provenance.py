@@ -9,8 +9,7 @@ from pathlib import Path
 
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError
-from fedlora.files import home
-from fedlora.files.atomic import write_atomic
+from fedlora.files import digests
 from fedlora.model.base import model_file
 from fedlora.model.known import resolve
 
@@ -84,34 +83,16 @@ def _commit(config: ModelConfig, location: str) -> str:
     return str(commit)
 
 
-def _folder_digest(folder: Path) -> str:
+def parts_of(folder: Path) -> dict[str, str]:
+    """The files of a model's folder that what is loaded may depend on, by their path in it, with their SHA-256."""
     files = [path for path in folder.rglob("*") if path.suffix in _READ and _is_part(path.relative_to(folder))]
-    content = {path.relative_to(folder).as_posix(): _file_digest(path) for path in files if path.is_file()}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return {path.relative_to(folder).as_posix(): digests.of_lasting_file(path) for path in files if path.is_file()}
+
+
+def _folder_digest(folder: Path) -> str:
+    return hashlib.sha256(json.dumps(parts_of(folder), sort_keys=True).encode()).hexdigest()
 
 
 def _is_part(inside: Path) -> bool:
     """Of the model itself: files beside each other and one folder down (`1_Pooling/config.json`)."""
     return len(inside.parts) <= 2 and not inside.parts[0].startswith((".", "__"))
-
-
-def _file_digest(path: Path) -> str:
-    """SHA-256 of a file, kept under the cache for as long as path, size and time of change stay."""
-    stat = path.stat()
-    known_as = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-    kept = home.cache() / "digests" / hashlib.sha256(known_as.encode()).hexdigest()
-    try:
-        found = kept.read_text("utf-8")
-        if len(found) == 64:
-            return found
-    except (OSError, ValueError):
-        pass
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if stat.st_size > _SMALL:
-        write_atomic(kept, digest.encode())
-    return digest
-
-
-_SMALL = 1_000_000
-"""Bytes up to which a file is read again rather than looked up."""

@@ -70,10 +70,10 @@ class Dealer:
 
     Args:
         seconds: of work in a group; 0 for groups of one.
-        slots: how many groups are worked on side by side.
+        slots: says how many groups are worked on side by side; it may change.
     """
 
-    def __init__(self, seconds: float, slots: int) -> None:
+    def __init__(self, seconds: float, slots: Callable[[], int]) -> None:
         self._seconds, self._slots = seconds, slots
         self._each: dict[str, float] = {_SENT: _LOOK_S}
 
@@ -97,7 +97,7 @@ class Dealer:
         next_piece = under_way = done = 0
         told = False
         while next_piece < len(pieces) or under_way:
-            while next_piece < len(pieces) and under_way < _AHEAD * self._slots:
+            while next_piece < len(pieces) and under_way < _AHEAD * self._slots():
                 group = self._cut(pieces, next_piece, kind)
                 future = submit(group, lambda: heard.put(None))
                 future.add_done_callback(_passed_on(heard, next_piece))
@@ -146,7 +146,7 @@ class Dealer:
         if not self._seconds or each is None:
             return 1
         most = self._seconds / max(each, 1e-6)
-        even = math.ceil(left / (_AHEAD * self._slots))
+        even = math.ceil(left / (_AHEAD * self._slots()))
         return max(1, min(left, int(most), max(even, int(_LEAST * most))))
 
 

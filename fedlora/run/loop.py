@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from fedlora.config import RunConfig
 from fedlora.data import picture
+from fedlora.errors import ConfigError
 from fedlora.metrics import RoundRecord
 from fedlora.objective import Scores
 from fedlora.run import export, groups, jobs, preflight, recovery, rounds
@@ -42,6 +43,11 @@ def train(
     Raises:
         FedloraError: whatever the user can mend, in one line; before there is a folder where it can be known then.
     """
+    if config.runner.clustered:
+        raise ConfigError(
+            f"runner.kind={config.runner.kind} needs Prefect, which this loop does without; use `fedlora run`, or set "
+            "runner.kind=processes"
+        )
     if config.runner.kind == "processes" and config.runner.device in ("auto", "cpu"):
         forerunner.begin()
     preflight.before_run(config, Path(path))
@@ -80,7 +86,7 @@ class LocalHands:
 
     def __init__(self, server: Server, pool: Pool, threads: ThreadPoolExecutor) -> None:
         self._server, self._pool, self._threads = server, pool, threads
-        self._run, self._dealer = server.run, Dealer(server.run.config.runner.group_s, len(pool.slots))
+        self._run, self._dealer = server.run, Dealer(server.run.config.runner.group_s, lambda: len(pool.slots))
 
     def prepare(self) -> None:
         self._pool.run(jobs.prepare_data, self._run.path)

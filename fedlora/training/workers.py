@@ -104,6 +104,12 @@ class ProcessSlot:
 
         threading.Thread(target=begin, daemon=True).start()
 
+    def rest(self) -> None:
+        """End the worker, and with it what it has in memory, once it is idle; a new one starts when there is a job."""
+        with self._turn:
+            if self._worker:
+                self._worker.end(now=False)
+
     def close(self, *, now: bool = False) -> None:
         """End the worker; `now` does not wait for the job under way: it is asked to leave it, then killed."""
         if now:
@@ -136,9 +142,13 @@ class ThreadSlot:
     def start(self, job: Job[[], None]) -> None:
         """Nothing to begin early: this process would only be kept busy."""
 
-    def close(self, *, now: bool = False) -> None:
+    def rest(self) -> None:
         """Let go of the base model."""
         self._bench.kept.clear()
+
+    def close(self, *, now: bool = False) -> None:
+        """Let go of the base model."""
+        self.rest()
 
 
 Slot = ProcessSlot | ThreadSlot
@@ -178,6 +188,11 @@ class Pool:
         for slot in self.slots:
             slot.start(job)
 
+    def rest(self) -> None:
+        """Let go of what the workers have in memory; they are there again when there is a job."""
+        for slot in self.slots:
+            slot.rest()
+
     def close(self, *, now: bool = False) -> None:
         """End the workers; `now` does not wait for jobs under way."""
         for slot in self.slots:
@@ -185,11 +200,14 @@ class Pool:
 
 
 def slot_devices(runner: RunnerConfig) -> list[str]:
-    """The device of each slot: with several GPUs, each slot owns one.
+    """The device of each slot: with several GPUs, each slot owns one. Of a cluster, only of which kind they are: it
+    says itself how many there are.
 
     Raises:
         ConfigError: a device that is not there, or more slots than GPUs.
     """
+    if runner.clustered:
+        return ["cuda" if runner.gpus_per_client else "cpu"] * (runner.slots or 1)
     if runner.device == "cpu":
         return ["cpu"] * _cpu_slots(runner)
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
@@ -229,6 +247,7 @@ def open_pool(runner: RunnerConfig) -> Iterator[Pool]:
 
     A sweep that holds it keeps the workers, and the base models in them, from one run to the next.
     """
+    runner = _here(runner)
     key = _pool_key(runner)
     with _lock:
         pool, users = _shared.get(key) or (Pool(runner), 0)
@@ -260,7 +279,14 @@ def current_pool(runner: RunnerConfig) -> Pool:
     Raises:
         KeyError: none is open in this process.
     """
-    return _shared[_pool_key(runner)][0]
+    return _shared[_pool_key(_here(runner))][0]
+
+
+def _here(runner: RunnerConfig) -> RunnerConfig:
+    """What a runner has on this machine: itself, or beside a cluster one process, which prepares data and model."""
+    if not runner.clustered:
+        return runner
+    return RunnerConfig(kind="processes", slots=1, device="cpu", threads=runner.threads)
 
 
 def _pool_key(runner: RunnerConfig) -> str:

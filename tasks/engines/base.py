@@ -1,0 +1,81 @@
+"""What is asked of an engine."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any, Protocol
+
+from prefect import Task
+
+from fedlora.config import RunnerConfig
+from fedlora.errors import ConfigError
+from fedlora.run.request import Held
+
+
+class Engine(Protocol):
+    """A cluster, connected."""
+
+    lost: tuple[type[Exception], ...]
+    """What `result()` of a future raises where the process or the machine that worked on it has gone."""
+
+    def warm_up(self) -> None:
+        """Let processes begin with their imports; nothing waits for it."""
+
+    def submit(self, task: Task[Any, Any], parameters: dict[str, Any]) -> Any:
+        """A future of Prefect's for a task run on the cluster; to be called within a flow run."""
+
+    def wait(self, future: Any, seconds: float) -> bool:
+        """Wait for a future for so long; whether it has come to an end."""
+
+    def cancel(self, future: Any) -> None:
+        """Let go of what nobody waits for any more."""
+
+    def put(self, content: bytes) -> Held:
+        """Put bytes into the engine's store."""
+
+    def slots(self) -> int:
+        """How many clients it has room for side by side, as it is now; 0 while none."""
+
+    def machines(self) -> int:
+        """How many machines it has now."""
+
+    def resources(self) -> str:
+        """What the machines have, in words."""
+
+    def close(self) -> None:
+        """Leave the cluster; a local one ends."""
+
+
+def open_engine(runner: RunnerConfig) -> Engine:
+    """Connect to a cluster, or start a local one.
+
+    Raises:
+        ConfigError: it has no room for a client.
+        WorkerError: it does not answer.
+    """
+    found = importlib.import_module(f"tasks.engines.{runner.kind}")
+    engine: Engine = found.connect(runner)
+    try:
+        _check_room(runner, engine)
+        engine.warm_up()
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _check_room(runner: RunnerConfig, engine: Engine) -> None:
+    if engine.machines() and not engine.slots():
+        each = f"runner.cpus_per_client={runner.cpus_per_client:g}"
+        if runner.gpus_per_client:
+            each += f" and runner.gpus_per_client={runner.gpus_per_client:g}"
+        raise ConfigError(
+            f"no machine of the cluster has room for a client with {each}; {engine.resources()}. Ask for less, or add "
+            "a machine that has as much"
+        )
+
+
+def cores() -> int:
+    """Of this machine, that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -71,7 +71,7 @@ class FarHands(TaskHands):
         super().__init__(run, deliver)
         runner = run.folder.config.runner
         self._engine, self._runner = engines.current(runner), runner
-        self._depot = Depot(run.folder, self._engine.put)
+        self._depot = Depot(run.folder, run.server.state, self._engine.put)
         self._slots, self._counted_at = 1, -math.inf
         self._dealer = Dealer(runner.group_s, self._room)
         self._threads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="far")

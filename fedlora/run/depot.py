@@ -18,6 +18,9 @@ from fedlora.run.participation import Ask
 from fedlora.run.records import Part, Setup
 from fedlora.run.request import Answer, Held, Request
 from fedlora.run.runfolder import RUN, RunFolder
+from fedlora.run.traffic import due
+from fedlora.seeds import Turn
+from fedlora.strategies.base import ServerState
 
 
 class Depot:
@@ -25,12 +28,13 @@ class Depot:
 
     Args:
         run: whose.
+        state: of its server after a round.
         put: puts bytes into the engine's store. Where workers may see the files (`runner.shared_files`), nothing is put
             until one of them does not.
     """
 
-    def __init__(self, run: RunFolder, put: Callable[[bytes], Held]) -> None:
-        self._run, self._put = run, put
+    def __init__(self, run: RunFolder, state: Callable[[int], ServerState], put: Callable[[bytes], Held]) -> None:
+        self._run, self._state, self._put = run, state, put
         self._asked = not run.config.runner.shared_files
         self._putting = threading.Lock()
         self._held: dict[str, Sequence[Held]] = {}
@@ -40,7 +44,11 @@ class Depot:
     def training(self, ask: Ask) -> Request:
         """A request for the clients of an attempt."""
         request = self._request(ask.round, [self._run.state_stem(ask.round - 1)])
-        return replace(request, clients=ask.clients, attempt=ask.attempt)
+        state = self._state(ask.round - 1)
+        turns = (Turn(state.seed, ask.round, client, ask.attempt) for client in ask.clients)
+        broadcast = self._run.strategy.broadcast
+        needed = tuple(due(self._run, turn, state.base, broadcast(state, turn.client)) for turn in turns)
+        return replace(request, clients=ask.clients, needed=needed, attempt=ask.attempt)
 
     def scoring(self, number: int, parts: Sequence[Part]) -> Request:
         """A request for parts that are scored after a round."""

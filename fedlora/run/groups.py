@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 from fedlora.errors import ClientFailed, FedloraError, WorkerError, worth_retrying
@@ -16,6 +17,7 @@ from fedlora.run import jobs
 from fedlora.run.participation import Ask
 from fedlora.run.records import Part
 from fedlora.run.runfolder import RunFolder
+from fedlora.run.traffic import Due
 from fedlora.training.workers import Slot
 
 P = TypeVar("P")
@@ -154,8 +156,16 @@ def _passed_on(heard: SimpleQueue[Any], first: int) -> Callable[[Any], None]:
     return lambda future: heard.put((first, future))
 
 
-def train(slot: Slot, run: RunFolder, ask: Ask, ended: Callable[[], None], say: Say = _silent) -> Worked[str | None]:
-    """Let clients train one after the other in a slot; why each that could not, could not.
+def train(
+    slot: Slot,
+    run: RunFolder,
+    ask: Ask,
+    ended: Callable[[], None],
+    say: Say = _silent,
+    needed: Mapping[int, Due] = MappingProxyType({}),
+) -> Worked[str | None]:
+    """Let clients train one after the other in a slot; why each that could not, could not. What each must receive is
+    `needed`, where the rounds before are not in the folder.
 
     A client is tried again after a passing fault, `runner.retries` times, which is said; after that the others go on
     without it.
@@ -170,7 +180,8 @@ def train(slot: Slot, run: RunFolder, ask: Ask, ended: Callable[[], None], say: 
 
         def once() -> None:
             nonlocal worked
-            worked |= slot.run_within(runner.timeout_s, jobs.fine_tune, run.path, ask.round, client, ask.attempt)
+            turn = (ask.round, client, ask.attempt)
+            worked |= slot.run_within(runner.timeout_s, jobs.fine_tune, run.path, *turn, needed.get(client))
 
         try:
             again(runner.retries, once, say)

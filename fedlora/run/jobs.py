@@ -28,7 +28,7 @@ from fedlora.objective import Scores
 from fedlora.run import ranks, rounds, warmstart
 from fedlora.run.records import ClientRecord, DataRead, Part, Setup
 from fedlora.run.runfolder import RUN, RunFolder
-from fedlora.run.traffic import crossing
+from fedlora.run.traffic import Due, crossing, due
 from fedlora.seeds import Turn
 from fedlora.strategies.base import ServerState
 from fedlora.training import client, memory
@@ -158,9 +158,19 @@ def initialise(bench: Workbench, folder: Path) -> str | None:
     return model.note
 
 
-def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attempt: int = 0) -> bool:
+def fine_tune(
+    bench: Workbench, folder: Path, number: int, client_id: int, attempt: int = 0, needed: Due | None = None
+) -> bool:
     """Train one client in round `number` (from 1) and score its model on its own test examples; where its update would
     not arrive in time (`channel.faults`), there is no use in training it. Whether there was something to do.
+
+    Args:
+        bench: where.
+        folder: of the run.
+        number: of the round.
+        client_id: which.
+        attempt: of the round to have enough clients.
+        needed: what the client must receive; without, the rounds before are looked at.
 
     Raises:
         ClientFailed: training diverged.
@@ -193,7 +203,7 @@ def fine_tune(bench: Workbench, folder: Path, number: int, client_id: int, attem
         rank=upload.rank,
         losses=trained.losses,
         seconds=trained.seconds,
-        bytes=crossing(run, turn, state.base, start, upload),
+        bytes=crossing(run, turn, needed or due(run, turn, state.base, start), start, upload),
         validation=_score(bench, run, data.train, held_out) if len(held_out) else None,
         local=_own_score(bench, run, number, own.test) if config.evaluation.local else None,
         memory=peak.bytes,

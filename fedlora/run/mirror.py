@@ -72,7 +72,7 @@ def _answered(request: Request, work: Callable[[ThreadSlot, RunFolder, Request, 
 
 def _trained(slot: ThreadSlot, run: RunFolder, request: Request, say: groups.Say) -> Answer:
     ask = Ask(request.round, request.attempt, request.clients)
-    worked = groups.train(slot, run, ask, _nobody, say)
+    worked = groups.train(slot, run, ask, _nobody, say, dict(zip(request.clients, request.needed, strict=True)))
     sent = tuple(found for client in request.clients if (found := _sent(run, request.round, client)))
     return Answer(name(), sent=sent, why=tuple(worked.results), each_s=worked.each_s)
 

@@ -19,7 +19,7 @@ from fedlora.config import RunConfig
 from fedlora.errors import RunAborted, UpdateRejected, counted, listed
 from fedlora.metrics import Bytes
 from fedlora.run.runfolder import RunFolder
-from fedlora.run.traffic import crossing
+from fedlora.run.traffic import crossing, due
 from fedlora.seeds import Turn
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
@@ -228,7 +228,7 @@ def _put_aside(run: RunFolder, turn: Turn) -> None:
 def _with_bytes(run: RunFolder, base: BaseUpdate, start: Adapter, turn: Turn, entry: Entry) -> Entry:
     """The entry with what was sent in vain: the broadcast, and an update of the size asked for by whoever sent one."""
     sent = start if entry.status in ("late", "surplus", "rejected") else None
-    return replace(entry, bytes=crossing(run, turn, base, start, sent))
+    return replace(entry, bytes=crossing(run, turn, due(run, turn, base, start), start, sent))
 
 
 def virtual_seconds(config: RunConfig, roll: Roll) -> float:

@@ -13,6 +13,7 @@ from typing import Protocol
 from fedlora.files.filesets import FileSet
 from fedlora.objective import Scores
 from fedlora.run.records import Part
+from fedlora.run.traffic import Due
 
 
 class Held(Protocol):
@@ -44,6 +45,8 @@ class Request:
     """The base model, where it is a folder of whoever orchestrates; others are found by their name."""
     clients: tuple[int, ...] = ()
     """To be trained, one after the other."""
+    needed: tuple[Due, ...] = ()
+    """What each of them must receive, as the rounds before say."""
     attempt: int = 0
     """With run, round and client it gives the tickets (`fedlora.channel.faults.ticket`)."""
     parts: tuple[Part, ...] = ()

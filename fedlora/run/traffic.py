@@ -25,20 +25,41 @@ _ROUNDS = 64
 """Whose records are remembered."""
 
 
-def crossing(run: RunFolder, turn: Turn, base: BaseUpdate, start: Adapter, upload: Adapter | None) -> Bytes:
-    """What a client must receive to hold the broadcast `start` and its base, and its `upload` where it sends one.
+@dataclass(frozen=True)
+class Due:
+    """What a client must receive to hold the broadcast and its base: it follows from when it was last asked."""
+
+    parts: frozenset[Part]
+    """Of the broadcast."""
+    base: int
+    """Bytes of base update."""
+
+
+def due(run: RunFolder, turn: Turn, base: BaseUpdate, start: Adapter) -> Due:
+    """What a client must receive.
 
     Args:
         run: the rounds before.
         turn: who is asked.
         base: all that was added to the base before the round.
         start: the broadcast.
-        upload: what the client sends.
     """
-    down = wire_size(start, parts_down(run, turn, start))
+    return Due(parts_down(run, turn, start), missed_base(run, turn, base.wire_bytes()))
+
+
+def crossing(run: RunFolder, turn: Turn, needed: Due, start: Adapter, upload: Adapter | None) -> Bytes:
+    """What crosses the wire for a client.
+
+    Args:
+        run: which.
+        turn: who is asked.
+        needed: what it must receive.
+        start: the broadcast.
+        upload: what it sends, if anything.
+    """
+    down = wire_size(start, needed.parts)
     up = wire_size(upload, run.strategy.plan(turn.round).up) if upload is not None else (0, 0)
-    missed = missed_base(run, turn, base.wire_bytes())
-    return Bytes(up_adapter=up[0], up_head=up[1], down_adapter=down[0], down_head=down[1], down_base=missed)
+    return Bytes(up_adapter=up[0], up_head=up[1], down_adapter=down[0], down_head=down[1], down_base=needed.base)
 
 
 def parts_down(run: RunFolder, turn: Turn, start: Adapter) -> frozenset[Part]:

@@ -78,10 +78,14 @@ class World:
         Server(self.run).close(number, [], [], Timings())
         return counted
 
+    def crossing(self, turn, start) -> Bytes:
+        """What is counted for a client that sends nothing."""
+        return traffic.crossing(self.run, turn, traffic.due(self.run, turn, self.state.base, start), start, None)
+
     def _receive(self, number, client) -> Bytes:
         start = self.strategy.broadcast(self.state, client)
         turn = Turn(self.run.config.seed, number, client)
-        counted = traffic.crossing(self.run, turn, self.state.base, start, None)
+        counted = self.crossing(turn, start)
         parts = traffic.parts_down(self.run, turn, start)
         assert (counted.down_adapter, counted.down_head) == wire_size(start, parts)
         assert (counted.up_adapter, counted.up_head) == (0, 0)
@@ -181,7 +185,7 @@ def test_a_base_update_is_sent_once_to_who_is_asked_again(rounds, configure, tmp
     world = World(rounds, configure, tmp_path / "run", "flora")
     world.play([0, 1])
     start, turn = world.strategy.broadcast(world.state, 0), Turn(world.run.config.seed, 2, 0)
-    first = traffic.crossing(world.run, turn, world.state.base, start, None)
+    first = world.crossing(turn, start)
     world.run.write_json(world.run.roll_name(2), {"entries": [asdict(Entry(0, 0, "crashed"))]})
-    again = traffic.crossing(world.run, replace(turn, attempt=1), world.state.base, start, None)
+    again = world.crossing(replace(turn, attempt=1), start)
     assert (first.down_base, again.down_base) == (world.state.base_step.wire_bytes(), 0)

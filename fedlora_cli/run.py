@@ -32,7 +32,11 @@ Words = Annotated[
 def run(
     words: Words = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the run; one that was interrupted is continued.", metavar="DIR")
+        str | None,
+        typer.Option(
+            help="Folder of the run, or a URL such as s3://bucket/run; one that was interrupted is continued.",
+            metavar="DIR",
+        ),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Only see whether the run could begin; start nothing.")
@@ -47,24 +51,29 @@ def run(
         private_server.begin_imports()
     from deployments.shipped import PRESETS
     from fedlora.config import configfile
-    from fedlora.files import home
+    from fedlora.files import home, remote
 
     source, overrides = _split(words, "demo")
     config = checks.looked_up(configfile.load(source, overrides, PRESETS))
     if not check:
         output.busy("looking at the settings, the data and the model")
-    folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()
+    place = run_dir if run_dir and remote.is_url(run_dir) else None
+    folder = (
+        remote.Remote(place).fetched()
+        if place
+        else Path(run_dir or home.runs() / _new_name(config)).expanduser().absolute()
+    )
     found = checks.before_start(config, folder)
     if check:
-        print(f"OK: {found.line() if found else f'the run in {folder} can be continued'}")
+        print(f"OK: {found.line() if found else f'the run in {place or folder} can be continued'}")
         return
-    print(f"run folder: {folder}", flush=True)
-    _run_and_show(source, overrides, config, folder)
+    _run_and_show(source, overrides, config, folder, place)
 
 
 def resume(
     what: Annotated[
-        str, typer.Argument(metavar="RUN|DIR", help="A run folder or its name, or the run's id in MLflow or Prefect.")
+        str,
+        typer.Argument(metavar="RUN|DIR", help="A run folder, its URL or name, or the run's id in MLflow or Prefect."),
     ],
 ) -> None:
     """Continue an interrupted run: it ends as if nothing had happened.
@@ -74,16 +83,17 @@ def resume(
     environment.prepare(_CONSOLE)
     private_server.begin_imports()
     from deployments.local import asking
+    from fedlora.files import remote
     from fedlora.run import preflight
     from fedlora.run.runfolder import RunFolder
     from fedlora_cli import which_run
 
     folder = which_run.folder_of(what)
-    config = RunFolder.open(folder).config
-    preflight.names(config)
+    begun = RunFolder.open(folder)
+    preflight.names(begun.config)
     asking.check_prefect()
-    print(f"run folder: {folder}", flush=True)
-    _run_and_show(str(folder / "config.yaml"), {}, config, folder)
+    url = begun.place if remote.is_url(begun.place) else None
+    _run_and_show(str(folder / "config.yaml"), {}, begun.config, folder, url)
 
 
 def extend(
@@ -116,7 +126,7 @@ def extend(
     asking.check_prefect()
     folder = (run_dir or home.runs() / _new_name(config)).expanduser().absolute()
     extension.extend(begun, config, folder)
-    print(f"run folder: {folder} (goes on from round {begun.config.rounds} of {begun.path})", flush=True)
+    print(f"goes on from round {begun.config.rounds} of {begun.path}", flush=True)
     _run_and_show(str(folder / "config.yaml"), {}, config, folder)
 
 
@@ -145,16 +155,22 @@ def watch(
     watching.follow(what, lambda line: print(line, flush=True))
 
 
-def _run_and_show(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path) -> None:
+def _run_and_show(
+    source: str, overrides: dict[str, Any], config: RunConfig, folder: Path, url: str | None = None
+) -> None:
+    """Run, and print what came of it; where the folder is the copy of one that is kept elsewhere, at a URL."""
     from tasks import where
 
+    print(f"run folder: {url} (worked on in {folder})" if url else f"run folder: {folder}", flush=True)
     try:
-        tracked, flow_run = _run(source, overrides, config, folder)
+        tracked, flow_run = _run(source, overrides, config, folder, url)
     except KeyboardInterrupt:
-        again = shlex.join(["resume", str(folder)])
+        again = shlex.join(["resume", url or str(folder)])
         print(f"stopped; what is finished is kept. Continue: {where.command('fedlora')} {again}")
         raise
     _print_results(folder, config, tracked, flow_run)
+    if url:
+        print(f"kept at           {url}")
 
 
 def _split(words: list[str] | None, default: str) -> tuple[str, dict[str, Any]]:
@@ -172,7 +188,9 @@ def _new_name(config: RunConfig) -> str:
     return f"{config.strategy}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path) -> tuple[Tracked, str]:
+def _run(
+    source: str, overrides: dict[str, Any], config: RunConfig, folder: Path, url: str | None
+) -> tuple[Tracked, str]:
     """Run the flow in this process; returns its run in MLflow, and the flow run."""
     from flows.progress import shown_on
 
@@ -182,7 +200,7 @@ def _run(source: str, overrides: dict[str, Any], config: RunConfig, folder: Path
 
         with private_server.available(), interruption.marked():
             federated.with_options(flow_run_name=run_name(config))(
-                preset=source, overrides=overrides, run_dir=str(folder)
+                preset=source, overrides=overrides, run_dir=url or str(folder)
             )
     from fedlora.run.runfolder import RunFolder
     from mlflow_tracking import tracker

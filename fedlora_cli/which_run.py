@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from fedlora.errors import ConfigError, did_you_mean
-from fedlora.files import home
+from fedlora.files import home, remote
 from fedlora.sweep.folder import STATE
 
 _MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
@@ -14,12 +14,15 @@ _PREFECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def folder_of(what: str) -> Path:
-    """The folder of a run, by its path, its name among the runs of our home, or its id in MLflow or Prefect.
+    """The folder of a run, by its path, its name among the runs of our home, or its id in MLflow or Prefect; by a URL,
+    a copy of it as it is now.
 
     Raises:
         ConfigError: there is none; says what there is.
         TrackingError: an id was given, and the tracking store does not answer.
     """
+    if remote.is_url(what):
+        return remote.Remote(what).fetched()
     if _MLFLOW_ID.fullmatch(what) or _PREFECT_ID.fullmatch(what):
         return _by_id(what)
     for folder in (Path(what).expanduser().absolute(), home.runs() / what):
@@ -52,6 +55,8 @@ def _by_id(what: str) -> Path:
     folder = run.data.tags.get("fedlora.run_folder")
     if folder is None:
         raise ConfigError(f"run {what} is none of fedlora's: it has no tag fedlora.run_folder")
+    if remote.is_url(folder):
+        return remote.Remote(folder).fetched()
     if not Path(folder).is_dir():
         raise ConfigError(f"the folder of run {what}, {folder}, is not on this machine")
     return Path(folder)

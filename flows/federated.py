@@ -22,8 +22,10 @@ from deployments import form  # noqa: E402
 from deployments.shipped import DEPLOYMENTS, PRESETS  # noqa: E402
 from fedlora.config import RunConfig, configfile  # noqa: E402
 from fedlora.files import home  # noqa: E402
+from fedlora.files.remote import Remote, is_url  # noqa: E402
+from fedlora.metrics import RoundRecord  # noqa: E402
 from fedlora.run import jobs  # noqa: E402
-from fedlora.run.play import Observers, play  # noqa: E402
+from fedlora.run.play import Observer, Observers, play  # noqa: E402
 from fedlora.run.runfolder import RunFolder  # noqa: E402
 from fedlora.run.server import Server  # noqa: E402
 from fedlora.training import workers  # noqa: E402
@@ -62,22 +64,43 @@ def federated(
         settings: By dotted key; as a deployment, a parameter for each of `form.SETTINGS`.
         overrides: Any other setting by its dotted key, for example {"lora.dropout": 0.1, "channel.min_clients": 4}.
             Relative paths are relative to deployments/prefect.yaml.
-        run_dir: Folder of the run, below $FEDLORA_HOME/runs unless it is absolute; one that was interrupted is
-            continued. Left empty but by sweeps: a new one.
+        run_dir: Folder of the run, below $FEDLORA_HOME/runs unless it is absolute, or a URL such as s3://bucket/run;
+            one that was interrupted is continued. Left empty but by sweeps: a new one.
         mlflow_parent: Filled in by a sweep: the MLflow run that this one belongs to.
     """
     given = configfile.absolute_paths({**(overrides or {}), **settings}, DEPLOYMENTS)
     config = checks.looked_up(configfile.load(preset, given, PRESETS))
-    place = home.runs() / run_dir if run_dir else default_folder(config)
-    checks.of_run(config, place)
-    folder = RunFolder.create(place, config)
-    names.replace_generated(run_name(config))
-    with execution(folder, config) as (run, told):
-        logbook = Logbook(run, run_name(config), mlflow_parent, told)
-        told.say(_PREPARING[config.runner.kind])
-        with hands(run, logbook.deliver, told) as working:
-            play(run.server, working, Observers(told, logbook))
-    return str(folder.path)
+    with kept(run_dir or str(default_folder(config))) as (place, keeper):
+        checks.of_run(config, place)
+        folder = RunFolder.create(place, config)
+        names.replace_generated(run_name(config))
+        with execution(folder, config) as (run, told):
+            logbook = Logbook(run, run_name(config), mlflow_parent, told)
+            told.say(_PREPARING[config.runner.kind])
+            with hands(run, logbook.deliver, told) as working:
+                play(run.server, working, Observers(told, logbook, keeper))
+    return run_dir if run_dir and is_url(run_dir) else str(folder.path)
+
+
+@contextmanager
+def kept(run_dir: str) -> Iterator[tuple[Path, Observer]]:
+    """The folder that a run is worked on in, and who sees to it that each round is also where it is kept."""
+    if not is_url(run_dir):
+        yield home.runs() / run_dir, Observer()
+        return
+    remote = Remote(run_dir)
+    with remote.worked_on(progress.current().say) as folder:
+        yield folder, _Keeper(remote, folder)
+
+
+class _Keeper(Observer):
+    """A round is written to the store that the run folder is kept in before the next one begins."""
+
+    def __init__(self, remote: Remote, folder: Path) -> None:
+        self._remote, self._folder = remote, folder
+
+    def round(self, record: RoundRecord) -> None:
+        self._remote.commit(self._folder)
 
 
 @contextmanager

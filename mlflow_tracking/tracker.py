@@ -218,7 +218,7 @@ def _tags(run: RunFolder, parent: str | None) -> dict[str, str]:
         "mlflow.runColor": plots.colour(config.strategy),
         "fedlora.version": fedlora.__version__,
         "fedlora.config": config.digest(),
-        "fedlora.run_folder": str(run.path),
+        "fedlora.run_folder": run.place,
         _RUN_ID: run.id,
         **({"fedlora.extends": run.extends} if run.extends else {}),
         **store.source("fedlora sweep" if parent else "fedlora run"),

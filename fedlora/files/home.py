@@ -59,6 +59,11 @@ def runs() -> Path:
     return home() / "runs"
 
 
+def copies() -> Path:
+    """Copies, that are worked on, of run folders which are kept in a store elsewhere."""
+    return home() / "copies"
+
+
 def sweeps() -> Path:
     """Sweep folders: the comparison table and pictures of several runs."""
     return home() / "sweeps"

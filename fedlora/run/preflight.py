@@ -91,8 +91,9 @@ def names(config: RunConfig) -> None:
     from fedlora.model import arithmetic
     from fedlora.model.known import resolve
     from fedlora.run import warmstart
-    from fedlora.training import workers
+    from fedlora.training import engines, workers
 
+    engines.check(config.runner)
     found = objective.find(config.task)
     if (scorers := config.evaluation.generate.scorers) and not found.writes:
         raise ConfigError(

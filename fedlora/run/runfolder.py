@@ -27,7 +27,7 @@ from torch import Tensor
 from fedlora import __version__, objective
 from fedlora.config import RunConfig, configfile
 from fedlora.errors import AdapterError, ConfigError, RunFolderError
-from fedlora.files import limits, lock
+from fedlora.files import limits, lock, remote
 from fedlora.files.atomic import check_writable, write_atomic, write_json
 from fedlora.files.tensorfile import read_tensors, serialise
 from fedlora.objective import Objective, Score
@@ -41,6 +41,8 @@ FORMAT = 3
 RUN = "run.json"
 """Id, layout, versions and configuration of a run."""
 
+_NO_RUN = (lock.FILE, *remote.OF_A_COPY)
+"""Files that a folder may hold before a run begins in it."""
 _CONFIG, _SEAL = "config.yaml", "seal"
 _LARGEST_JSON = 2**28
 """Bytes; the longest record of a client, with the loss of every step, has far fewer."""
@@ -76,7 +78,7 @@ class RunFolder:
         folder = cls(path.expanduser().absolute())
         if folder.holds_run():
             folder._check_same(config)
-        elif folder.path.is_dir() and any(each.name != lock.FILE for each in folder.path.iterdir()):
+        elif folder.path.is_dir() and any(each.name not in _NO_RUN for each in folder.path.iterdir()):
             raise RunFolderError(f"{folder.path} is not empty and holds no run; choose another --run-dir")
         check_writable(folder.path)
         return folder
@@ -96,6 +98,11 @@ class RunFolder:
         folder.write_json(RUN, {**known, **own})
         folder._describe(config)
         return folder
+
+    @property
+    def place(self) -> str:
+        """Where it is kept: its path, or the URL that the folder is a copy of."""
+        return remote.url_of(self.path) or str(self.path)
 
     @property
     def extends(self) -> str | None:

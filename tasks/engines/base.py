@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import os
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
+import psutil
 from prefect import Task
+from prefect.settings import PREFECT_API_URL
 
 from fedlora.config import RunnerConfig
 from fedlora.errors import ConfigError
 from fedlora.run.request import Held
+from fedlora.training.engines import is_loopback
 
 
 class Engine(Protocol):
@@ -40,6 +44,9 @@ class Engine(Protocol):
     def machines(self) -> int:
         """How many machines it has now."""
 
+    def hosts(self) -> set[str]:
+        """Their addresses."""
+
     def resources(self) -> str:
         """What the machines have, in words."""
 
@@ -58,11 +65,25 @@ def open_engine(runner: RunnerConfig) -> Engine:
     engine: Engine = found.connect(runner)
     try:
         _check_room(runner, engine)
+        _check_reachable(engine)
         engine.warm_up()
     except BaseException:
         engine.close()
         raise
     return engine
+
+
+def _check_reachable(engine: Engine) -> None:
+    """Whether workers on other machines can report to the Prefect server that this process reports to."""
+    here = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    others = sorted(engine.hosts() - here - {"localhost"})
+    url = PREFECT_API_URL.value() or ""
+    if others and is_loopback(urlsplit(url).hostname or "localhost"):
+        raise ConfigError(
+            f"the cluster has a worker on {others[0]}, and the Prefect server is at {url or 'no address'}, which only "
+            "this machine reaches. Give workers one that they reach: `fedlora up --host` with the address of this "
+            "machine, or PREFECT_API_URL"
+        )
 
 
 def _check_room(runner: RunnerConfig, engine: Engine) -> None:

@@ -80,7 +80,10 @@ class DaskEngine:
         return min(room, self._runner.slots or room)
 
     def machines(self) -> int:
-        return len({worker["host"] for worker in self._all()})
+        return len(self.hosts())
+
+    def hosts(self) -> set[str]:
+        return {worker["host"] for worker in self._all()}
 
     def resources(self) -> str:
         """What the workers have, in words."""

@@ -67,6 +67,9 @@ class RayEngine:
     def machines(self) -> int:
         return len(_alive())
 
+    def hosts(self) -> set[str]:
+        return {node["NodeManagerAddress"] for node in _alive()}
+
     def resources(self) -> str:
         """What the machines have, in words."""
         return "; ".join(

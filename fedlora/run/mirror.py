@@ -27,6 +27,7 @@ from fedlora.training.workers import ThreadSlot, Workbench
 
 MOST_BYTES = 2**35
 """Of what a worker's machine has fetched: 32 GiB, which a base model of 7B in bf16 and the states of a run fit into."""
+_ANSWERS_WITHIN_S = 5.0
 _SIGN = "~"
 """Between the parts of a folder's name; no name of a machine has it."""
 _working = threading.Lock()
@@ -41,6 +42,15 @@ def name() -> str:
 def warm_up() -> None:
     """Import what the work needs, while whoever orchestrates still prepares it."""
     jobs.warm_up(Workbench("cpu"))
+
+
+def reaches(host: str, port: int) -> bool:
+    """Whether something answers at an address, from here."""
+    try:
+        socket.create_connection((host, port), _ANSWERS_WITHIN_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def train(request: Request) -> Answer:

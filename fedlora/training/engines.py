@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from importlib.util import find_spec
-from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from fedlora.config import RunnerConfig
@@ -57,11 +56,3 @@ def place_of(address: str) -> tuple[str, int]:
     if not host or not port:
         raise ConfigError(f"runner.address={address} is no address; expected host:port, such as 10.0.0.1:6379")
     return host, port
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is one that only this machine has."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import psutil
@@ -13,8 +14,10 @@ from prefect.settings import PREFECT_API_URL
 
 from fedlora.config import RunnerConfig
 from fedlora.errors import ConfigError
+from fedlora.run import mirror
 from fedlora.run.request import Held
-from fedlora.training.engines import is_loopback
+
+T = TypeVar("T")
 
 
 class Engine(Protocol):
@@ -47,6 +50,9 @@ class Engine(Protocol):
     def hosts(self) -> set[str]:
         """Their addresses."""
 
+    def there(self, host: str, function: Callable[..., T], *args: Any) -> T:
+        """What a function comes to in a worker on a machine."""
+
     def resources(self) -> str:
         """What the machines have, in words."""
 
@@ -74,16 +80,19 @@ def open_engine(runner: RunnerConfig) -> Engine:
 
 
 def _check_reachable(engine: Engine) -> None:
-    """Whether workers on other machines can report to the Prefect server that this process reports to."""
-    here = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
-    others = sorted(engine.hosts() - here - {"localhost"})
+    """Whether workers on other machines reach the Prefect server: each of them reports to it by itself."""
     url = PREFECT_API_URL.value() or ""
-    if others and is_loopback(urlsplit(url).hostname or "localhost"):
-        raise ConfigError(
-            f"the cluster has a worker on {others[0]}, and the Prefect server is at {url or 'no address'}, which only "
-            "this machine reaches. Give workers one that they reach: `fedlora up --host` with the address of this "
-            "machine, or PREFECT_API_URL"
-        )
+    place = urlsplit(url)
+    if not place.hostname or not place.port:
+        return
+    here = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    for host in sorted(engine.hosts() - here - {"localhost"}):
+        if not engine.there(host, mirror.reaches, place.hostname, place.port):
+            raise ConfigError(
+                f"the cluster's machine {host} does not reach the Prefect server at {url}. Give workers an address "
+                "that they reach (`fedlora up --host` with the address of this machine, or PREFECT_API_URL), or bring "
+                "the port over with ssh"
+            )
 
 
 def _check_room(runner: RunnerConfig, engine: Engine) -> None:

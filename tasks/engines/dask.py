@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -17,7 +18,7 @@ from fedlora.errors import WorkerError, first_line
 from fedlora.run import mirror
 from fedlora.run.request import Held
 from fedlora.run.stores import InDask
-from tasks.engines.base import cores
+from tasks.engines.base import T, cores
 
 _CPU, _GPU = "CPU", "GPU"
 
@@ -84,6 +85,10 @@ class DaskEngine:
 
     def hosts(self) -> set[str]:
         return {worker["host"] for worker in self._all()}
+
+    def there(self, host: str, function: Callable[..., T], *args: Any) -> T:
+        found: T = self._client.submit(function, *args, workers=[host], pure=False).result()
+        return found
 
     def resources(self) -> str:
         """What the workers have, in words."""

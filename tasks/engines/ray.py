@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a run tells nobody of itself
@@ -18,7 +19,7 @@ from fedlora.errors import WorkerError, first_line
 from fedlora.run import mirror
 from fedlora.run.request import Held
 from fedlora.run.stores import InRay
-from tasks.engines.base import cores
+from tasks.engines.base import T, cores
 
 
 class RayEngine:
@@ -69,6 +70,10 @@ class RayEngine:
 
     def hosts(self) -> set[str]:
         return {node["NodeManagerAddress"] for node in _alive()}
+
+    def there(self, host: str, function: Callable[..., T], *args: Any) -> T:
+        found: T = ray.get(ray.remote(resources={f"node:{host}": 0.001})(function).remote(*args))
+        return found
 
     def resources(self) -> str:
         """What the machines have, in words."""

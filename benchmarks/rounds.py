@@ -3,6 +3,7 @@
     make bench-peers        (all contestants on W1 and W2, three times)
     .venv/bin/python benchmarks/rounds.py --contestants fedlora --only W3 --repeats 1
     .venv/bin/python benchmarks/rounds.py --contestants fedlora --only W2 --against OTHER/.venv/bin/fedlora
+    .venv/bin/python benchmarks/rounds.py --contestants fedlora,ray,dask
 
 W1  the demo's FedIT: 10 clients of 20 steps, 6 rounds
 W2  100 clients of one step, 3 rounds
@@ -14,6 +15,7 @@ pfl           pfl-research, two processes
 flower        Flower's simulation on Ray, two client actors of one core each
 fedlora       `fedlora run` with Prefect and MLflow, two workers
 fedlora loop  fedlora's library alone, two workers
+ray, dask     `fedlora run` on a local cluster of two workers that see nothing of the run folder (only when asked for)
 
 All do the same work: fedlora exports tokens, partition, the batches of each client in each round, seeds of dropout and
 the adapter at the start; clients' models and the global one are scored on the same test rows. After round one every
@@ -44,7 +46,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import psutil
 from peers import exported
-from peers.contestants import LIMIT, PEERS, Contestant, Done, Fedlora
+from peers.contestants import CLUSTERS, LIMIT, PEERS, Contestant, Done, Fedlora
 from peers.measured import Cost, Failed, check_same
 
 from deployments.shipped import PRESETS
@@ -64,7 +66,8 @@ def main() -> None:
     load = os.getloadavg()[0]
     if load > 0.5:
         print(f"The machine is busy (load {load:.1f}): numbers will be of little use.")
-    chosen: dict[str, Contestant] = {name: PEERS[name] for name in PEERS if name in {LIMIT, *given.contestants}}
+    everybody = PEERS | CLUSTERS
+    chosen: dict[str, Contestant] = {name: everybody[name] for name in everybody if name in {LIMIT, *given.contestants}}
     if given.against:
         chosen["before"] = Fedlora([given.against.absolute(), "run"], tracked=True)
     found = {}
@@ -82,7 +85,9 @@ def main() -> None:
 def _given() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=_among(WORKLOADS), default=["W1", "W2"], help="workloads, with commas")
-    parser.add_argument("--contestants", type=_among(PEERS), default=list(PEERS), help="with commas; always the limit")
+    parser.add_argument(
+        "--contestants", type=_among(PEERS | CLUSTERS), default=list(PEERS), help="with commas; always the limit"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="executions of each (default: 3)")
     parser.add_argument("--out", type=Path, help="file for the numbers, as JSON")
     parser.add_argument("--against", type=Path, metavar="FEDLORA", help="the `fedlora` of another checkout")
@@ -137,10 +142,10 @@ def table(name: str, found: Mapping[str, Any]) -> str:
     """Medians in Markdown, with the least and the most."""
     costs = {who: [Cost(**run) for run in what["runs"]] for who, what in found.items()}
     best = statistics.median(cost.round for cost in costs[LIMIT])
-    lines = [
-        f"| {name} | start-up, s | round, s | of the limit's speed | in all, s | memory, MB |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = [name, "start-up, s", "round, s", "of the limit's speed", "in all, s", "memory, MB"]
+    fetched = any(cost.moved for some in costs.values() for cost in some)
+    heads += ["fetched by a worker, MB"] * fetched
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for who, some in costs.items():
         share = best / statistics.median(cost.round for cost in some)
         cells = [
@@ -150,6 +155,8 @@ def table(name: str, found: Mapping[str, Any]) -> str:
             middle([cost.total for cost in some], 1),
             middle([cost.memory for cost in some], 0),
         ]
+        moved = [each for cost in some for each in cost.moved]
+        cells += [middle(moved, 3) if moved else ""] * fetched
         lines.append(f"| {who} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from prefect import Flow, Task, task
@@ -196,6 +196,12 @@ class FarHands(TaskHands):
             found.fetched += answer.fetched
             found.sent += sum(len(sent.tensors) + len(sent.record) for sent in answer.sent)
             found.memory = max(found.memory, answer.memory)
+
+    def publish(self) -> None:
+        """With a table of who has done how much, beside the others."""
+        rows = [{"worker": worker, **asdict(each)} for worker, each in sorted(self.crossed.items())]
+        self._run.folder.write_json("tables/workers.json", rows)
+        super().publish()
 
     def close(self) -> None:
         """Let go of what is under way: whoever waits for it gets a RunAborted."""

@@ -7,7 +7,7 @@ import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,13 @@ class Fedlora(Contestant):
 
     command: Sequence[str | Path]
     tracked: bool
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def execute(self, folder: Path, work: Path, changes: Mapping[str, Any]) -> Done:
         home, folder = folder.parent / "home", folder.absolute()
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(home / "cache/before", ignore_errors=True)  # everybody scores before training
-        wanted = {**changes, "keep_rounds": "null", "runner.device": "cpu", "runner.slots": PROCESSES}
+        wanted = {**changes, **self.more, "keep_rounds": "null", "runner.device": "cpu", "runner.slots": PROCESSES}
         settings = [f"{key}={value}" for key, value in wanted.items()]
         given: list[str | Path] = ["demo", *settings, "--run-dir", folder] if self.tracked else [folder, *settings]
         log = folder.with_suffix(".log")
@@ -97,9 +98,12 @@ class Fedlora(Contestant):
             count = sum(start > begun and name.startswith("round 2 ") for name, start, _ in tasks(home))
         named = ("torch", "transformers", "peft", "fedlora", *(("prefect", "mlflow") if self.tracked else ()))
         adapter = run.read_state(1).adapter.tensors()
-        return Done(Cost.of(begun, closed, ended, memory, count), adapter, {name: version(name) for name in named})
+        moved = [each["fetched"] / 1e6 for each in run.read_json("tables/workers.json") or ()]
+        cost = Cost.of(begun, closed, ended, memory, count, moved)
+        return Done(cost, adapter, {name: version(name) for name in named})
 
 
+_RUN: list[str | Path] = [Path(sys.executable).with_name("fedlora"), "run"]
 LIMIT = "limit"
 PEERS: dict[str, Contestant] = {
     "one core": Script(["-m", "peers.by_hand"], last=["1"]),
@@ -108,6 +112,12 @@ PEERS: dict[str, Contestant] = {
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}", "-m", "peers.with_pfl"], "pfl"
     ),
     "flower": Script(["-m", "peers.with_flower"], "flower"),
-    "fedlora": Fedlora([Path(sys.executable).with_name("fedlora"), "run"], tracked=True),
+    "fedlora": Fedlora(_RUN, tracked=True),
     "fedlora loop": Fedlora([sys.executable, "-m", "peers.with_loop"], tracked=False),
 }
+
+CLUSTERS: dict[str, Contestant] = {
+    kind: Fedlora(_RUN, tracked=True, more={"runner.kind": kind, "runner.shared_files": "false"})
+    for kind in ("ray", "dask")
+}
+"""fedlora on local clusters of two workers that see nothing of the run folder."""

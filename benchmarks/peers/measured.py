@@ -43,13 +43,23 @@ class Cost:
     """The most that all its processes hold together; what some share counts once (PSS)."""
     tasks: float | None = None
     """Prefect's task runs for a round."""
+    moved: Sequence[float] = ()
+    """Megabytes that each worker of a cluster has fetched."""
 
     @classmethod
-    def of(cls, begun: float, scored: Sequence[float], ended: float, memory: float, tasks: float | None = None) -> Cost:
+    def of(
+        cls,
+        begun: float,
+        scored: Sequence[float],
+        ended: float,
+        memory: float,
+        tasks: float | None = None,
+        moved: Sequence[float] = (),
+    ) -> Cost:
         """From the moments of a command and of the scores of each round, from round 0."""
         each = [after - before for before, after in pairwise(scored[1:] if len(scored) > 2 else scored)]
         usual = statistics.median(each)
-        return cls(max(0.0, scored[1] - begun - usual), usual, ended - begun, memory, tasks)
+        return cls(max(0.0, scored[1] - begun - usual), usual, ended - begun, memory, tasks, moved)
 
 
 def run(line: Sequence[str | Path], environ: Mapping[str, str], log: Path) -> tuple[float, float, float]:

@@ -43,6 +43,8 @@ ELSEWHERE = {
     r"fedlora run demo model.name=distilbert/": "a model of the hub",
     r"fedlora (run|sweep) standard": "data and model of the hub",
     r"fedlora .* runner.device=cuda$": "a GPU",
+    r"(ray start|dask (scheduler|worker)) ": "another machine",
+    r"fedlora (run demo --run-dir|resume) s3://": "a bucket",
 }
 """Commands that are only looked at, and what they need. (`make standard` and the like are looked at by make itself.)"""
 
@@ -231,7 +233,11 @@ def _make(command):
 
 
 def _pip(command):
-    for word in command.words[2:]:
+    words = command.words[2:]
+    if words[0] == "-c":
+        assert (ROOT / words[1]).is_file()
+        words = words[2:]
+    for word in words:
         extra = re.fullmatch(r"fedlora\[(\w+)\]", word)
         if extra:
             assert f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text()

@@ -107,6 +107,10 @@ OTHER = {
     "runner.retries": 0,
     "runner.timeout_s": 60.0,
     "runner.group_s": 0.0,
+    "runner.address": "10.0.0.1:6379",
+    "runner.gpus_per_client": 0.25,
+    "runner.cpus_per_client": 2.0,
+    "runner.shared_files": False,
     "keep_rounds": 5,
     "channel.min_clients": 2,
     "channel.too_few": "stop",
@@ -132,6 +136,10 @@ NEEDS = {
     "lora.ranks": {"strategy": "svd", "clients": 2},
     "channel.over_selection": {"fraction": 0.5},
     "channel.deadline_s": {"channel.faults.delay": "lognormal"},
+    "runner.address": {"runner.kind": "ray"},
+    "runner.gpus_per_client": {"runner.kind": "ray"},
+    "runner.cpus_per_client": {"runner.kind": "dask"},
+    "runner.shared_files": {"runner.kind": "dask"},
 }
 """What must be set with it."""
 
@@ -143,6 +151,10 @@ NEUTRAL = {
     "runner.retries",
     "runner.timeout_s",
     "runner.group_s",
+    "runner.address",
+    "runner.gpus_per_client",
+    "runner.cpus_per_client",
+    "runner.shared_files",
     "keep_rounds",
 } | {key for key in KEYS if key.startswith("tracking.")}
 """Keys that cannot change a number of the results."""

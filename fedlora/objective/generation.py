@@ -185,6 +185,16 @@ class Generation(Objective):
             mean = prediction.cross_entropy(model.peft.get_base_model(), batch.model_inputs(), wanted, targets)
         return Loss(mean, len(targets))
 
+    def by_row(self, model: Resident, batch: Batch) -> Tensor:
+        wanted, targets = _predicted(batch)
+        with model.autocast():
+            found = prediction.each(model.peft.get_base_model(), batch.model_inputs(), wanted, targets)
+        return found.new_zeros(wanted.shape).masked_scatter(wanted, found).sum(1)
+
+    def get_ready(self, model: Resident) -> None:
+        with model.autocast():
+            prediction.has_halves(model.peft.get_base_model())
+
     def units(self, batch: Batch) -> int:
         return int((batch.labels[:, 1:] != IGNORED).sum())
 

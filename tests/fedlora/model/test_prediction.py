@@ -164,6 +164,6 @@ def test_a_network_that_was_found_whole_is_left_as_it_was():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    assert prediction._has_halves(model)
+    assert prediction.has_halves(model)
     assert torch.equal(torch.rand(1), expected)
     assert all(module.training for module in model.modules())

@@ -87,13 +87,15 @@ class ClientRecord:
     losses: list[float]
     """Mean cross-entropy of every step, in nats."""
     seconds: float
+    """Of training; of clients that are trained together, each has an equal part."""
     bytes: Bytes
     validation: Scores | None
     """On rows held out of its training, where ranks grow by them."""
     local: Scores | None
     """On its own test rows, after training."""
     memory: int | None = None
-    """Peak of training in bytes, of its GPU or process (`fedlora.training.memory`); not said by earlier versions."""
+    """Peak of training in bytes, of its GPU or process (`fedlora.training.memory`), with all who are trained together; not
+    said by earlier versions."""
     tokens: int | None = None
     """Tokens that are trained in its rows; None where they have labels."""
 

@@ -97,3 +97,16 @@ class OwnDraws(TorchFunctionMode):
                 part = part.narrow(axis, 0, length)
             parts.append(part)
         return parts
+
+
+class NoDraws(TorchFunctionMode):
+    """Within, nothing is dropped."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.dropout:
+            return args[0]
+        if func is nn.functional.scaled_dot_product_attention:
+            kwargs = {**(kwargs or {}), "dropout_p": 0.0}
+        return func(*args, **(kwargs or {}))

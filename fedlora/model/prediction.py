@@ -23,16 +23,16 @@ Logits = Callable[[Tensor], Tensor]
 """From hidden states (positions × width) to logits (positions × vocabulary)."""
 
 
-def cross_entropy(network: Any, inputs: dict[str, Tensor], wanted: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(network: Any, inputs: dict[str, Tensor], places: Tensor, targets: Tensor) -> Tensor:
     """Mean of −log p(target), with gradients.
 
     Args:
         network: that writes, without PEFT around it; adapters in its layers count.
         inputs: of its forward pass.
-        wanted: which positions predict (batch × tokens, bool).
-        targets: what they should (positions), in the order of `wanted`.
+        places: which positions predict (of batch × tokens, flat).
+        targets: what they should, in the order of `places`.
     """
-    hidden, logits = _split(network, inputs, wanted)
+    hidden, logits = _split(network, inputs, places)
     parts = _parts(network, len(targets))
     if len(parts) == 1:
         return nn.functional.cross_entropy(logits(hidden).float(), targets)
@@ -40,9 +40,9 @@ def cross_entropy(network: Any, inputs: dict[str, Tensor], wanted: Tensor, targe
     return torch.stack([found[part].sum() for part in parts]).sum() / len(targets)
 
 
-def each(network: Any, inputs: dict[str, Tensor], wanted: Tensor, targets: Tensor) -> Tensor:
+def each(network: Any, inputs: dict[str, Tensor], places: Tensor, targets: Tensor) -> Tensor:
     """−log p of each target (positions), with gradients; arguments as above."""
-    hidden, logits = _split(network, inputs, wanted)
+    hidden, logits = _split(network, inputs, places)
     return _in_parts(hidden, targets, logits, _parts(network, len(targets)))
 
 
@@ -81,9 +81,9 @@ class _AtOnce(torch.autograd.Function):
         return gradients * outer[:, None].to(gradients.dtype), None, None, None
 
 
-def measured(network: Any, inputs: dict[str, Tensor], wanted: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+def measured(network: Any, inputs: dict[str, Tensor], places: Tensor, targets: Tensor) -> tuple[Tensor, int]:
     """The sum of −log p(target) in float64, and how many targets were the likeliest; arguments as above."""
-    hidden, logits = _split(network, inputs, wanted)
+    hidden, logits = _split(network, inputs, places)
     total, hits = torch.zeros((), dtype=torch.float64), 0
     for part in _parts(network, len(targets)):
         found = logits(hidden[part]).float()
@@ -97,13 +97,17 @@ def _parts(network: Any, positions: int) -> list[slice]:
     return [slice(start, start + most) for start in range(0, positions, most)] or [slice(0, 0)]
 
 
-def _split(network: Any, inputs: dict[str, Tensor], wanted: Tensor) -> tuple[Tensor, Logits]:
+def _split(network: Any, inputs: dict[str, Tensor], places: Tensor) -> tuple[Tensor, Logits]:
     """What the body puts out where it is wanted, and how that becomes logits; of a network that has no such two
     halves, the logits themselves, and nothing."""
     if not has_halves(network):
-        return network(**{**inputs, "use_cache": False}).logits[wanted], lambda logits: logits
+        return network(**{**inputs, "use_cache": False}).logits.flatten(0, 1).index_select(
+            0, places
+        ), lambda logits: logits
     found = _body(network)(**{**inputs, "use_cache": False})
-    return found.last_hidden_state[wanted], lambda hidden: _after_body(network, type(found), hidden)
+    return found.last_hidden_state.flatten(0, 1).index_select(0, places), lambda hidden: _after_body(
+        network, type(found), hidden
+    )
 
 
 def _after_body(network: Any, kind: type, hidden: Tensor) -> Tensor:

@@ -94,8 +94,8 @@ class ClientRecord:
     local: Scores | None
     """On its own test rows, after training."""
     memory: int | None = None
-    """Peak of training in bytes, of its GPU or process (`fedlora.training.memory`), with all who are trained together; not
-    said by earlier versions."""
+    """Peak of training in bytes, of its GPU or process (`fedlora.training.memory`), with all who are trained together;
+    not said by earlier versions."""
     tokens: int | None = None
     """Tokens that are trained in its rows; None where they have labels."""
 

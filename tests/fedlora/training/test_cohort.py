@@ -1,11 +1,13 @@
 """Clients trained together against the same clients trained one by one, in float64: nothing but rounding may differ."""
 
+import traceback
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from madeup import made
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedlora.adapter.weights import EVERY_PART, Adapter
@@ -244,3 +246,57 @@ def test_a_client_that_diverges_fails_alone(small_bert, exact):
         np.testing.assert_allclose(one.losses, other.losses, atol=1e-12)
         for name, tensor in one.adapter.tensors().items():
             torch.testing.assert_close(other.adapter.tensors()[name], tensor, atol=1e-12, rtol=0)
+
+
+class NobodyWaits(TorchDispatchMode):
+    """Within, nothing asks a device for a number, which waits for all that it was given to do.
+
+    What stays: Transformers asks of a mask whether it is all ones; torch counts an optimiser's steps on the CPU.
+    """
+
+    ASKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
+    STAYS = ("transformers/masking_utils.py", "torch/optim/", "fedlora/data/batches.py")
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        indices = args[1] if func is torch.ops.aten.index.Tensor else ()
+        by_mask = any(each is not None and each.dtype == torch.bool for each in indices)
+        if func.overloadpacket.__name__ in self.ASKS or by_mask:
+            stack = traceback.extract_stack()
+            if not any(each in frame.filename for frame in stack for each in self.STAYS):
+                self.asked.append(f"{func}: {stack[-2].filename}:{stack[-2].lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("what", ["classification", "generation"])
+@pytest.mark.parametrize("together", [False, True])
+def test_no_step_waits_for_a_device(small_bert, writer, monkeypatch, what, together):
+    if what == "classification":
+        model, examples = build(small_bert(), dropout=0.1), made
+    else:
+        model, examples = build(writer, generation.OBJECTIVE, "auto"), dialogues
+    clients = members(model, examples)
+    training = TrainingConfig(local_steps=3, batch_size=4, gradient_accumulation=2)
+    model.objective.get_ready(model)
+    watch = NobodyWaits()
+    if together:
+        monkeypatch.setattr(cohort._Cohort, "_step", _within(watch, cohort._Cohort._step))
+        cohort.train(model, clients, training, EVERY_PART, RIGHT)
+    else:
+        monkeypatch.setattr(client, "_backward", _within(watch, client._backward))
+        client.train(model, clients[0].start, clients[0].examples, training, clients[0].turn, EVERY_PART, RIGHT)
+    assert watch.asked == []
+    with watch:
+        torch.ones(1).item()
+    assert watch.asked, "a watch that sees nothing"
+
+
+def _within(watch, function):
+    def inner(*args, **kwargs):
+        with watch:
+            return function(*args, **kwargs)
+
+    return inner

@@ -130,8 +130,10 @@ def initialise(bench: Workbench, folder: Path) -> str | None:
     run = RunFolder(folder)
     note = _begin(bench, run)
     if not together.is_settled(run):
-        some = [_asked(bench, run, Turn(run.config.seed, 1, each)) for each in range(min(_TRIED, run.config.clients))]
-        members = [Member(each.start, each.examples.first(_FEW + place), each.turn) for place, each in enumerate(some)]
+        own = _partition(run, bench).sizes
+        some = [_asked(bench, run, Turn(run.config.seed, 1, each)) for each, size in enumerate(own) if size][:_TRIED]
+        few = max(_FEW, run.config.training.step_size)
+        members = [Member(each.start, each.examples.first(few + place), each.turn) for place, each in enumerate(some)]
         state, padding = _state(run, bench, 0), _data(run, bench).padding
         together.settle(run, _model(run, bench, state, 0), members, padding)
     return note

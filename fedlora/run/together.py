@@ -106,15 +106,13 @@ def settle(run: RunFolder, model: ResidentModel, members: Sequence[Member], padd
         run.write_json(_FILE, {"size": 1, "said": said})
     elif asked == "auto":
         most = max(1, -(-config.clients_asked // len(slot_devices(config.runner))))
-        rates = calibration.kept(_key(config, model), lambda: _measured(config, model, awake, padding))
+        rates = calibration.kept(
+            _key(config, model), lambda: calibration.measure(model, awake, config.training, padding)
+        )
         found = calibration.best(rates, most)
         run.write_json(_FILE, {"size": found, "said": _said(rates, found)})
     else:
         run.write_json(_FILE, {"size": asked, "said": ""})
-
-
-def _measured(config: RunConfig, model: ResidentModel, members: Sequence[Member], padding: Padding) -> dict[int, float]:
-    return calibration.measure(model, members, config.training, padding, config.clients_asked)
 
 
 def _said(rates: calibration.Rates, found: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,15 +43,15 @@ Rates = Mapping[int, float]
 
 
 def measure(
-    model: ResidentModel, members: Sequence[Member], training: TrainingConfig, padding: Padding, most: int
+    model: ResidentModel, members: Sequence[Member], training: TrainingConfig, padding: Padding
 ) -> dict[int, float]:
-    """Steps of clients a second with 1, 2, 4, … of them at a time, up to `most`, or until more gain nothing or do not
-    fit into the memory of the GPU."""
+    """Steps of clients a second with 1, 2, 4, … of them at a time, until more gain nothing or do not fit into the
+    memory of the GPU."""
     kind = model.device.type
     few = training.model_copy(update={"local_steps": _STEPS.get(kind, _STEPS_ELSEWHERE), "local_epochs": None})
     found: dict[int, float] = {}
     for size in (2**power for power in count()):
-        if size > min(most, _MOST.get(kind, _MOST_ELSEWHERE)):
+        if size > _MOST.get(kind, _MOST_ELSEWHERE):
             break
         some = [members[place % len(members)] for place in range(size)]
         seconds = _seconds(lambda some=some: _train(model, some, few, padding), model.device)  # type: ignore[misc]
@@ -74,9 +75,12 @@ def kept(key: Any, make: Callable[[], Rates]) -> dict[int, float]:
     place = _place(key)
     try:
         content = limits.read_json(place, _LARGEST)
-        return {int(size): float(rate) for size, rate in content["rates"].items()}
+        known = {int(size): float(rate) for size, rate in content["rates"].items()}
+        if known[1] > 0 and all(map(math.isfinite, known.values())):
+            return known
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        found = dict(make())
+        pass
+    found = dict(make())
     with suppress(RunFolderError):
         write_json(place, {"of": key, "rates": {str(size): rate for size, rate in found.items()}}, durable=False)
     return found

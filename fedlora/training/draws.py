@@ -106,7 +106,7 @@ class NoDraws(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is nn.functional.dropout:
-            return args[0]
+            return args[0] if args else (kwargs or {})["input"]
         if func is nn.functional.scaled_dot_product_attention:
             kwargs = {**(kwargs or {}), "dropout_p": 0.0}
         return func(*args, **(kwargs or {}))

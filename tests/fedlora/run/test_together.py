@@ -119,7 +119,7 @@ def test_auto_takes_what_was_measured_and_measures_once(configure, tmp_path, mon
     shutil.rmtree(home.cache() / "cohort", ignore_errors=True)
     measured = []
 
-    def fast(model, members, training, padding, most):
+    def fast(model, members, training, padding):
         measured.append(len(members))
         return {1: 10.0, 2: 19.0, 4: 35.0, 8: 50.0}
 

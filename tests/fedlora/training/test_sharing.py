@@ -7,6 +7,7 @@ import pytest
 import torch
 from madeup import made
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from fedlora.config import ModelConfig
 from fedlora.config.lora import LoraConfig
@@ -124,3 +125,14 @@ def test_the_trial_leaves_the_examples_alone_and_sees_unlike_ones(small_bert):
     members = some(model)
     wrong = replace(members[0].examples, labels=np.roll(members[0].examples.labels, 1))
     assert sharing.tried(model, [replace(members[0], examples=wrong), *members[1:]], RIGHT) == ""
+
+
+def test_of_quantised_bases_those_are_shared_whose_rows_are_alone(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(5)
+    shape = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64}
+    network = BertModel(BertConfig(**shape, num_attention_heads=2, max_position_embeddings=40))
+    network.save_pretrained(tmp_path)
+    four, eight = (build(tmp_path, how={"pooling": "mean", "quantization": bits}) for bits in ("nf4", "int8"))
+    assert sharing.why_alone(four) == sharing.tried(four, some(four), RIGHT) == ""
+    assert "rounds a row by what other rows of its batch hold" in sharing.why_alone(eight)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -80,7 +80,12 @@ def _values(kind: Any, limits: list[Any]) -> str:
         return ", ".join(f"`{word}`" for word in get_args(kind))
     if get_origin(kind) is list and get_origin(get_args(kind)[0]) is Literal:
         return f"list of {_values(get_args(kind)[0], limits)}"
+    if get_origin(kind) is Annotated:
+        plain, field = get_args(kind)
+        return _values(plain, field.metadata)
     parts = [part for part in get_args(kind) if part is not type(None)] if get_args(kind) else [kind]
+    if any(get_origin(part) is Literal for part in parts):
+        return ", ".join(_values(part, limits) for part in parts)
     words = {str: "text", int: "whole number", float: "number", bool: "true, false"}
     part = parts[0] if get_origin(kind) is not dict else dict
     named = words.get(part, "list" if "list" in str(part) else "mapping")

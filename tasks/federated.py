@@ -152,8 +152,7 @@ class TaskHands:
     def __init__(self, run: Run, deliver: Callable[[], None]) -> None:
         self._run, self._deliver = run, deliver
         runner = run.folder.config.runner
-        slots = len(workers.current_pool(runner).slots)
-        self._dealer = Dealer(runner.group_s, lambda: slots)
+        self._dealer = Dealer(runner.group_s, len(workers.current_pool(runner).slots))
 
     def prepare(self) -> None:
         partition.submit(self._run).result()

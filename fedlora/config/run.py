@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from functools import reduce
 from operator import getitem
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -69,6 +69,11 @@ class TrainingConfig(Section):
     """Steps over which the learning rate rises linearly, at the start of each client's round."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this norm. Empty: no clipping."""
+    cohort: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Clients whose batches go through the frozen base in one pass, each with an adapter of its own: for GPUs, which a
+    client of a small model leaves idle. The numbers are those of one by one but for the order of sums. `auto`: as many
+    as this machine is fastest with, measured once for a model and kept. Where a model does not allow it, clients are
+    trained one by one, which is said with the reason."""
 
     @property
     def step_size(self) -> int:
@@ -161,8 +166,8 @@ class RunnerConfig(Section):
     """Seconds of work that are handed to a worker at a time: clients that take less travel in groups, each a task run
     of Prefect's. A client stays what is saved, tried again and counted. 0: each client alone."""
     timeout_s: float | None = Field(None, gt=0)
-    """Seconds after which a worker process that trains a client is taken for hung and ended (then `retries` apply).
-    Empty: wait for it. Needs `runner.kind=processes`."""
+    """Seconds after which a worker process that trains a client is taken for hung and ended (then `retries` apply); of
+    several together, as many times that. Empty: wait for it. Needs `runner.kind=processes`."""
 
     @model_validator(mode="after")
     def _of_cluster(self) -> RunnerConfig:
@@ -333,6 +338,7 @@ _LATER = [
         *("model.quantization", "model.gradient_checkpointing", "model.attention"),
         *("data.prompt", "data.response", "data.loss_on", "data.too_long", "partition.by"),
         *("data.chat_template", "training.gradient_accumulation", "training.packing"),
+        "training.cohort",
         *("data.template", "data.messages", "data.tests", "data.options", "data.empty"),
     )
 ]

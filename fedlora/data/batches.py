@@ -30,15 +30,26 @@ class Batch:
     labels: torch.Tensor
     position_ids: torch.Tensor | None = None
     """Where a row holds several examples (`fedlora.data.packing`): those of each begin at 0."""
+    ahead: torch.Tensor | None = None
+    """Of dialogues on a device: `places`, found before they were sent there, so that nobody waits for a GPU."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        return replace(
-            self, **{name: found.to(device) for name, found in vars(self).items() if isinstance(found, torch.Tensor)}
-        )
+        held = {**vars(self), "ahead": None if self.labels.ndim == 1 else self.places()}
+        tensors = {name: values for name, values in held.items() if isinstance(values, torch.Tensor)}
+        return replace(self, **{name: on_device(values, device) for name, values in tensors.items()})
+
+    def following(self) -> torch.Tensor:
+        """Of dialogues, the token that is to be predicted at each place (of batch × tokens, flat); `IGNORED` where none
+        is."""
+        return torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED).flatten()
+
+    def places(self) -> torch.Tensor:
+        """Of dialogues, where (places of batch × tokens, flat) a token is to be predicted."""
+        return (self.following() != IGNORED).nonzero().squeeze(1) if self.ahead is None else self.ahead
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a model's forward pass, without the labels."""
@@ -48,6 +59,13 @@ class Batch:
         if self.token_type_ids is not None:
             inputs["token_type_ids"] = self.token_type_ids
         return inputs
+
+
+def on_device(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Values on a device. A GPU is sent them from memory that it reads by itself, so that nobody waits for it."""
+    return (
+        values.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else values.to(device)
+    )
 
 
 def steps_for(examples_count: int, batch_size: int, local_steps: int | None, local_epochs: float | None) -> int:

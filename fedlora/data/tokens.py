@@ -76,6 +76,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def first(self, count: int) -> Examples:
+        """The first so many of them."""
+        return replace(self, **{name: rows[:count] for name, rows in vars(self).items() if rows is not None})
+
 
 def tokenise(text: LabelledText, tokenizer: Any, max_length: int, cache: Path, turns: Turns | None = None) -> Path:
     """The folder `cache/tokens-<digest>` with the tokens of both splits, made now unless it is there already.

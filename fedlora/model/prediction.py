@@ -23,57 +23,67 @@ Logits = Callable[[Tensor], Tensor]
 """From hidden states (positions × width) to logits (positions × vocabulary)."""
 
 
-def cross_entropy(network: Any, inputs: dict[str, Tensor], wanted: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(network: Any, inputs: dict[str, Tensor], places: Tensor, targets: Tensor) -> Tensor:
     """Mean of −log p(target), with gradients.
 
     Args:
         network: that writes, without PEFT around it; adapters in its layers count.
         inputs: of its forward pass.
-        wanted: which positions predict (batch × tokens, bool).
-        targets: what they should (positions), in the order of `wanted`.
+        places: which positions predict (of batch × tokens, flat).
+        targets: what they should, in the order of `places`.
     """
-    hidden, logits = _split(network, inputs, wanted)
+    hidden, logits = _split(network, inputs, places)
     parts = _parts(network, len(targets))
     if len(parts) == 1:
         return nn.functional.cross_entropy(logits(hidden).float(), targets)
+    found = _in_parts(hidden, targets, logits, parts)
+    return torch.stack([found[part].sum() for part in parts]).sum() / len(targets)
 
-    def summed(some: Tensor, of_them: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(logits(some).float(), of_them, reduction="sum")
 
+def each(network: Any, inputs: dict[str, Tensor], places: Tensor, targets: Tensor) -> Tensor:
+    """−log p of each target (positions), with gradients; arguments as above."""
+    hidden, logits = _split(network, inputs, places)
+    return _in_parts(hidden, targets, logits, _parts(network, len(targets)))
+
+
+def _in_parts(hidden: Tensor, targets: Tensor, logits: Logits, parts: list[slice]) -> Tensor:
+    def found(some: Tensor, of_them: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits(some).float(), of_them, reduction="none")
+
+    if len(parts) == 1:
+        return found(hidden, targets)
     if logits(hidden[:1].detach()).requires_grad:  # the output learns too: its parts are computed again
-        sums = [checkpoint(summed, hidden[part], targets[part], use_reentrant=False) for part in parts]
-        total: Tensor = torch.stack(sums).sum()
-    else:
-        total = _AtOnce.apply(hidden, targets, summed, parts)  # type: ignore[no-untyped-call]
-    return total / len(targets)
+        return torch.cat([checkpoint(found, hidden[part], targets[part], use_reentrant=False) for part in parts])
+    losses: Tensor = _AtOnce.apply(hidden, targets, found, parts)  # type: ignore[no-untyped-call]
+    return losses
 
 
 class _AtOnce(torch.autograd.Function):
-    """A sum over parts of the hidden states, whose gradients are computed together with it."""
+    """The loss of each position, whose gradient is computed together with it, part by part."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, summed: Callable[[Tensor, Tensor], Tensor], parts: list[slice]
+        ctx: Any, hidden: Tensor, targets: Tensor, found: Callable[[Tensor, Tensor], Tensor], parts: list[slice]
     ) -> Tensor:
-        total, gradients = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
+        losses, gradients = [], torch.empty_like(hidden)
         for part in parts:
             with torch.enable_grad():
                 some = hidden[part].detach().requires_grad_()
-                loss = summed(some, targets[part])
-            (gradients[part],) = torch.autograd.grad(loss, some)
-            total += loss.detach()
+                each = found(some, targets[part])
+                (gradients[part],) = torch.autograd.grad(each.sum(), some)
+            losses.append(each.detach())
         ctx.save_for_backward(gradients)
-        return total
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradients,) = ctx.saved_tensors
-        return gradients * outer, None, None, None
+        return gradients * outer[:, None].to(gradients.dtype), None, None, None
 
 
-def measured(network: Any, inputs: dict[str, Tensor], wanted: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+def measured(network: Any, inputs: dict[str, Tensor], places: Tensor, targets: Tensor) -> tuple[Tensor, int]:
     """The sum of −log p(target) in float64, and how many targets were the likeliest; arguments as above."""
-    hidden, logits = _split(network, inputs, wanted)
+    hidden, logits = _split(network, inputs, places)
     total, hits = torch.zeros((), dtype=torch.float64), 0
     for part in _parts(network, len(targets)):
         found = logits(hidden[part]).float()
@@ -87,19 +97,23 @@ def _parts(network: Any, positions: int) -> list[slice]:
     return [slice(start, start + most) for start in range(0, positions, most)] or [slice(0, 0)]
 
 
-def _split(network: Any, inputs: dict[str, Tensor], wanted: Tensor) -> tuple[Tensor, Logits]:
+def _split(network: Any, inputs: dict[str, Tensor], places: Tensor) -> tuple[Tensor, Logits]:
     """What the body puts out where it is wanted, and how that becomes logits; of a network that has no such two
     halves, the logits themselves, and nothing."""
-    if not _has_halves(network):
-        return network(**{**inputs, "use_cache": False}).logits[wanted], lambda logits: logits
+    if not has_halves(network):
+        return network(**{**inputs, "use_cache": False}).logits.flatten(0, 1).index_select(
+            0, places
+        ), lambda logits: logits
     found = _body(network)(**{**inputs, "use_cache": False})
-    return found.last_hidden_state[wanted], lambda hidden: _after_body(network, type(found), hidden)
+    return found.last_hidden_state.flatten(0, 1).index_select(0, places), lambda hidden: _after_body(
+        network, type(found), hidden
+    )
 
 
 def _after_body(network: Any, kind: type, hidden: Tensor) -> Tensor:
     """The network's own forward pass with what its body has put out already."""
     ready = kind(last_hidden_state=hidden[None])
-    with _instead(_body(network), lambda *_, **__: ready):
+    with instead(_body(network), lambda *_, **__: ready):
         logits: Tensor = network(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)).logits
     return logits[0]
 
@@ -110,7 +124,7 @@ def _body(network: Any) -> nn.Module:
 
 
 @contextmanager
-def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another forward pass for a module; one that was set on it already, by a library, comes back afterwards."""
     before = module.__dict__.get("forward")
     module.forward = forward
@@ -126,7 +140,7 @@ _HALVES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Which networks were found to be a body and what follows it, position by position."""
 
 
-def _has_halves(network: Any) -> bool:
+def has_halves(network: Any) -> bool:
     """Whether both halves, one after the other, give what the whole does: tried once, on four tokens."""
     if network not in _HALVES:
         _HALVES[network] = _tried(network)

@@ -7,9 +7,10 @@ depends on the state alone and not on which rounds a worker has seen.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ from fedlora.model.targets import (
     would_change_both,
 )
 from fedlora.objective.base import Objective
+
+STORED = torch.float32
+"""The precision that adapters are read, kept and sent in."""
 
 
 class ResidentModel:
@@ -141,9 +145,31 @@ class ResidentModel:
 
     def read(self) -> Adapter:
         """A copy of the attached adapter and head, in fp32 on the CPU."""
-        copies = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._handles.items()}
-        cores = {m: core.read().to("cpu", torch.float32, copy=True) for m, core in self._cores.items()}
+        copies = {name: p.detach().to("cpu", STORED, copy=True) for name, p in self._handles.items()}
+        cores = {m: core.read().to("cpu", STORED, copy=True) for m, core in self._cores.items()}
         return replace(Adapter.from_tensors(copies), cores=cores)
+
+    def places(self) -> dict[str, tuple[nn.Module, str]]:
+        """The module that each of the adapter's and head's parameters is an attribute of, and which; by the names under
+        which PEFT saves them."""
+        owned = {
+            id(parameter): (module, attribute)
+            for module in self.peft.modules()
+            for attribute, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        return {name: owned[id(parameter)] for name, parameter in self._handles.items()}
+
+    @contextmanager
+    def cores_as(self, apply: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+        """Within, `apply(module, output of A)` stands for what the module's core makes of it."""
+        for module, core in self._cores.items():
+            core.instead = partial(apply, module)
+        try:
+            yield
+        finally:
+            for core in self._cores.values():
+                core.instead = None
 
     def factors(self) -> dict[str, Factors]:
         """The attached factors themselves, by module: they train when the adapter does."""
@@ -235,11 +261,12 @@ class _Core:
         if "default" not in getattr(layer, "lora_A", {}):
             raise no_place_for_core(module)
         self._core = self._gates = nn.Parameter(torch.empty(0))
+        self.instead: Callable[[Tensor], Tensor] | None = None
         self._hook = layer.lora_A["default"].register_forward_hook(self._apply)
 
     def load(self, core: Tensor) -> None:
         self._core = nn.Parameter(core.clone())
-        self._gates = nn.Parameter(torch.ones(len(core) if core.ndim == 3 else 0, device=core.device))
+        self._gates = nn.Parameter(core.new_ones(len(core) if core.ndim == 3 else 0))
 
     def read(self) -> Tensor:
         return (self._core if self._core.ndim == 2 else self._core * self._gates[:, None, None]).detach()
@@ -254,6 +281,8 @@ class _Core:
         self._hook.remove()
 
     def _apply(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if self.instead is not None:
+            return self.instead(output)
         core = self._core if self._core.ndim == 2 else self._core * self._gates[:, None, None]
         return output @ full_core(core).to(output.dtype).T
 

@@ -227,6 +227,14 @@ class Objective(ABC):
     def loss(self, model: Resident, batch: Batch) -> Loss:
         """Of a batch on the model's device."""
 
+    @abstractmethod
+    def by_row(self, model: Resident, batch: Batch) -> Tensor:
+        """The loss of each row of a batch on the model's device: the sum over its units, with gradients (rows). Of the
+        batches of several clients in one, each client's mean is made of its own rows."""
+
+    def get_ready(self, model: Resident) -> None:  # noqa: B027
+        """Find out what is to be known of a model before the batches of several clients go through it."""
+
     def units(self, batch: Batch) -> int:
         """How many units the loss of a batch is over, as `loss` will say: an example each."""
         return len(batch)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedlora.config import DataConfig, ModelConfig, RunConfig
 from fedlora.data import sources, tokens
@@ -137,6 +137,11 @@ class Classification(Objective):
         with model.autocast():
             logits = model.peft(**batch.model_inputs()).logits
         return Loss(nn.functional.cross_entropy(logits.float(), batch.labels), len(batch))
+
+    def by_row(self, model: Resident, batch: Batch) -> Tensor:
+        with model.autocast():
+            logits = model.peft(**batch.model_inputs()).logits
+        return nn.functional.cross_entropy(logits.float(), batch.labels, reduction="none")
 
     def evaluate(self, model: Resident, examples: Examples, batch_size: int, padding: Padding) -> Confusion:
         labels = len(model.labels)

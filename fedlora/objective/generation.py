@@ -19,7 +19,7 @@ from fedlora.data.batches import Batch, evaluation_batches
 from fedlora.data.questions import Questions
 from fedlora.data.sources import Draft, LabelledText
 from fedlora.data.tokens import Examples, Padding
-from fedlora.data.turns import IGNORED, Turns, with_marks
+from fedlora.data.turns import Turns, with_marks
 from fedlora.errors import ConfigError, ModelError
 from fedlora.model import prediction, writing
 from fedlora.model.apart import keeps_apart
@@ -180,13 +180,23 @@ class Generation(Objective):
         return "CAUSAL_LM"
 
     def loss(self, model: Resident, batch: Batch) -> Loss:
-        wanted, targets = _predicted(batch)
+        places, targets = _predicted(batch)
         with model.autocast():
-            mean = prediction.cross_entropy(model.peft.get_base_model(), batch.model_inputs(), wanted, targets)
+            mean = prediction.cross_entropy(model.peft.get_base_model(), batch.model_inputs(), places, targets)
         return Loss(mean, len(targets))
 
+    def by_row(self, model: Resident, batch: Batch) -> Tensor:
+        places, targets = _predicted(batch)
+        with model.autocast():
+            found = prediction.each(model.peft.get_base_model(), batch.model_inputs(), places, targets)
+        return found.new_zeros(batch.labels.numel()).index_copy(0, places, found).reshape(batch.labels.shape).sum(1)
+
+    def get_ready(self, model: Resident) -> None:
+        with model.autocast():
+            prediction.has_halves(model.peft.get_base_model())
+
     def units(self, batch: Batch) -> int:
-        return int((batch.labels[:, 1:] != IGNORED).sum())
+        return len(batch.places())
 
     def check_model(self, config: RunConfig, model: Resident) -> None:
         if config.training.packing and not keeps_apart(model):
@@ -201,8 +211,8 @@ class Generation(Objective):
         with torch.inference_mode(), model.autocast():
             for batch in evaluation_batches(examples, batch_size, padding):
                 on_device = batch.to(model.device)
-                wanted, targets = _predicted(on_device)
-                more, right = prediction.measured(network, on_device.model_inputs(), wanted, targets)
+                places, targets = _predicted(on_device)
+                more, right = prediction.measured(network, on_device.model_inputs(), places, targets)
                 loss_sum, hits, found = loss_sum + more, hits + right, found + len(targets)
         return TokenScores(float(loss_sum), found, hits, len(examples))
 
@@ -246,10 +256,9 @@ def _check_columns(data: DataConfig) -> None:
 
 
 def _predicted(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Where (batch × tokens) a token is to be predicted, and which it is (positions): each by those before it."""
-    following = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-    wanted = following != IGNORED
-    return wanted, following[wanted]
+    """Where (places of batch × tokens, flat) a token is to be predicted, and which it is: each by those before it."""
+    places = batch.places()
+    return places, batch.following().index_select(0, places)
 
 
 OBJECTIVE = Generation()

@@ -161,6 +161,11 @@ class Regression(Objective):
             predicted = _predicted(model, batch)
         return Loss(nn.functional.mse_loss(predicted.float(), batch.labels), len(batch))
 
+    def by_row(self, model: Resident, batch: Batch) -> Tensor:
+        with model.autocast():
+            predicted = _predicted(model, batch)
+        return nn.functional.mse_loss(predicted.float(), batch.labels, reduction="none")
+
     def evaluate(self, model: Resident, examples: Examples, batch_size: int, padding: Padding) -> Pairs:
         found: list[Tensor] = [torch.zeros(0)]
         true = [torch.zeros(0)]

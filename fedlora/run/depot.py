@@ -14,8 +14,9 @@ from fedlora.files.atomic import write_atomic
 from fedlora.files.filesets import FileSet
 from fedlora.model import provenance
 from fedlora.model.known import KNOWN, resolve
+from fedlora.run import together
 from fedlora.run.participation import Ask
-from fedlora.run.records import Part, Setup
+from fedlora.run.records import SETUP, Part, Setup
 from fedlora.run.request import Answer, Held, Request
 from fedlora.run.runfolder import RUN, RunFolder
 from fedlora.run.traffic import due
@@ -109,7 +110,7 @@ class Depot:
         """Configuration, rows, tokens and model: what is the same in every round."""
         path, tokens = self._run.path, Setup.read(self._run).tokens
         return (
-            filesets.described(path, (RUN, "setup.json")),
+            filesets.described(path, [name for name in (RUN, SETUP, together.FILE) if (path / name).is_file()]),
             filesets.described(path, ("partition.npz",)),
             filesets.described(tokens, sorted(file.name for file in tokens.iterdir())),
             self._model(),

@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from fedlora.errors import ClientFailed, FedloraError, WorkerError, worth_retrying
 from fedlora.objective import Scores
-from fedlora.run import jobs
+from fedlora.run import jobs, together
 from fedlora.run.participation import Ask
 from fedlora.run.records import Part
 from fedlora.run.runfolder import RunFolder
@@ -72,11 +72,12 @@ class Dealer:
 
     Args:
         seconds: of work in a group; 0 for groups of one.
-        slots: says how many groups are worked on side by side; it may change.
+        slots: how many groups are worked on side by side; a function where that may change.
     """
 
-    def __init__(self, seconds: float, slots: Callable[[], int]) -> None:
-        self._seconds, self._slots = seconds, slots
+    def __init__(self, seconds: float, slots: int | Callable[[], int]) -> None:
+        self._seconds = seconds
+        self._slots: Callable[[], int] = slots if callable(slots) else lambda: slots
         self._each: dict[str, float] = {_SENT: _LOOK_S}
 
     def deal(
@@ -85,6 +86,7 @@ class Dealer:
         kind: Callable[[P], str],
         submit: Submit[P, T],
         ended: Callable[[int], None] = lambda done: None,
+        least: int = 1,
     ) -> list[T]:
         """Have all pieces done; what came of each, in their order.
 
@@ -93,6 +95,7 @@ class Dealer:
             kind: of a piece.
             submit: hands over a group.
             ended: is told how many pieces have come to an end; 0 once the first are handed over.
+            least: pieces that stay together, from the first on: a group has a multiple of them, but for the last.
         """
         found: dict[int, Sequence[T]] = {}
         heard: SimpleQueue[tuple[int, Future[Worked[T]]] | None] = SimpleQueue()
@@ -100,7 +103,7 @@ class Dealer:
         told = False
         while next_piece < len(pieces) or under_way:
             while next_piece < len(pieces) and under_way < _AHEAD * self._slots():
-                group = self._cut(pieces, next_piece, kind)
+                group = self._cut(pieces, next_piece, kind, least)
                 future = submit(group, lambda: heard.put(None))
                 future.add_done_callback(_passed_on(heard, next_piece))
                 next_piece, under_way = next_piece + len(group), under_way + 1
@@ -132,13 +135,17 @@ class Dealer:
         def some(clients: Sequence[int], ended: Callable[[], None]) -> Future[Worked[str | None]]:
             return submit(replace(ask, clients=tuple(clients)), ended)
 
-        sent = {client for client in ask.clients if (run.path / f"{run.client_stem(ask.round, client)}.json").exists()}
-        why = self.deal(ask.clients, lambda client: _SENT if client in sent else "clients", some, trained)
+        size = together.size(run)
+        sent: set[int] = set()
+        for cohort in together.cohorts(ask.clients, size):
+            if all((run.path / f"{run.client_stem(ask.round, client)}.json").exists() for client in cohort):
+                sent.update(cohort)
+        why = self.deal(ask.clients, lambda client: _SENT if client in sent else "clients", some, trained, size)
         return {client: each for client, each in zip(ask.clients, why, strict=True) if each}
 
-    def _cut(self, pieces: Sequence[P], first: int, kind: Callable[[P], str]) -> Sequence[P]:
+    def _cut(self, pieces: Sequence[P], first: int, kind: Callable[[P], str], least: int) -> Sequence[P]:
         of = kind(pieces[first])
-        last = first + self.size(of, len(pieces) - first)
+        last = min(len(pieces), first + least * math.ceil(self.size(of, len(pieces) - first) / least))
         other = next((place for place in range(first, last) if kind(pieces[place]) != of), last)
         return pieces[first:other]
 
@@ -164,32 +171,65 @@ def train(
     say: Say = _silent,
     needed: Mapping[int, Due] = MappingProxyType({}),
 ) -> Worked[str | None]:
-    """Let clients train one after the other in a slot; why each that could not, could not. What each must receive is
-    `needed`, where the rounds before are not in the folder.
+    """Let clients train in a slot, one after the other or as many together as is settled (`together`); why each that
+    could not, could not. What each must receive is `needed`, where the rounds before are not in the folder.
 
     A client is tried again after a passing fault, `runner.retries` times, which is said; after that the others go on
-    without it.
+    without it. Those whose worker dies while they are trained together are trained one by one.
 
     Raises:
         FedloraError: what concerns not one client alone.
     """
+    size = together.size(run)
+    if size == 1:
+        return _worked(ask.clients, lambda client: _one(slot, run, ask, client, say, needed), ended)
+    results: list[str | None] = []
+    count, begun = 0, time.perf_counter()
+    for some in together.cohorts(ask.clients, size):
+        found, worked = _cohort(slot, run, replace(ask, clients=some), say, needed)
+        results += found
+        count += worked
+        for _ in some:
+            ended()
+    return Worked(results, (time.perf_counter() - begun) / count if count else None)
+
+
+def _one(
+    slot: Slot, run: RunFolder, ask: Ask, client: int, say: Say, needed: Mapping[int, Due]
+) -> tuple[str | None, bool]:
+    """Why a client could not train, and whether there was work."""
+    runner, worked = run.config.runner, False
+
+    def once() -> None:
+        nonlocal worked
+        turn = (ask.round, client, ask.attempt)
+        worked |= slot.run_within(runner.timeout_s, jobs.fine_tune, run.path, *turn, needed.get(client))
+
+    try:
+        again(runner.retries, once, say)
+    except (ClientFailed, WorkerError) as error:
+        return str(error), True
+    return None, worked
+
+
+def _cohort(slot: Slot, run: RunFolder, ask: Ask, say: Say, needed: Mapping[int, Due]) -> tuple[list[str | None], int]:
+    """Why each client of a cohort could not train, and of how many there was work."""
     runner = run.config.runner
+    seconds = None if runner.timeout_s is None else runner.timeout_s * len(ask.clients)
 
-    def one(client: int) -> tuple[str | None, bool]:
-        worked = False
+    def once() -> jobs.Together:
+        turns = (ask.round, ask.clients, ask.attempt)
+        return slot.run_within(seconds, jobs.fine_tune_together, run.path, *turns, dict(needed))
 
-        def once() -> None:
-            nonlocal worked
-            turn = (ask.round, client, ask.attempt)
-            worked |= slot.run_within(runner.timeout_s, jobs.fine_tune, run.path, *turn, needed.get(client))
-
-        try:
-            again(runner.retries, once, say)
-        except (ClientFailed, WorkerError) as error:
-            return str(error), True
-        return None, worked
-
-    return _worked(ask.clients, one, ended)
+    try:
+        came = again(runner.retries, once, say)
+    except WorkerError as error:
+        say(f"{error}; one by one")
+        each = [_one(slot, run, ask, client, say, needed) for client in ask.clients]
+        return [why for why, _ in each], sum(worked for _, worked in each)
+    for line in came.said:
+        say(line)
+    return [came.failed.get(client) for client in ask.clients], came.worked
 
 
 def evaluate(

@@ -6,7 +6,8 @@ that is already done, and whole, is not done again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,26 @@ from fedlora.adapter import Adapter
 from fedlora.channel import faults as channel
 from fedlora.data import questions, sources, tokens
 from fedlora.data.partition import Partition, Split, partition
-from fedlora.errors import DataError
+from fedlora.errors import ClientFailed, DataError
 from fedlora.files import home
 from fedlora.files.atomic import stamp
 from fedlora.model import arithmetic, outline, peftlibrary, provenance
 from fedlora.model.base import check_length, load_tokenizer
 from fedlora.model.resident import ResidentModel
 from fedlora.objective import Scores
-from fedlora.run import ranks, rounds, warmstart
+from fedlora.run import ranks, rounds, together, warmstart
 from fedlora.run.records import ClientRecord, DataRead, Part, Setup
 from fedlora.run.runfolder import RUN, RunFolder
 from fedlora.run.traffic import Due, crossing, due
 from fedlora.seeds import Turn
 from fedlora.strategies.base import ServerState
-from fedlora.training import client, memory
+from fedlora.training import client, cohort, memory
+from fedlora.training.client import Trained
+from fedlora.training.cohort import Member
 from fedlora.training.workers import Workbench
+
+_TRIED, _FEW = 4, 16
+"""Clients, and examples of the first of them, by which it is found out whether clients can be trained together."""
 
 
 def warm_up(bench: Workbench) -> None:
@@ -112,7 +118,8 @@ def _data_is_there(setup: Setup) -> bool:
 
 
 def initialise(bench: Workbench, folder: Path) -> str | None:
-    """Attach a fresh adapter to the base model and save it as the state before training.
+    """Attach a fresh adapter to the base model and save it as the state before training; settle how many clients are
+    trained together.
 
     Returns what is to be said of the model, if anything.
 
@@ -121,6 +128,19 @@ def initialise(bench: Workbench, folder: Path) -> str | None:
         ModelError: the model cannot be loaded, or the adapter does not fit it.
     """
     run = RunFolder(folder)
+    note = _begin(bench, run)
+    if not together.is_settled(run):
+        own = _partition(run, bench).sizes
+        some = [_asked(bench, run, Turn(run.config.seed, 1, each)) for each, size in enumerate(own) if size][:_TRIED]
+        few = max(_FEW, run.config.training.step_size)
+        members = [Member(each.start, each.examples.first(few + place), each.turn) for place, each in enumerate(some)]
+        state, padding = _state(run, bench, 0), _data(run, bench).padding
+        together.settle(run, _model(run, bench, state, 0), members, padding)
+    return note
+
+
+def _begin(bench: Workbench, run: RunFolder) -> str | None:
+    """The state before training, if it is not there; what is to be said of the model."""
     dealt_data = run.need_json("partition.json")["hash"]
     record = run.read_record(run.state_stem(0))
     if record and record["partition"] != dealt_data:
@@ -176,44 +196,121 @@ def fine_tune(
         ClientFailed: training diverged.
     """
     run = _run(bench, folder)
-    stem = run.client_stem(number, client_id)
-    if run.read_record(stem):
+    if run.read_record(run.client_stem(number, client_id)):
         return False
-    config, turn = run.config, Turn(run.config.seed, number, client_id, attempt)
-    fate = channel.fate(config, turn)
-    if not fate.arrives(config.channel.deadline_s):
+    turn = Turn(run.config.seed, number, client_id, attempt)
+    if not channel.fate(run.config, turn).arrives(run.config.channel.deadline_s):
         return False
-    state, strategy = _state(run, bench, number - 1), run.strategy
-    start, plan = strategy.broadcast(state, client_id), strategy.plan(number)
-    data, model = _data(run, bench), _model(run, bench, state, number - 1)
-    own = rounds.examples_of(strategy, _partition(run, bench), client_id)
-    rows, held_out = ranks.hold_out(config.lora, number, own.train, config.seed, client_id)
-    examples, training = (
-        tokens.examples(data.train, rows),
-        own.training(config.training).in_round(number, config.rounds),
-    )
+    asked = _asked(bench, run, turn)
     with memory.watched(bench.device) as peak:
-        trained = client.train(model, start, examples, training, turn, plan.trains, data.padding, strategy.penalty)
-    upload = strategy.after_training(start, trained.adapter)
+        [came] = _trained(bench, run, [asked], [])
+    if isinstance(came, ClientFailed):
+        raise came
+    _send(bench, run, asked, came, peak.bytes, needed)
+    return True
+
+
+@dataclass(frozen=True)
+class Together:
+    """What came of a cohort: how many were trained and have sent, why others have failed, and what is to be said."""
+
+    worked: int = 0
+    failed: dict[int, str] = field(default_factory=dict)
+    said: tuple[str, ...] = ()
+
+
+def fine_tune_together(
+    bench: Workbench,
+    folder: Path,
+    number: int,
+    clients: Sequence[int],
+    attempt: int,
+    needed: Mapping[int, Due] | None = None,
+) -> Together:
+    """The same of several clients in one pass of the base. Those who have sent already are trained along where another
+    has not, but do not send again: what comes out does not depend on it."""
+    run = _run(bench, folder)
+    sent = {each for each in clients if run.read_record(run.client_stem(number, each))}
+    turns = [Turn(run.config.seed, number, each, attempt) for each in clients]
+    arriving = [turn for turn in turns if channel.fate(run.config, turn).arrives(run.config.channel.deadline_s)]
+    if all(turn.client in sent for turn in arriving):
+        return Together()
+    asked = [_asked(bench, run, turn) for turn in arriving]
+    said: list[str] = []
+    with memory.watched(bench.device) as peak:
+        found = _trained(bench, run, asked, said)
+    failed = {}
+    for each, came in zip(asked, found, strict=True):
+        if isinstance(came, ClientFailed):
+            failed[each.turn.client] = str(came)
+        elif each.turn.client not in sent:
+            _send(bench, run, each, came, peak.bytes, (needed or {}).get(each.turn.client))
+    return Together(len(asked), failed, tuple(said))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A client that is asked to train: what it was sent, its rows, and those that it holds out."""
+
+    turn: Turn
+    start: Adapter
+    own: rounds.Examples
+    rows: np.ndarray
+    held_out: np.ndarray
+    examples: tokens.Examples
+
+
+def _asked(bench: Workbench, run: RunFolder, turn: Turn) -> _Asked:
+    config, strategy = run.config, run.strategy
+    own = rounds.examples_of(strategy, _partition(run, bench), turn.client)
+    rows, held_out = ranks.hold_out(config.lora, turn.round, own.train, config.seed, turn.client)
+    start = strategy.broadcast(_state(run, bench, turn.round - 1), turn.client)
+    return _Asked(turn, start, own, rows, held_out, tokens.examples(_data(run, bench).train, rows))
+
+
+def _trained(bench: Workbench, run: RunFolder, asked: Sequence[_Asked], said: list[str]) -> list[together.Came]:
+    """What clients of one round come to, together where there are several; `said` takes what a person should know."""
+    config, strategy, number = run.config, run.strategy, asked[0].turn.round
+    model = _model(run, bench, _state(run, bench, number - 1), number - 1)
+    training = asked[0].own.training(config.training).in_round(number, config.rounds)
+    parts, padding = strategy.plan(number).trains, _data(run, bench).padding
+
+    def alone(each: Member) -> Trained:
+        return client.train(model, each.start, each.examples, training, each.turn, parts, padding, strategy.penalty)
+
+    def at_once(some: Sequence[Member]) -> list[together.Came]:
+        return cohort.train(model, some, training, parts, padding, strategy.penalty)
+
+    members = [Member(each.start, each.examples, each.turn) for each in asked]
+    return together.train(bench, run, members, alone, at_once, said.append)
+
+
+def _send(bench: Workbench, run: RunFolder, asked: _Asked, trained: Trained, peak: int, needed: Due | None) -> None:
+    """Score a client's model as the run says, and write its update as it arrives."""
+    config, turn, number = run.config, asked.turn, asked.turn.round
+    needed = needed or due(run, turn, _state(run, bench, number - 1).base, asked.start)
+    data, strategy = _data(run, bench), run.strategy
+    _loaded(run, bench).load(trained.adapter)
+    upload = strategy.after_training(asked.start, trained.adapter)
     record = ClientRecord(
         round=number,
-        client=client_id,
+        client=turn.client,
         ticket=channel.ticket(turn),
-        examples=len(rows),
+        examples=len(asked.rows),
         rank=upload.rank,
         losses=trained.losses,
         seconds=trained.seconds,
-        bytes=crossing(run, turn, needed or due(run, turn, state.base, start), start, upload),
-        validation=_score(bench, run, data.train, held_out) if len(held_out) else None,
-        local=_own_score(bench, run, number, own.test) if config.evaluation.local else None,
-        memory=peak.bytes,
-        tokens=tokens.trained_tokens(examples),
+        bytes=crossing(run, turn, needed, asked.start, upload),
+        validation=_score(bench, run, data.train, asked.held_out) if len(asked.held_out) else None,
+        local=_own_score(bench, run, number, asked.own.test) if config.evaluation.local else None,
+        memory=peak,
+        tokens=tokens.trained_tokens(asked.examples),
     )
     message = channel.Message(upload.tensors(), record.to_json())
-    if fate.damage:
-        message = channel.damaged(message, fate.damage, start, turn)
+    if damage := channel.fate(config, turn).damage:
+        message = channel.damaged(message, damage, asked.start, turn)
+    stem = run.client_stem(number, turn.client)
     run.write_tensors(stem, message.tensors, message.record, message.on_the_way, durable=False)
-    return True
 
 
 def evaluate(bench: Workbench, folder: Path, number: int, part: Part) -> Scores:

@@ -38,7 +38,8 @@ def train(
         path: its folder; one that was interrupted is continued where it stopped.
         report: called with each round's record as it is finished.
         say: called with a line when something is worth one: damage that was found, how data was read, clients that
-            did not complete, a model that runs code of its own.
+            did not complete, a model that runs code of its own, what is tried again. Also from the threads that wait
+            for workers.
 
     Raises:
         FedloraError: whatever the user can mend, in one line; before there is a folder where it can be known then.
@@ -56,7 +57,7 @@ def train(
     slots = len(slot_devices(config.runner))
     with run.held(), ThreadPoolExecutor(slots) as threads, open_pool(config.runner) as pool:
         server = Server(run)
-        play(server, LocalHands(server, pool, threads), _Told(run, report, say))
+        play(server, LocalHands(server, pool, threads, say), _Told(run, report, say))
     return rounds.records(run)
 
 
@@ -84,9 +85,9 @@ class _Told(Observer):
 class LocalHands:
     """The work is done by the slots of a pool, and by this process."""
 
-    def __init__(self, server: Server, pool: Pool, threads: ThreadPoolExecutor) -> None:
-        self._server, self._pool, self._threads = server, pool, threads
-        self._run, self._dealer = server.run, Dealer(server.run.config.runner.group_s, lambda: len(pool.slots))
+    def __init__(self, server: Server, pool: Pool, threads: ThreadPoolExecutor, say: Callable[[str], None]) -> None:
+        self._server, self._pool, self._threads, self._say = server, pool, threads, say
+        self._run, self._dealer = server.run, Dealer(server.run.config.runner.group_s, len(pool.slots))
 
     def prepare(self) -> None:
         self._pool.run(jobs.prepare_data, self._run.path)
@@ -97,7 +98,9 @@ class LocalHands:
 
     def fine_tune(self, ask: Ask, trained: Trained) -> Mapping[int, str]:
         def submit(some: Ask, ended: Callable[[], None]) -> Future[Worked[str | None]]:
-            return self._threads.submit(self._in_slot, lambda slot: groups.train(slot, self._run, some, ended))
+            return self._threads.submit(
+                self._in_slot, lambda slot: groups.train(slot, self._run, some, ended, self._say)
+            )
 
         return self._dealer.train(self._run, ask, submit, trained)
 
@@ -110,7 +113,7 @@ class LocalHands:
     def evaluate(self, number: int, parts: Sequence[Part]) -> Sequence[Scores]:
         def submit(some: Sequence[Part], ended: Callable[[], None]) -> Future[Worked[Scores]]:
             return self._threads.submit(
-                self._in_slot, lambda slot: groups.evaluate(slot, self._run, number, some, ended)
+                self._in_slot, lambda slot: groups.evaluate(slot, self._run, number, some, ended, self._say)
             )
 
         return self._dealer.deal(parts, lambda part: part.split, submit)

@@ -20,7 +20,7 @@ from fedlora.files import home
 from fedlora.files.filesets import Cache, File, FileSet
 from fedlora.run import groups, jobs, stores
 from fedlora.run.participation import Ask
-from fedlora.run.records import Setup
+from fedlora.run.records import SETUP, Setup
 from fedlora.run.request import Answer, Request, Sent
 from fedlora.run.runfolder import RUN, RunFolder
 from fedlora.training.workers import ThreadSlot, Workbench
@@ -185,6 +185,9 @@ def _describe(run: RunFolder, known: Path, tokens: Path, model: Path | None, con
         content["config"]["model"]["name"] = str(model)
     run.write_json(RUN, content, durable=False)
     replace(Setup.read(theirs), tokens=tokens).write(run)
+    for file in configuration.files:
+        if file.name not in (RUN, SETUP):
+            _link(run.path / file.name, known / file.name)
     mark.write_text(here, "utf-8")
 
 

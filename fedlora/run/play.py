@@ -11,7 +11,7 @@ from typing import Protocol
 from fedlora.metrics import RoundRecord
 from fedlora.model import provenance
 from fedlora.objective import Scores
-from fedlora.run import before, jobs, participation, recovery, rounds
+from fedlora.run import before, jobs, participation, recovery, rounds, together
 from fedlora.run.participation import Ask, Roll
 from fedlora.run.records import Part
 from fedlora.run.runfolder import RunFolder
@@ -115,6 +115,8 @@ def play(server: Server, hands: Hands, observer: Observer) -> None:
             observer.say(line)
         if head := hands.initialise():
             observer.say(head)
+        if line := together.told(run):
+            observer.say(line)
         for number in rounds.unfinished(run):
             observer.round(play_round(server, number, hands, observer))
         observer.trained()

@@ -16,7 +16,7 @@ from fedlora.objective import Scores
 if TYPE_CHECKING:
     from fedlora.run.runfolder import RunFolder
 
-_SETUP = "setup.json"
+SETUP = "setup.json"
 _LARGEST = 2**63
 """Beyond it is no number that a client can have counted or measured."""
 
@@ -53,17 +53,17 @@ class Setup:
         """Raises:
         RunFolderError: it is missing or damaged.
         """
-        return cls._of(run.need_json(_SETUP))
+        return cls._of(run.need_json(SETUP))
 
     @classmethod
     def known(cls, run: RunFolder) -> Setup | None:
         """The same, or None where it is missing or damaged."""
-        content = run.read_json(_SETUP)
+        content = run.read_json(SETUP)
         return cls._of(content) if isinstance(content, dict) else None
 
     def write(self, run: RunFolder) -> None:
         content = {**asdict(self), "tokens": str(self.tokens), "labels": list(self.labels), "notes": list(self.notes)}
-        run.write_json(_SETUP, content)
+        run.write_json(SETUP, content)
 
     @classmethod
     def _of(cls, content: Mapping[str, Any]) -> Setup:
@@ -87,13 +87,15 @@ class ClientRecord:
     losses: list[float]
     """Mean cross-entropy of every step, in nats."""
     seconds: float
+    """Of training; of clients that are trained together, each has an equal part."""
     bytes: Bytes
     validation: Scores | None
     """On rows held out of its training, where ranks grow by them."""
     local: Scores | None
     """On its own test rows, after training."""
     memory: int | None = None
-    """Peak of training in bytes, of its GPU or process (`fedlora.training.memory`); not said by earlier versions."""
+    """Peak of training in bytes, of its GPU or process (`fedlora.training.memory`), with all who are trained together;
+    not said by earlier versions."""
     tokens: int | None = None
     """Tokens that are trained in its rows; None where they have labels."""
 

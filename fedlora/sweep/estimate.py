@@ -118,7 +118,7 @@ def pace(config: RunConfig) -> Pace:
 def _trial(config: RunConfig) -> RunConfig:
     """The run, cut short: one round of two clients (the first warms up), one worker, plain averaging."""
     training = config.training.model_copy(
-        update={"local_steps": min(config.training.local_steps or _STEPS, _STEPS), "local_epochs": None}
+        update={"local_steps": min(config.training.local_steps or _STEPS, _STEPS), "local_epochs": None, "cohort": 1}
     )
     return config.model_copy(
         update={

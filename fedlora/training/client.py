@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,9 @@ from fedlora.seeds import Turn
 if TYPE_CHECKING:
     from fedlora.data.tokens import Examples, Padding
 
+
+DROPOUT = "dropout"
+"""The purpose that what dropout draws is keyed by."""
 
 Penalty = Callable[[Mapping[str, Factors], Adapter], Tensor | None]
 """A strategy's term of the loss, of the live factors and the adapter they started from (`Strategy.penalty`)."""
@@ -56,19 +59,13 @@ def train(
     """
     model.load(start)
     parameters, live = model.trainable(parts), model.factors()
-    optimizer = _optimizer(parameters, training)
-    warmup = max(training.warmup_steps, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+    optimizer, schedule = optimizer_of(parameters, training)
     scaler = torch.amp.GradScaler(model.device.type, _LOSS_SCALE, enabled=model.dtype == "fp16")
-    steps = steps_for(len(examples.labels), training.step_size, training.local_steps, training.local_epochs)
-    order = seeds.torch_generator(turn.seed, "batches", turn.round, turn.client)
-    seeds.seed_torch(turn.seed, "dropout", turn.round, turn.client, model.device)
+    seeds.seed_torch(turn.seed, DROPOUT, turn.round, turn.client, model.device)
     model.peft.train()
-    form = pack if training.packing else pad
     losses: list[Tensor] = []
     begun = time.perf_counter()
-    for rows in training_rows(examples, training.step_size, steps, order):
-        batches = [form(examples, part, padding) for part in parts_of(rows, training.batch_size)]
+    for batches in steps_of(examples, training, turn, padding):
         optimizer.zero_grad(set_to_none=True)
         loss = _backward(model, batches, scaler, lambda: penalty(live, start) if penalty else None)
         scaler.unscale_(optimizer)
@@ -80,7 +77,20 @@ def train(
         losses.append(loss)
     curve = torch.stack(losses).tolist()
     trained = model.read().cut_like(start)
-    return Trained(_finite(trained, curve, turn, start), curve, time.perf_counter() - begun)
+    return Trained(finite(trained, curve, turn, start), curve, time.perf_counter() - begun)
+
+
+def steps_of(examples: Examples, training: TrainingConfig, turn: Turn, padding: Padding) -> Iterator[list[Batch]]:
+    """The batches of each step of a client in a round, drawn by (seed, round, client).
+
+    Raises:
+        DataError: there are no examples.
+    """
+    steps = steps_for(len(examples), training.step_size, training.local_steps, training.local_epochs)
+    order = seeds.torch_generator(turn.seed, "batches", turn.round, turn.client)
+    form = pack if training.packing else pad
+    for rows in training_rows(examples, training.step_size, steps, order):
+        yield [form(examples, part, padding) for part in parts_of(rows, training.batch_size)]
 
 
 def _backward(
@@ -101,15 +111,26 @@ _LOSS_SCALE = 2.0**12
 """Of fp16, at first: the usual 2¹⁶ overflows now and then, and each time a step of the few of a round is lost."""
 
 
-def _optimizer(parameters: list[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
+def optimizer_of(
+    parameters: Sequence[nn.Parameter], training: TrainingConfig
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """A fresh optimiser of these parameters, and the schedule of its learning rate."""
+    rate, decay = training.learning_rate, training.weight_decay
+    optimizer: torch.optim.Optimizer
     if training.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
-        )
-    return torch.optim.AdamW(parameters, training.learning_rate, weight_decay=training.weight_decay)
+        optimizer = torch.optim.SGD(parameters, rate, momentum=training.momentum, weight_decay=decay)
+    else:
+        optimizer = torch.optim.AdamW(parameters, rate, weight_decay=decay)
+    warmup = max(training.warmup_steps, 1)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
 
 
-def _finite(adapter: Adapter, losses: list[float], turn: Turn, start: Adapter) -> Adapter:
+def finite(adapter: Adapter, losses: Sequence[float], turn: Turn, start: Adapter) -> Adapter:
+    """The adapter that a client trained from `start`.
+
+    Raises:
+        ClientFailed: it, or a loss, is not finite.
+    """
     for step, loss in enumerate(losses, start=1):
         if not torch.isfinite(torch.tensor(loss)):
             raise ClientFailed(

@@ -43,6 +43,7 @@ ELSEWHERE = {
     r"fedlora run demo model.name=distilbert/": "a model of the hub",
     r"fedlora (run|sweep) standard": "data and model of the hub",
     r"fedlora .* runner.device=cuda$": "a GPU",
+    r"python3 benchmarks/gpu\.py ": "a GPU, and a Python without us; see test_gpu.py",
     r"(ray start|dask (scheduler|worker)) ": "another machine",
     r"fedlora (run demo --run-dir|resume) s3://": "a bucket",
 }

@@ -45,6 +45,7 @@ OTHER = {
     "data.chat_template": "chatml",
     "training.gradient_accumulation": 4,
     "training.packing": True,
+    "training.cohort": 4,
     "data.template": "Sum: {{ question }}",
     "data.messages": "chat",
     "data.tests": "checks",

@@ -61,7 +61,7 @@ def batch(count=5):
 
 def wanted_of(made):
     following = nn.functional.pad(made.labels[:, 1:], (0, 1), value=-100)
-    return following != -100, following[following != -100]
+    return (following != -100).flatten().nonzero()[:, 0], following[following != -100]
 
 
 @pytest.mark.parametrize("parts", ["one", "several", "several that do not learn"])
@@ -90,7 +90,7 @@ def test_sums_and_hits_are_those_of_all_logits(kind, monkeypatch):
     model, made = network(kind), batch()
     wanted, targets = wanted_of(made)
     with torch.inference_mode():
-        logits = model(**made.model_inputs()).logits[wanted]
+        logits = model(**made.model_inputs()).logits.flatten(0, 1)[wanted]
         total, hits = prediction.measured(model, made.model_inputs(), wanted, targets)
     assert float(total) == pytest.approx(float(nn.functional.cross_entropy(logits, targets, reduction="sum")), rel=1e-5)
     assert hits == int((logits.argmax(-1) == targets).sum())
@@ -115,8 +115,8 @@ def test_only_wanted_positions_become_logits(monkeypatch):
 def test_nothing_wanted_is_nothing(small_llama):
     model = network("llama")
     made = batch()
-    none = torch.zeros_like(made.labels, dtype=torch.bool)
-    assert prediction.measured(model, made.model_inputs(), none, torch.zeros(0, dtype=torch.long)) == (0, 0)
+    none = torch.zeros(0, dtype=torch.long)
+    assert prediction.measured(model, made.model_inputs(), none, none) == (0, 0)
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
@@ -164,6 +164,6 @@ def test_a_network_that_was_found_whole_is_left_as_it_was():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    assert prediction._has_halves(model)
+    assert prediction.has_halves(model)
     assert torch.equal(torch.rand(1), expected)
     assert all(module.training for module in model.modules())

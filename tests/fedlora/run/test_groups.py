@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.errors import ClientFailed, WorkerError
-from fedlora.run import groups
+from fedlora.run import groups, jobs
 from fedlora.run.groups import Dealer, Worked
 from fedlora.run.participation import Ask
 from fedlora.run.runfolder import RunFolder
 
 
-def dealt(pieces, each_s, seconds=2.0, slots=2, kind=lambda piece: "", known=None):
+def dealt(pieces, each_s, seconds=2.0, slots=2, kind=lambda piece: "", known=None, least=1):
     """The groups that pieces travel in, in order, when each takes as many seconds."""
     cut, dealer = [], Dealer(seconds, slots)
     if known is not None:
@@ -24,7 +24,7 @@ def dealt(pieces, each_s, seconds=2.0, slots=2, kind=lambda piece: "", known=Non
             cut.append(list(group))
             return threads.submit(lambda: Worked([piece * 10 for piece in group], each_s))
 
-        found = dealer.deal(pieces, kind, submit)
+        found = dealer.deal(pieces, kind, submit, least=least)
     assert found == [piece * 10 for piece in pieces]
     return cut
 
@@ -33,6 +33,13 @@ def dealt(pieces, each_s, seconds=2.0, slots=2, kind=lambda piece: "", known=Non
 def test_every_piece_is_in_one_group_in_order(count, each_s, seconds, slots):
     cut = dealt(list(range(count)), each_s, seconds, slots)
     assert [piece for group in cut for piece in group] == list(range(count))
+
+
+@given(st.integers(1, 300), st.floats(1e-7, 100), st.floats(0, 10), st.integers(1, 8), st.integers(1, 9))
+def test_those_who_are_trained_together_stay_together(count, each_s, seconds, slots, least):
+    cut = dealt(list(range(count)), each_s, seconds, slots, least=least)
+    assert [piece for group in cut for piece in group] == list(range(count))
+    assert all(len(group) % least == 0 for group in cut[:-1])
 
 
 def test_short_clients_travel_together_and_long_ones_alone():
@@ -109,7 +116,7 @@ class Slot:
     def __init__(self, deaths, found=()):
         self.deaths, self.found, self.asked = dict(deaths), found, []
 
-    def run_within(self, seconds, job, path, number, client, attempt):
+    def run_within(self, seconds, job, path, number, client, attempt, needed):
         self.asked.append(client)
         if self.deaths.get(client, 0):
             self.deaths[client] -= 1
@@ -163,3 +170,64 @@ def test_a_round_that_is_gone_on_with_hands_over_those_who_had_sent_together(run
     assert all(clients[-1] < 1000 for clients in there)
     assert len(cut[len(there)]) == 1
     assert max(map(len, cut[len(there) :])) <= 4
+
+
+# -- clients together in a slot
+
+
+class Cohorts(Slot):
+    """Trains clients together; some end their worker that often before they are."""
+
+    def run_within(self, seconds, job, path, number, clients, attempt, needed):
+        if job is jobs.fine_tune:
+            return super().run_within(seconds, job, path, number, clients, attempt)
+        self.asked.append((clients, seconds))
+        for client in clients:
+            if self.deaths.get(client, 0):
+                self.deaths[client] -= 1
+                raise WorkerError(f"died with {client}")
+        found = [client for client in clients if client in self.found]
+        return jobs.Together(len(clients) - len(found), {9: "diverged"} if 9 in clients else {}, ("of note",))
+
+
+@pytest.fixture
+def four(configure, tmp_path, monkeypatch):
+    monkeypatch.setattr(groups.time, "sleep", lambda seconds: None)
+    changes = {"runner.retries": 1, "training.cohort": 4, "runner.kind": "processes", "runner.timeout_s": 10}
+    run = RunFolder.create(tmp_path / "run", configure(changes))
+    run.write_json("cohort.json", {"size": 4, "said": ""})
+    return run
+
+
+def test_a_cohort_is_tried_again_and_then_one_by_one(four):
+    slot, ended, said = Cohorts({1: 1, 6: 5}), [], []
+    worked = groups.train(slot, four, Ask(1, 0, (0, 1, 2, 3, 4, 9, 6, 7, 8)), lambda: ended.append(1), said.append)
+    assert worked.results == [None, None, None, None, None, "diverged", "died with 6", None, None]
+    first, second, last = (0, 1, 2, 3), (4, 9, 6, 7), (8,)
+    assert slot.asked == [(first, 40), (first, 40), (second, 40), (second, 40), 4, 9, 6, 6, 7, (last, 10)]
+    assert len(ended) == 9
+    assert said == [
+        "died with 1; trying again (1 of 1)",
+        "of note",
+        "died with 6; trying again (1 of 1)",
+        "died with 6; one by one",
+        "died with 6; trying again (1 of 1)",
+        "of note",
+    ]
+
+
+def test_of_a_round_that_is_gone_on_with_whole_cohorts_are_left(four):
+    for client in (0, 1, 2, 3, 5, 8):
+        file = four.path / f"{four.client_stem(1, client)}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    cut = []
+
+    def submit(some, ended):
+        future = Future()
+        cut.append(some.clients)
+        future.set_result(Worked([None] * len(some.clients), 100.0))
+        return future
+
+    Dealer(2.0, 2).train(four, Ask(1, 0, tuple(range(10))), submit, lambda done: None)
+    assert cut == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]

@@ -20,6 +20,7 @@ from fedlora.strategies import registry
 OTHERS = {
     "mixed ranks": {"strategy": "replication", "lora.ranks": [2, 4, 8]},
     "dora": {"lora.variant": "dora"},
+    "cohorts of two": {"training.cohort": 2},
     "faults": {"channel.faults.corrupt": 0.5, "channel.faults.crash": 0.2},
 }
 FAMILIES = {name: {"strategy": name} for name in registry.names()} | OTHERS

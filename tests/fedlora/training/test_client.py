@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from madeup import made
 
 from fedlora.adapter.weights import EVERY_PART, Adapter, parse_name
 from fedlora.config import ModelConfig, TrainingConfig
@@ -17,17 +18,6 @@ from fedlora.training.client import Turn
 TURN = Turn(seed=3, round=2, client=5)
 B_ONLY = frozenset({"B", "head"})
 PLAIN = {"local_steps": 1, "optimizer": "sgd", "learning_rate": 0.5, "warmup_steps": 0, "max_grad_norm": None}
-
-
-def made(count: int, seed: int = 0) -> Examples:
-    """Examples of 3 to 9 tokens; the label is told by the second token."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(3, 10, count)
-    labels = rng.integers(0, 3, count)
-    ids = [rng.integers(20, 99, length).astype(np.int32) for length in lengths]
-    for row, label in zip(ids, labels, strict=True):
-        row[1] = 5 + label
-    return Examples(ids, None, labels.astype(np.int64), lengths.astype(np.int64))
 
 
 def resident(folder, **lora) -> ResidentModel:

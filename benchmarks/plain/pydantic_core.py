@@ -1,0 +1,5 @@
+"""Beside `pydantic` here: what `fedlora.config` names of it."""
+
+
+class PydanticCustomError(ValueError):
+    """Never raised."""

@@ -7,6 +7,7 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["FEDLORA_HOME"] = _home = tempfile.mkdtemp(prefix="fedlora-tests-")
+os.environ["SSL_CERT_FILE"] = os.path.join(_home, "authority.pem")
 
 import gc
 import hashlib
@@ -15,7 +16,9 @@ import subprocess
 import sys
 import uuid
 from contextlib import contextmanager
+from pathlib import Path
 
+import certifi
 import pytest
 import torch
 from filelock import FileLock
@@ -28,6 +31,11 @@ from fedlora.errors import saving
 from fedlora.report import plots
 
 torch.set_num_threads(1)
+
+# Each client of Prefect's reads the authorities of the world, 25 ms of processor time. Nobody is asked here who has a
+# certificate: of all of them, one will do.
+_first, _end, _ = Path(certifi.where()).read_text("utf-8").partition("-----END CERTIFICATE-----")
+Path(os.environ["SSL_CERT_FILE"]).write_text(_first + _end, "utf-8")
 
 pytest_plugins = ["pipeline"]
 

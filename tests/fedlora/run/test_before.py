@@ -12,7 +12,6 @@ from fedlora.run import before, jobs, rounds
 from fedlora.run.loop import train
 from fedlora.run.runfolder import RunFolder
 
-
 SHORT = {"rounds": 1, "training.local_steps": 1, "training.batch_size": 2}
 """What comes after the scores matters little here."""
 

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Two busy cores: threads that wait must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup setup-dev standard decoder decoder-model demo test test-fast test-system test-newest test-browser fuzz chaos bench-peers screenshots lint types audit up down format clean
+.PHONY: setup setup-dev standard decoder decoder-model demo test pytest test-fast test-system test-newest test-browser fuzz chaos bench-peers screenshots lint types audit up down format clean
 
 # Compiled by all cores, which pip does with one. Not left to the first import: where PYTHONDONTWRITEBYTECODE is set, as
 # in many images, every process would do it again (ten seconds each).
@@ -59,7 +59,11 @@ lint: setup-dev
 types: setup-dev
 	$(BIN)/mypy fedlora deployments mlflow_tracking tasks flows fedlora_cli benchmarks/*.py benchmarks/peers/*.py
 
-test: lint types
+# Types beside the tests: one has a core to itself otherwise.
+test: lint
+	$(MAKE) -j 2 types pytest
+pytest: export PYTHONDONTWRITEBYTECODE = # what a test's own processes import of ours is compiled once
+pytest: setup-dev
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The inner loop: the library with hardly a whole run, and without a server. docs/development.md says what is where.

@@ -7,17 +7,20 @@ BIN := $(VENV)/bin
 # Two busy cores: threads that wait must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup setup-dev standard decoder decoder-model demo test test-fast test-system test-newest test-browser fuzz chaos bench-peers screenshots lint types audit up down format clean
+.PHONY: setup setup-dev standard decoder decoder-model demo test pytest test-fast test-system test-newest test-browser fuzz chaos bench-peers screenshots lint types audit up down format clean
 
 # Compiled by all cores, which pip does with one. Not left to the first import: where PYTHONDONTWRITEBYTECODE is set, as
 # in many images, every process would do it again (ten seconds each).
+# Nobody here imports a third of it: tests of packages, figures of plotly's, architectures of Transformers' but a few.
+SELDOM := /tests/|/torch/testing/_internal/|/plotly/graph_objs/|/transformers/models/(?!__init__|auto/|bert/|distilbert/|roberta/|gpt2/|llama/)
 define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	  || { echo "fedlora needs Python 3.11 to 3.13: make PYTHON=python3.12 …"; exit 1; }
 	@echo "installing into $(VENV); a few minutes the first time"
+	-$(BIN)/pip install --quiet --disable-pip-version-check 'pip>=26' # Python 3.11's own takes twice the time to resolve
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '$(1)'
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # some packages ship templates that are no Python
+	$(BIN)/python -m compileall -qq -j 0 -x '$(SELDOM)' $(VENV)/lib || true # some packages ship what is no Python
 	touch $@
 endef
 
@@ -56,7 +59,11 @@ lint: setup-dev
 types: setup-dev
 	$(BIN)/mypy fedlora deployments mlflow_tracking tasks flows fedlora_cli benchmarks/*.py benchmarks/peers/*.py
 
-test: lint types
+# Types beside the tests: one has a core to itself otherwise.
+test: lint
+	$(MAKE) -j 2 types pytest
+pytest: export PYTHONDONTWRITEBYTECODE = # what a test's own processes import of ours is compiled once
+pytest: setup-dev
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The inner loop: the library with hardly a whole run, and without a server. docs/development.md says what is where.

@@ -7,6 +7,7 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["FEDLORA_HOME"] = _home = tempfile.mkdtemp(prefix="fedlora-tests-")
+os.environ["SSL_CERT_FILE"] = os.path.join(_home, "authority.pem")
 
 import gc
 import hashlib
@@ -15,19 +16,20 @@ import subprocess
 import sys
 import uuid
 from contextlib import contextmanager
+from pathlib import Path
 
+import certifi
 import pytest
-import torch
 from filelock import FileLock
 from PIL import Image
 from xdist.scheduler import LoadFileScheduling
 
-from fedlora.config import DataConfig, configfile
-from fedlora.data import picture, sources
 from fedlora.errors import saving
-from fedlora.report import plots
 
-torch.set_num_threads(1)
+# Each client of Prefect's reads the authorities of the world, 25 ms of processor time. Nobody is asked here who has a
+# certificate: of all of them, one will do.
+_first, _end, _ = Path(certifi.where()).read_text("utf-8").partition("-----END CERTIFICATE-----")
+Path(os.environ["SSL_CERT_FILE"]).write_text(_first + _end, "utf-8")
 
 pytest_plugins = ["pipeline"]
 
@@ -51,6 +53,16 @@ FIRST = (
 """Files of minutes begin first, so that all workers end together (with xdist's `--no-loadscope-reorder`)."""
 TOGETHER = FIRST[:3]
 """Files that one worker gets: they look at the same servers, one after the other."""
+
+
+def pytest_collectstart():
+    """In processes that run tests: the one that hands them out is not held up by imports of seconds."""
+    import torch
+
+    from fedlora.model import peftlibrary
+
+    torch.set_num_threads(1)
+    peftlibrary.load()  # before test modules do it: without torch's compiler, which takes three seconds
 
 
 def pytest_collection_modifyitems(items):
@@ -101,13 +113,14 @@ TINY = {
 }
 
 
-FIGURES = ((picture, "draw"), (plots, "rounds_figure"), (plots, "conditions_figure"))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def drawn():
     """`with drawn():` figures are drawn. Elsewhere one pixel stands in: drawing is more than half of a tiny run."""
-    real = {place: getattr(*place) for place in FIGURES}
+    from fedlora.data import picture
+    from fedlora.report import plots
+
+    figures = ((picture, "draw"), (plots, "rounds_figure"), (plots, "conditions_figure"))
+    real = {place: getattr(*place) for place in figures}
 
     def put(functions):
         for place, function in functions.items():
@@ -117,9 +130,9 @@ def drawn():
     def really():
         put(real)
         yield
-        put(dict.fromkeys(FIGURES, _one_pixel))
+        put(dict.fromkeys(figures, _one_pixel))
 
-    put(dict.fromkeys(FIGURES, _one_pixel))
+    put(dict.fromkeys(figures, _one_pixel))
     yield really
     put(real)
 
@@ -146,6 +159,8 @@ def tiny() -> dict:
 @pytest.fixture(scope="session")
 def configure(tiny):
     """`configure({"strategy": "svd"})`: the tiny run with changes, as a `RunConfig`."""
+    from fedlora.config import configfile
+
     return lambda changes=None: configfile.build({**tiny, **(changes or {})})
 
 
@@ -194,6 +209,7 @@ def as_new():
 @pytest.fixture(scope="session")
 def small_bert(tmp_path_factory):
     """`small_bert(dropout)`: the folder of a random BERT of 16 hidden units, without tokenizer."""
+    import torch
     from transformers import AutoModel, BertConfig
 
     def folder(dropout=0.1):
@@ -223,8 +239,12 @@ def small_llama(shared):
     """
 
     def make(path):
+        import torch
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
         from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        from fedlora.config import DataConfig
+        from fedlora.data import sources
 
         words = Tokenizer(models.BPE())
         words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -251,6 +271,7 @@ def wide_llama(small_llama, shared):
     """As the small Llama, of widths that 4 bits on a CPU can do with."""
 
     def make(path):
+        import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         tokenizer, config = AutoTokenizer.from_pretrained(small_llama()), AutoConfig.from_pretrained(small_llama())
@@ -267,6 +288,9 @@ def kinds(shared):
     """A jsonl file of 120 tasks in Alpaca's columns, with a column `kind` of three values: what is it that is told?"""
 
     def make(path):
+        from fedlora.config import DataConfig
+        from fedlora.data import sources
+
         table = sources.load(DataConfig(train_size=2000), 0)
         names, rows = table.labels, table.tables["train"].to_pylist()
         chosen = [row for row in rows if names[row["label"]] in ("animal", "plant", "person")][:120]

@@ -14,11 +14,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import httpx
-import pandas as pd
 import pytest
 
 from deployments.local import environment, private_server
-from fedlora.run.runfolder import RunFolder
 from fedlora_cli import app as cli
 
 
@@ -52,6 +50,7 @@ def store_uri(with_databases, tmp_path_factory):
 @pytest.fixture(scope="session")
 def run_flow(prefect_server, store_uri, tiny, tmp_path_factory):
     """`run_flow({"strategy": "svd"}, run_dir=…)`: a tiny run through the flow; returns its `RunFolder`."""
+    from fedlora.run.runfolder import RunFolder
     from flows.federated import federated
 
     def run(changes=None, run_dir=None, **parameters):
@@ -139,6 +138,8 @@ def new_database(postgresql):
 @pytest.fixture(scope="session")
 def labelled():
     """`labelled(path, label="a")`: a csv of 60 texts in two classes, with columns replaced or (None) dropped."""
+
+    import pandas as pd
 
     def write(path: Path, rows: int = 60, **columns) -> Path:
         table = pd.DataFrame({"text": [f"text number {i}" for i in range(rows)], "label": ["a", "b"] * (rows // 2)})

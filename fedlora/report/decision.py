@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from scipy import stats  # type: ignore[import-untyped]
+import scipy  # type: ignore[import-untyped]  # scipy.stats, a second of imports, comes with its first use
 
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.objective import Score
@@ -178,7 +178,7 @@ def _condition(
     differences = [None if each is best else statistics.paired(each.by_seed, best.by_seed) for each in candidates]
     corrected = statistics.holm([each.p if each else math.nan for each in differences])
     tests = max(1, sum(not math.isnan(p) for p in corrected))
-    places = stats.rankdata([-_or_lowest(each.merit) for each in candidates])
+    places = scipy.stats.rankdata([-_or_lowest(each.merit) for each in candidates])
     ends = {each.setting.strategy: each.merit for each in reversed(every) if each.setting.strategy in ENDS}
 
     def standing(each: _Scored, place: float, paired: Paired | None, p: float) -> Standing:

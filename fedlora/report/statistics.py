@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
+import scipy  # type: ignore[import-untyped]  # scipy.stats, a second of imports, comes with its first use
 
 LEVEL = 0.95
 POWER = 0.8
@@ -56,7 +56,7 @@ def interval(
     mean = float(np.mean(present))
     if n < FEWEST:
         return Interval(mean, math.nan, math.nan, present)
-    half = float(stats.t.ppf((1 + level) / 2, n - 1) * np.std(present, ddof=1) / math.sqrt(n))
+    half = float(scipy.stats.t.ppf((1 + level) / 2, n - 1) * np.std(present, ddof=1) / math.sqrt(n))
     return Interval(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), present)
 
 
@@ -124,7 +124,7 @@ def paired(ours: Mapping[Hashable, float], other: Mapping[Hashable, float]) -> P
         same = abs(found.mean) <= _ROUNDING * scale
         why = "equal in every seed" if same else "the same difference in every seed: it has no spread to compare with"
         return Paired(found, math.nan, why)
-    return Paired(found, float(stats.ttest_1samp(differences, 0.0).pvalue))
+    return Paired(found, float(scipy.stats.ttest_1samp(differences, 0.0).pvalue))
 
 
 def welch(ours: Sequence[float], other: Sequence[float]) -> Paired:
@@ -141,7 +141,7 @@ def welch(ours: Sequence[float], other: Sequence[float]) -> Paired:
     scale = max(map(abs, (*a, *b, 1.0)))
     if max(np.ptp(a), np.ptp(b)) <= _ROUNDING * scale:
         return Paired(Interval(difference, math.nan, math.nan), math.nan, "neither varies over seeds")
-    found = stats.ttest_ind(a, b, equal_var=False)
+    found = scipy.stats.ttest_ind(a, b, equal_var=False)
     limits = found.confidence_interval(LEVEL)
     return Paired(Interval(difference, float(limits.low), float(limits.high)), float(found.pvalue))
 
@@ -160,7 +160,7 @@ def more_seeds(found: Paired, tests: int = 1, level: float = LEVEL, power: float
     alpha = (1 - level) / tests
     n = np.arange(len(differences), _MOST_SEEDS + 1)
     # The other tail is left out: where the power is anywhere near what is asked for it is nothing.
-    reached = stats.nct.sf(stats.t.ppf(1 - alpha / 2, n - 1), n - 1, effect * np.sqrt(n)) >= power
+    reached = scipy.stats.nct.sf(scipy.stats.t.ppf(1 - alpha / 2, n - 1), n - 1, effect * np.sqrt(n)) >= power
     return int(np.argmax(reached)) if reached.any() else None
 
 
@@ -201,15 +201,15 @@ def correlation(xs: Sequence[float], ys: Sequence[float]) -> Correlation:
     a, b = np.array(pairs, dtype=float).T
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return Correlation(n, *(math.nan,) * 4, "one of the two does not vary")
-    linear = stats.pearsonr(a, b)
-    ranked = float(stats.spearmanr(a, b).statistic)
+    linear = scipy.stats.pearsonr(a, b)
+    ranked = float(scipy.stats.spearmanr(a, b).statistic)
     return Correlation(n, float(linear.statistic), float(linear.pvalue), ranked, _spearman_p(a, b, ranked))
 
 
 def _spearman_p(a: np.ndarray, b: np.ndarray, statistic: float) -> float:
     if len(a) > _EXACT:
-        return float(stats.spearmanr(a, b).pvalue)
-    ranks_a, ranks_b = stats.rankdata(a), stats.rankdata(b)
+        return float(scipy.stats.spearmanr(a, b).pvalue)
+    ranks_a, ranks_b = scipy.stats.rankdata(a), scipy.stats.rankdata(b)
     centred = ranks_a - ranks_a.mean()
     scale = float(np.sqrt((centred**2).sum() * ((ranks_b - ranks_b.mean()) ** 2).sum()))
     orders = np.array(list(itertools.permutations(ranks_b)))

@@ -13,15 +13,30 @@ from mlflow_tracking import store, tracker
 
 WRITERS, ROUNDS = 2, 8
 DELIVER = """
+import multiprocessing
 import sys
 from pathlib import Path
+
+import mlflow.artifacts
+import mlflow.data.pandas_dataset
+import mlflow.store.tracking.sqlalchemy_store  # by one process, which has opened nothing, for all of them
 from fedlora.run.runfolder import RunFolder
 from mlflow_tracking import tracker
 
-sys.stdin.readline()  # all begin together
-for folder in sys.argv[1:]:
-    run = RunFolder(Path(folder))
-    tracker.finish(run, tracker.start(run, "a run"), "note")
+
+def deliver(folders):
+    for folder in folders:
+        run = RunFolder(Path(folder))
+        tracker.finish(run, tracker.start(run, "a run"), "note")
+
+
+count, fork = int(sys.argv[1]), multiprocessing.get_context("fork")
+writers = [fork.Process(target=deliver, args=(sys.argv[2 + index :: count],)) for index in range(count)]
+for writer in writers:
+    writer.start()
+for writer in writers:
+    writer.join()
+print([writer.exitcode for writer in writers])
 """
 
 
@@ -42,16 +57,10 @@ def test_every_point_of_every_writer_arrives(uri, finished, as_new, tmp_path):
             run.write_json(run.record_name(number), {**last, "round": number})
     store.experiment_id(store.client(uri), uri, "fedlora")  # the schema is made once, before anybody else comes
     environ = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONWARNINGS": "ignore"}
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", DELIVER, *(str(run.path) for run in runs[index::WRITERS])],
-            env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for index in range(WRITERS)
-    ]  # fmt: skip
-    said = [writer.communicate("\n", timeout=300)[0] for writer in writers]
-    assert [writer.returncode for writer in writers] == [0] * WRITERS, said
-    assert not any("locked" in text for text in said), said
+    words = [sys.executable, "-c", DELIVER, str(WRITERS), *(str(run.path) for run in runs)]
+    done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout == f"{[0] * WRITERS}\n", done.stderr
+    assert "locked" not in done.stderr
     client = MlflowClient(uri)
     for run in runs:
         tracked = tracker.load(run)

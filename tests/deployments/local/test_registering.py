@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,15 @@ def test_the_form_has_drop_downs_and_help(server: str) -> None:
         assert all(field["description"] for field in schema(server, name).values()), name
 
 
-def test_a_paused_schedule_stays_paused(server: str, send: Send) -> None:
+def test_a_paused_schedule_stays_paused(server: str, send: Send, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When everything is registered again: in this process, which has imported the flows."""
     nightly = read(server, "sweep/nightly")
     schedule = nightly["schedules"][0]
     url = f"{server}/deployments/{nightly['id']}/schedules/{schedule['id']}"
     send("PATCH", url, {"active": False})
-    deploying.deploy(server)
+    monkeypatch.chdir(deploying.SOURCE)  # and back, as Prefect's words on the command line
+    monkeypatch.setattr(sys, "argv", [])
+    deploying.register(deploying.SOURCE)
     again = read(server, "sweep/nightly")
     assert again["id"] == nightly["id"]
     assert [(each["id"], each["active"]) for each in again["schedules"]] == [(schedule["id"], False)]

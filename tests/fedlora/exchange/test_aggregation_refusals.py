@@ -1,44 +1,30 @@
 """What `fedlora aggregate` refuses: exit code 2, one line that names the client and the tensor or key, nothing left.
 
-All cases go through the command line's own `main`, in one process of its own.
+All cases go through the command line's own `main`.
 """
 
+import io
 import json
 import os
 import pickle
 import re
+import signal
 import struct
-import subprocess
 import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from fedlora_cli import app as cli
+
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q", "v"], "modules_to_save": ["head"]}
 CONFIG |= {"task_type": "SEQ_CLS"}
 Q, V = "base_model.model.enc.q.", "base_model.model.enc.v."
 NAN, INF = float("nan"), float("inf")
-
-DRIVER = """
-import contextlib, io, json, sys, traceback
-from fedlora_cli import app as cli
-done = []
-for words in json.load(sys.stdin):
-    sys.argv = ["fedlora", *words]
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        except BaseException:
-            traceback.print_exc()
-            code = "traceback"
-    done.append([code, out.getvalue(), err.getvalue()])
-json.dump(done, sys.stdout)
-"""
 
 
 def tensors(seed=0, rank=2):
@@ -357,6 +343,23 @@ def tree(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+def called(words):
+    """Exit code, output and errors of the command line."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["fedlora", *words])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            traceback.print_exc()
+            code = "traceback"
+    signal.signal(signal.SIGTERM, before)
+    return code, out.getvalue(), err.getvalue()
+
+
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory):
     """Every case's (exit code, output, errors) and what it left behind."""
@@ -375,11 +378,9 @@ def refused(tmp_path_factory):
         clients = [str(place / name) for name in who]
         calls.append(["aggregate", *fixed, *(word.format(there=place) for word in words), *clients])
         places.append((place, tree(place)))
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER], input=json.dumps(calls), capture_output=True, text=True, timeout=250, check=True
-    )
+    done = [called(words) for words in calls]
     left = [(set(tree(place)) ^ set(before)) for place, before in places]
-    return dict(zip(cases, zip(json.loads(done.stdout), left, strict=True), strict=True))
+    return dict(zip(cases, zip(done, left, strict=True), strict=True))
 
 
 def check(case, pattern):

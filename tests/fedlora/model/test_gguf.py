@@ -1,8 +1,8 @@
 """A model in llama.cpp's format becomes a folder: once, whole, and with the weights and the tokenizer that it holds."""
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from fedlora.config import ModelConfig
 from fedlora.errors import ModelError, RunFolderError
@@ -141,14 +141,13 @@ def test_several_at_once_convert_once(file, at_home, capfd):
     assert sorted(path.suffix for path in (at_home / "cache" / "models").iterdir()) == ["", ".lock"]
 
 
-def test_a_conversion_that_was_killed_leaves_nothing_that_counts(file, at_home):
-    code = (
-        "import os, sys, pathlib\nfrom fedlora.model import gguf\nimport transformers\n"
-        "transformers.PreTrainedTokenizerBase.save_pretrained = lambda *_, **__: os._exit(9)\n"
-        "gguf.converted('tiny', pathlib.Path(sys.argv[1]))"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, str(file)], env=dict(os.environ), check=False)
-    assert killed.returncode == 9
+def test_a_conversion_that_was_killed_leaves_nothing_that_counts(file, at_home, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", lambda *_, **__: os._exit(9))
+        killed = multiprocessing.get_context("fork").Process(target=conversion.converted, args=("tiny", file))
+        killed.start()
+        killed.join()
+    assert killed.exitcode == 9
     folder = conversion.converted("tiny", file)
     assert (folder / "tokenizer.json").is_file()
     assert (folder / "model.safetensors").is_file()

@@ -1,6 +1,7 @@
 """Runs that begin alike are scored once before training, and others are not taken for them."""
 
 import json
+import shutil
 
 import pytest
 
@@ -10,6 +11,16 @@ from fedlora.objective.classification import OBJECTIVE
 from fedlora.run import before, jobs, rounds
 from fedlora.run.loop import train
 from fedlora.run.runfolder import RunFolder
+
+SHORT = {"rounds": 1, "training.local_steps": 1, "training.batch_size": 2}
+"""What comes after the scores matters little here."""
+
+
+@pytest.fixture(scope="module")
+def begun(tiny, tmp_path_factory):
+    """What a run with FedIT has left for those that begin alike."""
+    train(configfile.build({**tiny, **SHORT, "strategy": "fedit"}), tmp_path_factory.mktemp("begun") / "run")
+    return (home.cache() / "before").rename(tmp_path_factory.mktemp("kept") / "before")
 
 
 @pytest.fixture
@@ -27,7 +38,7 @@ def scored(tiny, tmp_path, monkeypatch):
         counted.clear()
         said, path = [], tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         settings = {name.replace("__", "."): value for name, value in changes.items()}
-        train(configfile.build({**tiny, "rounds": 1, **settings}), path, say=said.append)
+        train(configfile.build({**tiny, **SHORT, **settings}), path, say=said.append)
         values = rounds.records(RunFolder.open(path))[0].metrics
         assert ("an earlier run that began alike" in " ".join(said)) == (not counted)
         return {name: value for name, value in values.items() if not name.startswith("time/")}, len(counted)
@@ -62,9 +73,15 @@ def test_another_strategy_takes_the_scores_over_bit_by_bit(scored):
     ],
     ids=str,
 )
-def test_what_begins_otherwise_is_scored_itself(scored, other):
-    scored(strategy="fedit")
+def test_what_begins_otherwise_is_scored_itself(begun, scored, other):
+    shutil.copytree(begun, home.cache() / "before")
     assert scored(**{"strategy": "fedit", **other})[1]
+    assert len(list((home.cache() / "before").iterdir())) == 2
+
+
+def test_what_begins_alike_is_not(begun, scored):
+    shutil.copytree(begun, home.cache() / "before")
+    assert scored(strategy="fedit", training__learning_rate=0.3)[1] == 0
 
 
 @pytest.mark.parametrize("content", ["", "[]", "[1]", '{"a": 1}', "[" * 100])

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
+from alone import train_alone
 
 from fedlora import metrics
 from fedlora.errors import RunAborted, RunFolderError
@@ -15,6 +14,7 @@ from fedlora.run.loop import train
 from fedlora.run.participation import Ask
 from fedlora.run.runfolder import RunFolder
 from fedlora.run.server import Server, Timings
+from fedlora.training import forerunner
 
 
 def without_times(folder) -> list[dict]:
@@ -59,26 +59,16 @@ def test_two_worker_processes_give_the_bits_of_one_thread(configure, finished, t
         assert (tmp_path / "run" / name).read_bytes() == (finished(FAULTY) / name).read_bytes(), name
 
 
-TRAIN = """
-import json, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-import fedlora
-from fedlora.config import configfile
-fedlora.train(configfile.build(json.loads(sys.argv[1])), Path(sys.argv[2]))
-"""
-
-
-def test_a_run_whose_process_is_killed_is_continued_to_the_same_bits(configure, tiny, finished, tmp_path):
+def test_a_run_whose_process_is_killed_is_continued_to_the_same_bits(configure, finished, tmp_path):
     """By SIGKILL, in the middle of a round: `make chaos` does it to the command line, again and again."""
     changes, folder = {"rounds": 5, "strategy": "flora"}, tmp_path / "run"
-    words = [json.dumps({**tiny, **changes}), str(folder)]
-    with subprocess.Popen([sys.executable, "-c", TRAIN, *words]) as process:
-        while not (folder / "rounds/002/state.json").exists():
-            assert process.poll() is None
-            time.sleep(0.001)
-        process.kill()
+    process = forerunner.context("cpu").Process(target=train_alone, args=(configure(changes), folder))
+    process.start()
+    while not (folder / "rounds/002/state.json").exists():
+        assert process.is_alive()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
     assert 2 <= len(RunFolder(folder).finished_rounds()) < 5
     train(configure(changes), folder)
     assert final_bytes(folder) == final_bytes(finished(changes))

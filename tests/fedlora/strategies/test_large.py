@@ -1,6 +1,8 @@
 """Strategies of leading directions on layers that are too large for full decompositions, against dense float64; and on
 which device all of them compute."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,14 @@ def mean_product(updates):
     return sum(w * pair.B.double().numpy() @ pair.A.double().numpy() for w, pair in zip(weights, pairs, strict=True))
 
 
+@cache
+def dense(shape, clients, lowest=4):
+    """The state before, uploads of which two are of the lowest rank, their mean product, and its decomposition."""
+    state, updates = situation(shape, clients, {0: lowest, 7: lowest} if lowest < 4 else None)
+    ideal = mean_product(updates)
+    return state, updates, ideal, np.linalg.svd(ideal, full_matrices=False)
+
+
 @pytest.fixture
 def no_decomposition(monkeypatch):
     monkeypatch.setattr(ProductSum, "truncated", lambda *_: pytest.fail("a full decomposition was taken"))
@@ -54,9 +64,7 @@ class TestAgainstDense:
     @pytest.mark.parametrize("energy", [0.6, 0.95])
     @pytest.mark.parametrize("name", ["florist", "fedmomentum"])
     def test_a_share_of_the_energy(self, shape, clients, name, energy):
-        state, updates = situation(shape, clients)
-        ideal = mean_product(updates)
-        U, values, Vh = np.linalg.svd(ideal)
+        state, updates, _, (U, values, Vh) = dense(shape, clients)
         count = int(np.argmax(np.cumsum(values**2) >= energy * (values**2).sum())) + 1
         kept = max(count, 4) if name == "fedmomentum" else count
         after = advance(registry.make(name, {"energy": energy}), state, updates)
@@ -67,10 +75,8 @@ class TestAgainstDense:
 
     @pytest.mark.parametrize("lowest", [4, 2])
     def test_the_control_that_loses_nothing(self, shape, clients, lowest):
-        state, updates = situation(shape, clients, {0: lowest, 7: lowest} if lowest < 4 else None)
-        ideal = mean_product(updates)
+        state, updates, ideal, (U, values, Vh) = dense(shape, clients, lowest)
         after = advance(registry.make("oracle"), state, updates)
-        U, values, Vh = np.linalg.svd(ideal)
         np.testing.assert_allclose(held(after), ideal, atol=1e-6 * values[0])
         pair = after.adapter.factors["m"]
         np.testing.assert_allclose(pair.product(), U[:, :lowest] * values[:lowest] @ Vh[:lowest], atol=1e-5 * values[0])

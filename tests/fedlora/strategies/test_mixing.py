@@ -69,9 +69,10 @@ def test_a_sweep_of_either_route_is_the_same(shape, rank, clients, drift, ridge,
 @pytest.mark.parametrize("kept", [0, KEPT], ids=["in their own type", "in float64"])
 @pytest.mark.parametrize(("clients", "drift"), [(60, 0.1), (60, 1.0), (300, 0.3)])
 def test_the_same_optimum_with_weights_of_least_norm(monkeypatch, clients, drift, kept):
+    """Of fewer clients than B has numbers and more than A has; and of more than both."""
     monkeypatch.setattr(leastsquares, "KEPT", kept)
     pairs, w = drawn((21, 17), 3, clients, drift, seed=5)
-    blocks, streamed = (by_turns(made, pairs, w) for made in (GramProblem, StreamedProblem))
+    blocks, streamed = (by_turns(made, pairs, w, max_sweeps=30) for made in (GramProblem, StreamedProblem))
     found = float(streamed.objective[-1])
     assert found == pytest.approx(float(blocks.objective[-1]), rel=1e-8)
     assert found == pytest.approx(objective(pairs, w, streamed.p, streamed.q), rel=1e-8)
@@ -123,7 +124,7 @@ def test_every_option_agrees(solver, ridge, simplex):
     """Over two modules that share their weights."""
     modules = [drawn(shape, 2, 25, 0.6, seed)[0] for shape, seed in (((12, 9), 1), ((7, 15), 2))]
     w = drawn((3, 3), 1, 25, 0, seed=4)[1]
-    chosen = options(solver=solver, ridge=ridge, simplex=simplex, shared=True, max_sweeps=15)
+    chosen = options(solver=solver, ridge=ridge, simplex=simplex, shared=True, max_sweeps=6)
     run = flora_na._by_gradient if solver == "adam" else flora_na._by_turns
     blocks, streamed = (
         run(made([Stacked.of(pairs) for pairs in modules], w, ridge), chosen) for made in (GramProblem, StreamedProblem)

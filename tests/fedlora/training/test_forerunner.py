@@ -34,6 +34,7 @@ def test_imports_under_way_end_with_the_process_they_are_for():
 HEAVY = {
     "flows.federated": {"datasets", "pandas", "mlflow", "transformers", "peft", "matplotlib", "scipy"},
     "fedlora.run.preloaded": {"datasets", "pandas", "mlflow", "torch._inductor.compile_fx"},
+    "flows.sweep": {"datasets", "mlflow", "matplotlib", "scipy.stats"},
 }
 
 

@@ -180,7 +180,7 @@ class Cohorts(Slot):
 
     def run_within(self, seconds, job, path, number, clients, attempt, needed):
         if job is jobs.fine_tune:
-            return super().run_within(seconds, job, path, number, clients, attempt)
+            return super().run_within(seconds, job, path, number, clients, attempt, needed)
         self.asked.append((clients, seconds))
         for client in clients:
             if self.deaths.get(client, 0):

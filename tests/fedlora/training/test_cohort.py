@@ -91,11 +91,13 @@ def differences(model, clients, options, parts=EVERY_PART, padding=RIGHT, penalt
     return losses, tensors
 
 
+EPOCHS = {"local_steps": None, "local_epochs": 3}
 OPTIONS = {
     "adamw": {},
-    "unequal steps": {"local_steps": None, "local_epochs": 3},
+    "unequal steps": EPOCHS,
+    "plain sgd": {"optimizer": "sgd", "learning_rate": 0.1, **EPOCHS},
     "accumulated": {"local_steps": None, "local_epochs": 3, "batch_size": 3, "gradient_accumulation": 3},
-    "sgd": {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.1, "max_grad_norm": 0.05, "local_steps": 7},
+    "sgd": {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.1, "max_grad_norm": 0.05, **EPOCHS},
     "no clipping": {"max_grad_norm": None, "local_steps": 3, "warmup_steps": 0},
 }
 

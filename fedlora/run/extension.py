@@ -13,7 +13,7 @@ from fedlora.errors import ConfigError, RunFolderError, counted, saving
 from fedlora.run import rounds
 from fedlora.run.runfolder import RunFolder
 
-_TAKEN = ("setup.json", "partition.json", "partition.npz", "adapter_config.json", "probe.json")
+_TAKEN = ("setup.json", "partition.json", "partition.npz", "adapter_config.json", "cohort.json", "probe.json")
 _ALLOWED = ("rounds", *NEUTRAL)
 
 

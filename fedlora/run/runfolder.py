@@ -1,6 +1,6 @@
 """A run's state on disk: written atomically, checked by digest, so that whatever is there is whole.
 
-run.json  config.yaml  setup.json  partition.npz  adapter_config.json  lock
+run.json  config.yaml  setup.json  partition.npz  adapter_config.json  cohort.json  lock
 rounds/000/  state.{safetensors,json}  record.json            before training
 rounds/003/  client-007.{safetensors,json}  roll.json  state.{safetensors,json}  record.json
 adapter/     the final adapter            figures/  tables/

@@ -520,9 +520,9 @@ def test_an_interruption_does_not_wait_for_a_worker_that_hangs(configure, tmp_pa
     monkeypatch.setattr("fedlora.run.jobs.fine_tune", importlib.import_module("jobs_that_hang").hang)
     real = groups.train
 
-    def interrupted(slot, run, ask, ended):
+    def interrupted(slot, run, ask, *how):
         if 0 not in ask.clients:
-            return real(slot, run, ask, ended)
+            return real(slot, run, ask, *how)
         while not (tmp_path / "run/hangs").exists():
             time.sleep(0.02)
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ from fedlora.adapter import Factors
 from fedlora.config import configfile
 from fedlora.errors import ClientFailed
 from fedlora.files import home
-from fedlora.run import participation, together
+from fedlora.run import extension, participation, together
 from fedlora.run.loop import train
 from fedlora.run.runfolder import RunFolder
 from fedlora.seeds import Turn
@@ -205,3 +205,10 @@ def test_one_that_fails_alone_is_a_result(run):
 
     [came] = together.train(Workbench("cpu"), run()[0], [Member(None, None, Turn(0, 1, 0))], fails, None, None)
     assert str(came) == "diverged"
+
+
+def test_a_run_that_is_gone_on_with_keeps_what_was_settled(run, tmp_path):
+    whole, _ = run()
+    longer = extension.extend(whole, extension.extended(whole, {"rounds": 2}), tmp_path / "longer")
+    assert together.is_settled(longer)
+    assert together.size(longer) == 4

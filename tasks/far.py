@@ -21,7 +21,7 @@ from prefect.states import Crashed
 
 from fedlora.errors import RunAborted, WorkerError, counted, first_line
 from fedlora.objective import Scores
-from fedlora.run import mirror
+from fedlora.run import mirror, together
 from fedlora.run.depot import Depot
 from fedlora.run.groups import Dealer, Future, Worked
 from fedlora.run.participation import Ask
@@ -115,7 +115,9 @@ class FarHands(TaskHands):
     def _train(self, some: Ask, ended: Callable[[], None]) -> Worked[str | None]:
         """Have clients trained whose updates are not there; why each that could not, could not."""
         folder = self._run.folder
-        todo = tuple(c for c in some.clients if folder.read_record(folder.client_stem(some.round, c)) is None)
+        missing = {c for c in some.clients if folder.read_record(folder.client_stem(some.round, c)) is None}
+        cohorts = together.cohorts(some.clients, together.size(folder))  # whole: the last bits depend on who is in one
+        todo = tuple(client for each in cohorts if missing & set(each) for client in each)
         why: dict[int, str | None] = {}
         each_s = None
         if todo:

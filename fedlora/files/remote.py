@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -77,12 +78,17 @@ class Remote:
         url: of the folder.
 
     Raises:
-        ConfigError: no store of this kind is known, or its package is missing.
+        ConfigError: no store of this kind is known, its package is missing, or the URL holds a password.
     """
 
     def __init__(self, url: str) -> None:
         import fsspec
 
+        if ":" in urlsplit(url).netloc.rpartition("@")[0]:
+            raise ConfigError(
+                f"{url.partition('://')[0]}://… holds a password, and the URL of a run folder is written down; give the "
+                "password as the store's package takes it, in the environment or a file of its own"
+            )
         self.url = url.rstrip("/")
         how = {"auto_mkdir": True} if url.startswith(("file://", "local://")) else {}
         try:

@@ -211,6 +211,12 @@ def test_a_place_of_an_unknown_kind():
         Remote("nonsense://x")
 
 
+def test_a_url_with_a_password_is_refused_without_saying_it():
+    with pytest.raises(ConfigError, match="ftp://… holds a password") as refused:
+        Remote("ftp://me:hunter2@host/run")
+    assert "hunter2" not in str(refused.value)
+
+
 def test_no_credentials(s3, monkeypatch, tmp_path):
     import fsspec
 

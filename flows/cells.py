@@ -20,7 +20,7 @@ from fedlora.sweep.folder import SweepFolder
 from fedlora.sweep.plan import Cell
 from fedlora.training import workers
 from flows import handover
-from flows.federated import federated
+from flows.federated import connected, federated
 from flows.progress import Progress
 from mlflow_tracking.parents import Parent
 from tasks import interruption
@@ -66,6 +66,7 @@ def run_here(todo: Sequence[Cell], call: Call, parallel: int) -> Iterator[Ended]
         runners = {cell.config.runner.model_dump_json(): cell.config.runner for cell in todo}
         for runner in runners.values():  # kept from one cell to the next, with the models in the workers
             stack.enter_context(workers.open_pool(runner))
+            stack.enter_context(connected(runner))
         if parallel == 1:
             yield from map(one, todo)
         else:

@@ -6,7 +6,7 @@ prefect deployment run 'federated/custom' -p strategy=flora-na -p rounds=3
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
 from deployments import form  # noqa: E402
 from deployments.shipped import DEPLOYMENTS, PRESETS  # noqa: E402
-from fedlora.config import RunConfig, configfile  # noqa: E402
+from fedlora.config import RunConfig, RunnerConfig, configfile  # noqa: E402
 from fedlora.files import home  # noqa: E402
 from fedlora.files.remote import Remote, is_url  # noqa: E402
 from fedlora.metrics import RoundRecord  # noqa: E402
@@ -28,7 +28,7 @@ from fedlora.run import jobs  # noqa: E402
 from fedlora.run.play import Observer, Observers, play  # noqa: E402
 from fedlora.run.runfolder import RunFolder  # noqa: E402
 from fedlora.run.server import Server  # noqa: E402
-from fedlora.training import workers  # noqa: E402
+from fedlora.training import engines, workers  # noqa: E402
 from flows import checks, progress, refusals  # noqa: E402
 from flows.logbook import Logbook  # noqa: E402
 from flows.progress import Progress  # noqa: E402
@@ -70,7 +70,7 @@ def federated(
     """
     given = configfile.absolute_paths({**(overrides or {}), **settings}, DEPLOYMENTS)
     config = checks.looked_up(configfile.load(preset, given, PRESETS))
-    with kept(run_dir or str(default_folder(config))) as (place, keeper):
+    with connected(config.runner), kept(run_dir or str(default_folder(config))) as (place, keeper):
         checks.of_run(config, place)
         folder = RunFolder.create(place, config)
         names.replace_generated(run_name(config))
@@ -125,15 +125,28 @@ def execution(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Run, Progr
 
 
 @contextmanager
+def connected(runner: RunnerConfig) -> Iterator[None]:
+    """Connected to the cluster that a runner names, if it names one: what is wrong with it is known before there is a
+    folder, and its processes begin with their imports."""
+    with ExitStack() as stack:
+        if runner.clustered:
+            engines.check(runner)
+            from tasks.engines import opened  # which needs an extra
+
+            stack.enter_context(opened(runner))
+        yield
+
+
+@contextmanager
 def hands(run: Run, deliver: Callable[[], None], told: Progress) -> Iterator[TaskHands]:
     """Who does the work: the slots of this machine, or a cluster."""
     runner = run.folder.config.runner
     if not runner.clustered:
         yield TaskHands(run, deliver)
         return
-    from tasks import engines, far  # extras
+    from tasks import far  # which needs an extra
 
-    with engines.opened(runner), closing(far.FarHands(run, deliver)) as working:
+    with closing(far.FarHands(run, deliver)) as working:
         yield working
         if line := working.told():
             told.say(line)

@@ -86,8 +86,8 @@ class Remote:
 
         if ":" in urlsplit(url).netloc.rpartition("@")[0]:
             raise ConfigError(
-                f"{url.partition('://')[0]}://… holds a password, and the URL of a run folder is written down; give the "
-                "password as the store's package takes it, in the environment or a file of its own"
+                f"{url.partition('://')[0]}://… holds a password, and the URL of a run folder is written down; give it "
+                "as the store's package takes it, in the environment or a file of its own"
             )
         self.url = url.rstrip("/")
         how = {"auto_mkdir": True} if url.startswith(("file://", "local://")) else {}

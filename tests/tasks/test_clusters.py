@@ -13,6 +13,7 @@ import pytest
 
 from deployments.shipped import PRESETS
 from fedlora.config import configfile
+from fedlora.errors import ConfigError
 from fedlora.run.loop import train
 from fedlora.training import workers
 from tasks import engines
@@ -133,6 +134,13 @@ def here(tiny, tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bits_are_those_of_a_slot_beside_the_run(family, run_there, here):
     assert files_of(run_there(FAMILIES[family]).path) == here(FAMILIES[family])
+
+
+def test_more_than_a_machine_has_is_refused_before_there_is_a_folder(cluster, run_flow, tmp_path):
+    there = {"runner.kind": cluster.kind, "runner.address": cluster.address, "runner.device": "auto"}
+    with pytest.raises(ConfigError, match=r"no machine of the cluster has room for a client with .* and runner\.gpus"):
+        run_flow({**there, "runner.gpus_per_client": 0.5}, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_machines_that_are_killed_lose_nothing_and_one_that_comes_late_is_used(cluster, run_there, here, tmp_path):

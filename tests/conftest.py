@@ -39,6 +39,7 @@ FIRST = (
     "local/test_automations",
     "local/test_stopping",
     "local/test_registering",
+    "tasks/test_clusters",
     "test_chaos",
     "tasks/test_outages",
     "flows/test_federated",

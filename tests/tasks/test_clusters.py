@@ -1,5 +1,6 @@
 """Runs on real clusters of Ray and Dask: two machines' worth of processes, with homes of their own, that see nothing of
-the run folder; one is killed in mid-round, and another comes late."""
+the run folder; they are killed in mid-round, and another comes late. What workers do from afar is tested for every
+strategy, without a cluster, in fedlora/run/test_mirror.py."""
 
 import os
 import signal
@@ -95,7 +96,15 @@ class DaskCluster:
             process.wait()
 
 
-@pytest.fixture(scope="module", params=[RayCluster, DaskCluster], ids=["ray", "dask"])
+def on(*clusters):
+    """Of these clusters; each is there for all tests of it."""
+    return pytest.mark.parametrize("cluster", clusters, indirect=True, scope="module")
+
+
+BOTH = on(pytest.param(RayCluster, id="ray"), pytest.param(DaskCluster, id="dask"))
+
+
+@pytest.fixture(scope="module")
 def cluster(request, tmp_path_factory):
     found = request.param(tmp_path_factory.mktemp("homes"))
     found.kind = "ray" if request.param is RayCluster else "dask"
@@ -131,11 +140,18 @@ def here(tiny, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+OFTEN = ("SP, which changes the base", "mixed ranks")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "family", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.system) for name in FAMILIES]
+)
 def test_bits_are_those_of_a_slot_beside_the_run(family, run_there, here):
     assert files_of(run_there(FAMILIES[family]).path) == here(FAMILIES[family])
 
 
+@BOTH
 def test_more_than_a_machine_has_is_refused_before_there_is_a_folder(cluster, run_flow, tmp_path):
     there = {"runner.kind": cluster.kind, "runner.address": cluster.address, "runner.device": "auto"}
     with pytest.raises(ConfigError, match=r"no machine of the cluster has room for a client with .* and runner\.gpus"):
@@ -143,6 +159,7 @@ def test_more_than_a_machine_has_is_refused_before_there_is_a_folder(cluster, ru
     assert not (tmp_path / "run").exists()
 
 
+@on(pytest.param(RayCluster, marks=pytest.mark.system, id="ray"), pytest.param(DaskCluster, id="dask"))
 def test_machines_that_are_killed_lose_nothing_and_one_that_comes_late_is_used(cluster, run_there, here, tmp_path):
     """Both are killed when the first client's update is there; a third, which comes then, does the rest."""
     changes = {"clients": 8, "rounds": 1, "training.local_steps": 40, "evaluation.local": False}

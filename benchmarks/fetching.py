@@ -23,6 +23,7 @@ environment.prepare()
 
 from fedlora.config import RunnerConfig
 from fedlora.files import filesets
+from fedlora.files.atomic import write_json
 from fedlora.files.filesets import Cache, FileSet
 from fedlora.run.request import Held
 from tasks import engines
@@ -31,13 +32,18 @@ from tasks import engines
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1024)
+    parser.add_argument("--out", type=Path, help="file for the numbers, as JSON")
     parser.add_argument("--engines", default="ray,dask", help="with a comma")
     given = parser.parse_args()
     print("| engine | into the store, MB/s | out of it, checked and written, MB/s |\n|---|---|---|")
+    found = {}
     for kind in given.engines.split(","):
         with tempfile.TemporaryDirectory(prefix="fedlora-bench-") as folder:
             into, out = measured(kind, Path(folder), given.megabytes)
         print(f"| {kind} | {into:.0f} | {out:.0f} |", flush=True)
+        found[kind] = {"into": into, "out": out}
+    if given.out:
+        write_json(given.out.absolute(), found)
 
 
 def measured(kind: str, folder: Path, megabytes: int) -> tuple[float, float]:

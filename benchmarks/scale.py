@@ -27,6 +27,7 @@ from fedlora.adapter.updates import Update, Updates
 from fedlora.channel import uploads
 from fedlora.config import PartitionConfig, configfile
 from fedlora.data.partition import Partition, Split, partition
+from fedlora.files.atomic import write_json
 from fedlora.files.tensorfile import serialise
 from fedlora.run import participation
 from fedlora.run.participation import Entry
@@ -34,17 +35,22 @@ from fedlora.run.runfolder import RunFolder
 from fedlora.strategies import registry
 from fedlora.strategies.base import ServerState
 
+_FOUND: dict[str, dict[str, float | None]] = {}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=100_000)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--out", type=Path, help="file for the numbers, as JSON")
     given = parser.parse_args()
     torch.set_num_threads(1)
     print("| what | seconds | MB |\n|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="fedlora-bench-") as folder:
         _clients(Path(folder), given.clients)
         _large(Path(folder), given.layers)
+    if given.out:
+        write_json(given.out.absolute(), _FOUND)
 
 
 def _clients(folder: Path, count: int) -> None:
@@ -81,10 +87,9 @@ def _large(folder: Path, layers: int) -> None:
 def _timed(what: str, call: Callable[[], Any], megabytes: float | None = None) -> Any:
     begun = time.perf_counter()
     found = call()
-    print(
-        f"| {what} | {time.perf_counter() - begun:.2f} | {'' if megabytes is None else f'{megabytes:.1f}'} |",
-        flush=True,
-    )
+    seconds, size = time.perf_counter() - begun, "" if megabytes is None else f"{megabytes:.1f}"
+    print(f"| {what} | {seconds:.2f} | {size} |", flush=True)
+    _FOUND[what] = {"seconds": seconds, "megabytes": megabytes}
     return found
 
 

@@ -64,9 +64,8 @@ class Depot:
         """The request again, with files that a worker could not get put into the store."""
         with self._putting:
             self._asked = True
-            for digest in digests:
-                if digest in request.held and self._held.get(digest) is request.held[digest]:
-                    del self._held[digest]  # it was put there, and is lost
+            if any(digest in request.held for digest in digests):  # with a machine that has held others, too
+                self._held = {d: held for d, held in self._held.items() if held is not request.held.get(d)}
             return self._with_held(request)
 
     def _with_held(self, request: Request) -> Request:

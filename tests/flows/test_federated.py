@@ -208,13 +208,13 @@ def test_what_fails_before_there_is_a_score_is_in_mlflow_too(run_flow, monkeypat
     assert MlflowClient(tracked.uri).get_run(tracked.run).info.status == "FAILED"
 
 
-def die_once(bench, folder, number, client_id, attempt):
+def die_once(bench, folder, number, client_id, attempt, needed):
     """A client's job whose worker process is killed the first time that client 1 trains."""
     mark = folder / "died"
     if client_id == 1 and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return jobs.fine_tune(bench, folder, number, client_id, attempt)
+    return jobs.fine_tune(bench, folder, number, client_id, attempt, needed)
 
 
 def test_a_dead_worker_is_replaced_and_the_client_tried_again(run_flow, finished_flow, monkeypatch):
@@ -293,8 +293,8 @@ def test_a_device_that_is_once_not_to_be_had_costs_no_client(run_flow, monkeypat
             failed.append(1)
             raise RuntimeError("the server says 500")
 
-    def fine_tune(bench, folder, number, client, attempt):
-        worked = real(bench, folder, number, client, attempt)
+    def fine_tune(bench, folder, number, client, attempt, needed):
+        worked = real(bench, folder, number, client, attempt, needed)
         trained.extend([(number, client)] * worked)
         return worked
 

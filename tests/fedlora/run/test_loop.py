@@ -507,7 +507,7 @@ def test_a_new_run_in_the_folder_of_a_deleted_one_has_nothing_of_it(configure, f
 HANG = """
 import time
 
-def hang(bench, folder, number, client, attempt):
+def hang(bench, folder, number, client, attempt, needed):
     (folder / "hangs").touch()
     time.sleep(600)
 """

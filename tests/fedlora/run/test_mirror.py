@@ -43,11 +43,10 @@ class Store(dict):
 
 @pytest.fixture
 def far(monkeypatch, tmp_path):
-    """As on another machine: a home of its own, and nothing of the run folder to be seen."""
+    """As on another machine: a home of its own, and nothing of the run folder to be seen. The process stays, as a
+    cluster's does."""
     monkeypatch.setenv("FEDLORA_HOME", str(tmp_path / "elsewhere"))
-    mirror._slot.cache_clear()
-    yield tmp_path / "elsewhere"
-    mirror._slot.cache_clear()
+    return tmp_path / "elsewhere"
 
 
 @pytest.fixture

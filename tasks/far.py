@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from prefect import Flow, Task, task
@@ -35,6 +35,7 @@ from tasks.federated import Run, TaskHands, named
 _WORD_S = 60.0
 """Seconds after which a wait for a machine that has room is worth a line."""
 _COUNT_S = 1.0
+_QUIET = ("prefect.task_runs",)
 _MOST_SUPPLIED = 5
 """How often files are put into the store for a request: machines that hold them may go, one after the other."""
 _MOST_THREADS = 256
@@ -178,7 +179,7 @@ class FarHands(TaskHands):
         with known.model_copy(update={"flow": _STAND_IN}), self._lock:
             if self._closing:
                 raise RunAborted("stopped")
-            future = self._engine.submit(work, {"request": request})
+            future = self._engine.submit(work, {"request": replace(request, quiet=_QUIET)})
             self._under_way.add(future)
             return future
 

@@ -3,6 +3,7 @@ does are those of every other worker."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -68,6 +69,8 @@ def evaluate(request: Request) -> Answer:
 
 
 def _answered(request: Request, work: Callable[[ThreadSlot, RunFolder, Request, groups.Say], Answer]) -> Answer:
+    for name_of in request.quiet:
+        logging.getLogger(name_of).addFilter(_told_of_ends)
     with _working:
         fetching = _Fetching(request)
         try:
@@ -78,6 +81,11 @@ def _answered(request: Request, work: Callable[[ThreadSlot, RunFolder, Request, 
         done = work(_slot(_device(request), run.config.runner.threads), run, request, said.append)
         memory = psutil.Process().memory_info().rss
         return replace(done, said=tuple(said), fetched=fetching.bytes, memory=memory)
+
+
+def _told_of_ends(record: logging.LogRecord) -> bool:
+    """Whether a line is worth reading beside the rounds: that one of thousands of pieces has ended well is not."""
+    return not str(record.msg).startswith("Finished in state Completed")
 
 
 def _trained(slot: ThreadSlot, run: RunFolder, request: Request, say: groups.Say) -> Answer:

@@ -57,6 +57,8 @@ class Request:
     """`runner.device`."""
     gpu: bool = False
     """Whether the engine gives it a GPU, or a share of one."""
+    quiet: tuple[str, ...] = ()
+    """Loggers of whatever carries it that would say of each piece of work that it has ended well."""
     shared: bool = True
     """Whether files may be read where whoever orchestrates has them, if the worker sees the same there."""
     held: Mapping[str, Sequence[Held]] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """A worker that sees nothing of the run folder does what one beside it does."""
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -140,6 +141,15 @@ def test_the_store_forgets_the_states_of_earlier_rounds(depot, far):
     gone = {file.digest for file in first.states.files}
     assert not gone & office._held.keys()
     assert {file.digest for each in second.sets for file in each.files} == set(office._held)
+
+
+def test_of_each_piece_that_ends_well_nothing_is_logged(depot, far, caplog):
+    _, office, _ = depot()
+    mirror.train(replace(office.training(Ask(1, 0, (0,))), quiet=("a.shell",)))
+    with caplog.at_level("INFO"):
+        logging.getLogger("a.shell").info("Finished in state Completed()")
+        logging.getLogger("a.shell").info("Finished in state Failed()")
+    assert [record.message for record in caplog.records] == ["Finished in state Failed()"]
 
 
 def test_a_model_in_a_folder_travels_along(depot, far):

@@ -208,10 +208,13 @@ class Remote:
                     here[name].unlink(missing_ok=True)
                 lacking = [name for name, held in recorded.items() if not _is(folder / name, held)]
             for batch in _batches({name: recorded[name].size for name in lacking}):
-                found = self._store.cat([f"{self._root}/{name}" for name in batch], on_error="omit")
+                found = self._store.cat([f"{self._root}/{name}" for name in batch], on_error="return")
                 for name in batch:
-                    if (content := found.get(f"{self._root}/{name}")) is not None:
+                    content = found[f"{self._root}/{name}"]
+                    if isinstance(content, bytes):
                         write_atomic(folder / name, content, durable=False)
+                    elif not isinstance(content, FileNotFoundError):  # which is there, and must not count as gone
+                        raise content
             same = (name for name, held in recorded.items() if _is(folder / name, held)) if ahead else recorded
             self._pushed = {name: (stamp(folder / name), recorded[name]) for name in same}
             self._note(folder)
@@ -284,20 +287,24 @@ class Remote:
         """
         folder = copy_of(self.url)
         self.take()
+        try:
+            self.pull(folder)  # a copy that is not whole must not be written back
+            with self._kept_up(folder, say):
+                yield folder
+        finally:
+            self.release()
+
+    @contextmanager
+    def _kept_up(self, folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         ended = threading.Event()
         keeper = threading.Thread(target=self._keep, args=(folder, ended, say), daemon=True, name="remote")
+        keeper.start()
         try:
-            self.pull(folder)
-            keeper.start()
-            yield folder
+            yield
         finally:
             ended.set()
-            if keeper.ident:
-                keeper.join()
-            try:
-                self._push_at_last(folder)
-            finally:
-                self.release()
+            keeper.join()
+            self._push_at_last(folder)
 
     def commit(self, folder: Path) -> None:
         """Write the copy to the store now; where the store does not answer, later.

@@ -206,6 +206,21 @@ def test_a_store_that_is_away_is_waited_for_and_the_copy_is_whole(url, monkeypat
     assert held(url) == {"a": "1"}
 
 
+@pytest.mark.parametrize("url", ["file"], indirect=True)
+def test_a_copy_that_could_not_be_fetched_whole_changes_nothing_in_the_store(url, moved):
+    with Remote(url).worked_on() as folder:
+        fill(folder, a="1", b="2")
+    before = held(url)
+    moved()
+    there = Remote(url)
+    there._store.cat = lambda paths, on_error: {path: OSError("reset by peer") for path in paths}
+    with pytest.raises(RunFolderError, match="cannot be used: reset by peer"), there.worked_on():
+        pass
+    del there._store.cat
+    assert held(url) == before
+    assert json.loads(_all(there)["files.json"])["files"].keys() == {"a", "b"}
+
+
 def test_a_place_of_an_unknown_kind():
     with pytest.raises(ConfigError, match="nonsense://x is no place to keep a folder: Protocol not known"):
         Remote("nonsense://x")

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from fedlora.errors import ConfigError, RunFolderError, first_line
-from fedlora.files import home, lock
+from fedlora.files import digests, home, lock
 from fedlora.files.atomic import Stamp, stamp, write_atomic
 
 RECORD, LEASE = "files.json", "lease.json"
@@ -136,15 +136,6 @@ class Remote:
             return None if content is None else json.loads(content)
         except ValueError:
             return None
-
-    def check(self) -> None:
-        """Whether the store answers and lets us look.
-
-        Raises:
-            RunFolderError: it does not.
-        """
-        with self._asking():
-            self._read(RECORD)
 
     def _recorded(self) -> tuple[str, dict[str, _Held]]:
         """Which record there is, and what it lists."""
@@ -408,9 +399,6 @@ def _seen_by(folder: Path) -> str | None:
 def _is(path: Path, held: _Held) -> bool:
     """Whether a file has the content that the record says."""
     try:
-        if path.stat().st_size != held.size:
-            return False
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == held.digest
+        return path.stat().st_size == held.size and digests.of_file(path) == held.digest
     except OSError:
         return False

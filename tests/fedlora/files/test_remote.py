@@ -241,5 +241,5 @@ def test_no_credentials(s3, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     fsspec.filesystem("s3").clear_instance_cache()
     with pytest.raises(RunFolderError, match="needs credentials, and there are none; set AWS_ACCESS_KEY_ID"):
-        Remote("s3://runs/x").check()
+        Remote("s3://runs/x").fetched()
     fsspec.filesystem("s3").clear_instance_cache()
